@@ -1,0 +1,1 @@
+"""The program on every board: a small supervisor and its worker processes."""

@@ -1,0 +1,1 @@
+"""Where decisions are made and shown: fleet, plans, artifacts, requests, screens."""

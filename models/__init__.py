@@ -1,0 +1,1 @@
+"""What is run: checkpoints become graphs of modules, modules become stages, stages become engines."""

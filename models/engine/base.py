@@ -1,0 +1,69 @@
+"""What an engine is to the worker that owns it: one loaded stage that makes steps for requests in slots."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from wire.errors import EdgelamError
+
+Array = npt.NDArray[np.generic]
+
+
+class EngineFailed(EdgelamError):
+    """The engine could not load or run; the text says which engine, where, and what it said."""
+
+
+class NoSlot(EdgelamError):
+    """All slots are taken: the stage is busy."""
+
+
+class ContextFull(EdgelamError):
+    """The request would grow beyond the context length that the stage was planned for."""
+
+
+class StageSpec(Struct, frozen=True, kw_only=True):
+    """What must be known besides graph and weights. Blocks are [first_block, end_block)."""
+
+    embedding: bool
+    head: bool
+    first_block: int
+    end_block: int
+    hidden: int
+    vocabulary: int
+    wire_dtype: str
+    """'f32', 'f16' or 'bf16': the dtype of hidden states at the stage's edges (bf16 travels as uint16 bits)."""
+    context_tokens: int
+    slots: int
+    threads: int
+    config: str = ""
+
+
+class StageEngine(Protocol):
+    """One stage, loaded. Not thread-safe: one worker thread owns it."""
+
+    @property
+    def name(self) -> str:
+        """'onnxruntime 1.31.1 CPUExecutionProvider'; what was loaded, not what was asked for."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights, KV buffers and scratch that this stage accounts for."""
+
+    def open(self) -> int:
+        """Take a free slot for a new request and give its number; raise NoSlot."""
+
+    def close(self, slot: int) -> None:
+        """Free a slot. Closing a free slot is an error of the caller."""
+
+    def step(self, slot: int, given: Array, position: int) -> Array:
+        """Run rows `position .. position + n` of one request through the stage.
+
+        `given`: token ids int64 [n] for a stage with the embedding, else hidden states [n, hidden] in wire dtype.
+        `position` must equal the number of rows already run in this slot (or less: the tail is forgotten and
+        overwritten). Gives hidden states [n, hidden] in wire dtype, or for a stage with the head the logits of the
+        last row, float32 [vocabulary]. The result is valid until the next step. Raises ContextFull, EngineFailed.
+        """

@@ -1,0 +1,72 @@
+"""Caps on everything that a peer controls. Checked before memory is allocated.
+
+Sizes in bytes, times in seconds. A number without a comment would be a guess, so each has its reason.
+"""
+
+from typing import Final
+
+MAX_PUBLISH_BYTES: Final = 1_048_576
+"""Largest MQTT payload we send or accept: above it mosquitto's cost per byte is 4-5 times higher (docs/transport.md)."""
+
+CHUNK_BYTES_DEFAULT: Final = 65_536
+"""Payload of one frame on links of unknown or up to 100 Mbit/s: store-and-forward then nearly vanishes."""
+
+CHUNK_BYTES_FAST: Final = 262_144
+"""Payload of one frame on links measured at 500 Mbit/s or more."""
+
+MAX_TENSOR_BYTES: Final = 64 * 1024 * 1024
+"""Largest tensor that is reassembled: 4096 tokens x 4096 wide x 4 bytes. A header that announces more is refused."""
+
+MAX_RANK: Final = 4
+MAX_DIM: Final = 1 << 24
+MAX_CHUNKS: Final = 4096
+
+MAX_META_BYTES: Final = 16_384
+"""JSON that may ride in front of a tensor (sampling parameters, reply address)."""
+
+MAX_PARTIAL_TENSORS: Final = 64
+"""Tensors in reassembly at one time, over all senders of one inbox."""
+
+MAX_PARTIAL_BYTES: Final = 128 * 1024 * 1024
+"""Bytes that tensors in reassembly may hold, over all senders of one inbox."""
+
+PARTIAL_TIMEOUT_S: Final = 30.0
+"""A tensor whose chunks stop coming is dropped after this."""
+
+MAX_SENDERS: Final = 64
+"""Streams one inbox keeps state for; the longest silent one is forgotten first."""
+
+CREDIT_WINDOW_BYTES: Final = 1_048_576
+"""Bytes one sender may have outstanding: twice bandwidth x round trip of 1 Gbit/s x 4 ms, and far below what a broker
+holds for a stalled client before it drops silently (64 messages)."""
+
+MAX_BACKLOG_BYTES: Final = 16 * 1024 * 1024
+"""Bytes a sender queues while it has no credit; more is an error for whoever produces them."""
+
+MAX_CONTROL_BYTES: Final = 262_144
+"""Largest JSON control message."""
+
+MAX_PROMPT_TOKENS: Final = 131_072
+MAX_LIVE_REQUESTS: Final = 256
+MAX_DEVICES: Final = 256
+
+MAX_TXT_BYTES: Final = 400
+"""mDNS TXT in total, so that the record stays in one Ethernet frame."""
+
+MAX_ARTIFACT_BYTES: Final = 64 * 1024 * 1024 * 1024
+MAX_GGUF_METADATA_BYTES: Final = 256 * 1024 * 1024
+MAX_SAFETENSORS_HEADER_BYTES: Final = 100 * 1024 * 1024
+
+CONTROL_KEEPALIVE_S: Final = 2
+"""Keepalive of a supervisor's control connection: a vanished host is known after 3-5 s."""
+
+DATA_KEEPALIVE_S: Final = 30
+"""Keepalive of a worker's data connection: a long prefill step must not look like death; deadlines catch the rest."""
+
+HEARTBEAT_PERIOD_S: Final = 1.0
+SUSPECT_AFTER_S: Final = 2.5
+OFFLINE_AFTER_S: Final = 6.0
+RECONNECT_DELAY_S: Final = 1.0
+"""Fixed reconnect delay: paho's default backoff reaches 120 s."""
+
+MIN_DEADLINE_S: Final = 0.25

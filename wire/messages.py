@@ -1,0 +1,267 @@
+"""Control messages: frozen msgspec structs, JSON on the wire, versioned, capped.
+
+Every message carries `v`. A reader takes any message of its own major version and ignores fields it does not know;
+a message of another version, a wrong type or a number out of range is a PeerError that names topic and field.
+Field names end in their unit. Times named `*_unix` are for people; decisions use monotonic time.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from wire import limits
+from wire.errors import PeerError
+from wire.version import PROTOCOL
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
+Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+Text = Annotated[str, Meta(max_length=4096)]
+Topic = Annotated[str, Meta(max_length=256)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+BootId = Annotated[str, Meta(pattern=r"^[0-9a-f]{1,32}$")]
+
+
+class Message(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    v: int = PROTOCOL
+
+
+class DeviceState(Message, frozen=True, kw_only=True):
+    state: Literal["online", "busy", "draining", "offline"]
+    boot: BootId
+    since_unix: float
+    reason: Text = ""
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """`version` is '' when the engine can't be used; `because` then says why."""
+
+    name: str
+    version: str = ""
+    because: Text = ""
+
+
+class DeviceInfo(Message, frozen=True, kw_only=True):
+    device: Name
+    boot: BootId
+    software: str
+    board: Text
+    arch: str
+    os: Text
+    python: str
+    cores: Annotated[float, Meta(gt=0, le=4096)]
+    """Processors the agent may use: affinity and quota counted (0.25 is a quarter of one)."""
+    cores_because: Text
+    memory_bytes: Count
+    """Memory the agent may use: limits counted."""
+    memory_because: Text
+    engines: Annotated[tuple[EngineInfo, ...], Meta(max_length=16)]
+    addresses: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
+    cache_bytes: Count = 0
+    emulated: Text = ""
+    """Not '' on a virtual board: what is emulated, in words."""
+
+
+class ArtifactRef(Struct, frozen=True, kw_only=True):
+    """A file known by its content; fetched from the coordinator's HTTP API as /v1/artifacts/<digest>."""
+
+    digest: Digest
+    size_bytes: Annotated[int, Meta(ge=0, le=limits.MAX_ARTIFACT_BYTES)]
+    name: Annotated[str, Meta(max_length=128)] = ""
+
+
+class InboxAddress(Struct, frozen=True, kw_only=True):
+    """Where frames for somebody go. `broker` '' means the broker that the control connection uses."""
+
+    topic: Topic
+    broker: Annotated[str, Meta(max_length=256)] = ""
+
+
+class StageOrder(Struct, frozen=True, kw_only=True):
+    """One stage that a device shall hold. Blocks are [first_block, end_block)."""
+
+    deployment: Name
+    epoch: Count
+    stage: Annotated[int, Meta(ge=0, lt=1024)]
+    stages: Annotated[int, Meta(ge=1, le=1024)]
+    model: Text
+    engine: Literal["onnxruntime", "torch"]
+    graph: ArtifactRef
+    weights: Annotated[tuple[ArtifactRef, ...], Meta(max_length=4096)]
+    embedding: bool
+    head: bool
+    first_block: Count
+    end_block: Count
+    hidden: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
+    vocabulary: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
+    wire_dtype: Literal["f32", "f16", "bf16"]
+    context_tokens: Annotated[int, Meta(ge=2, le=limits.MAX_PROMPT_TOKENS)]
+    slots: Annotated[int, Meta(ge=1, le=limits.MAX_LIVE_REQUESTS)]
+    prefill_chunk_tokens: Annotated[int, Meta(ge=2, le=4096)]
+    inbox: InboxAddress
+    next: InboxAddress
+    """Inbox of the next stage in the ring; the head's next is the first stage."""
+    config: Annotated[str, Meta(max_length=65536)] = ""
+    """JSON of the family's configuration, for engines that build their own graph (torch)."""
+
+
+class Desired(Message, frozen=True, kw_only=True):
+    device: Name
+    epoch: Count
+    """Grows with every change; a device ignores a lower one than it has applied."""
+    artifacts_url: Annotated[str, Meta(max_length=512)]
+    stages: Annotated[tuple[StageOrder, ...], Meta(max_length=64)]
+
+
+class StageReport(Struct, frozen=True, kw_only=True):
+    deployment: Name
+    epoch: Count
+    stage: Count
+    phase: Literal["waiting", "fetching", "loading", "ready", "failed", "stopping"]
+    detail: Text = ""
+    fetched_bytes: Count = 0
+    to_fetch_bytes: Count = 0
+    held_bytes: Count = 0
+    """Weights, KV cache and buffers of the stage."""
+    resident_bytes: Count = 0
+    """Memory of the worker process as the kernel counts it."""
+    restarts: Count = 0
+
+
+class Applied(Message, frozen=True, kw_only=True):
+    device: Name
+    boot: BootId
+    epoch: Count
+    stages: Annotated[tuple[StageReport, ...], Meta(max_length=64)] = ()
+
+
+class StageCounters(Struct, frozen=True, kw_only=True):
+    """Totals since the worker started; `*_bytes` are payload bytes at the transport."""
+
+    deployment: Name
+    epoch: Count
+    stage: Count
+    requests: Count = 0
+    prefill_steps: Count = 0
+    prefill_tokens: Count = 0
+    prefill_busy_s: Seconds = 0.0
+    decode_steps: Count = 0
+    decode_busy_s: Seconds = 0.0
+    sent_frames: Count = 0
+    sent_bytes: Count = 0
+    received_bytes: Count = 0
+    refused_frames: Count = 0
+    resident_bytes: Count = 0
+
+
+class Telemetry(Message, frozen=True, kw_only=True):
+    seq: Count
+    boot: BootId
+    mono_s: Seconds
+    cpu_fraction: Annotated[float, Meta(ge=0, le=4096)]
+    """Processor time used by the agent and its workers in the last period, in cores."""
+    memory_used_bytes: Count
+    memory_bytes: Count
+    temperature_c: float | None = None
+    stages: Annotated[tuple[StageCounters, ...], Meta(max_length=64)] = ()
+
+
+class KitModule(Struct, frozen=True, kw_only=True):
+    """A module to time. `graphs` holds (number of blocks stacked, graph): times at two depths separate the cost of a
+    block from the cost of a step. Weights are made on the device: time does not depend on their values."""
+
+    key: Annotated[str, Meta(max_length=256)]
+    kind: Literal["block", "embedding", "head"]
+    graphs: Annotated[tuple[tuple[int, ArtifactRef], ...], Meta(max_length=8)]
+    hidden: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
+    vocabulary: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
+    wire_dtype: Literal["f32", "f16", "bf16"]
+
+
+class Kit(Message, frozen=True, kw_only=True):
+    artifacts_url: Annotated[str, Meta(max_length=512)]
+    modules: Annotated[tuple[KitModule, ...], Meta(max_length=64)]
+
+
+class Command(Message, frozen=True, kw_only=True):
+    id: Annotated[str, Meta(max_length=64)]
+    reply_topic: Topic
+    arguments: dict[str, Any] = {}
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    id: Annotated[str, Meta(max_length=64)]
+    device: Name
+    ok: bool
+    error: Text = ""
+    result: dict[str, Any] = {}
+
+
+class Event(Message, frozen=True, kw_only=True):
+    """A notice for people. `code` is a row of the notices table; `try_` is what to do."""
+
+    who: Name
+    code: Annotated[str, Meta(max_length=64)]
+    level: Literal["info", "warning", "error"]
+    text: Text
+    try_: Text = ""
+    at_unix: float
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=limits.MAX_DIM)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+
+
+class RequestMeta(Struct, frozen=True, kw_only=True):
+    """Rides in front of the first parcel of a request from stage to stage, so that every stage knows it in order."""
+
+    reply: InboxAddress
+    sampling: Sampling
+    prompt_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_PROMPT_TOKENS)]
+    max_new_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_PROMPT_TOKENS)]
+    stop_ids: Annotated[tuple[int, ...], Meta(max_length=64)] = ()
+    idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 60.0
+    """A stage frees the request's slot when nothing came for so long."""
+
+
+class StageError(Struct, frozen=True, kw_only=True):
+    """Body of an ERROR parcel to the requester."""
+
+    stage: Count
+    device: Name
+    code: Literal["busy", "too-long", "engine", "protocol", "deadline", "stopped"]
+    text: Text
+
+
+M = TypeVar("M", bound=Struct)
+
+
+def encode(message: Struct) -> bytes:
+    """JSON bytes of a message; raise ValueError if it is larger than MAX_CONTROL_BYTES (our own fault)."""
+    data = msgspec.json.encode(message)
+    if len(data) > limits.MAX_CONTROL_BYTES:
+        raise ValueError(f"{type(message).__name__} of {len(data)} bytes exceeds {limits.MAX_CONTROL_BYTES}")
+    return data
+
+
+def decode(data: bytes | memoryview, kind: type[M], where: str) -> M:
+    """Parse and check a message; raise PeerError naming `where` and the field."""
+    if len(data) > limits.MAX_CONTROL_BYTES:
+        raise PeerError(f"{where}: {len(data)} bytes, at most {limits.MAX_CONTROL_BYTES} are taken")
+    try:
+        message = msgspec.json.decode(data, type=kind)
+    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise PeerError(f"{where}: not a {kind.__name__}: {error}") from None
+    version = getattr(message, "v", PROTOCOL)
+    if version != PROTOCOL:
+        raise PeerError(
+            f"{where}: speaks protocol {version}, this is {PROTOCOL}",
+            try_="install the same edgelam version on coordinator and boards",
+        )
+    return message
