@@ -40,8 +40,18 @@ CREDIT_WINDOW_BYTES: Final = 1_048_576
 """Bytes one sender may have outstanding: twice bandwidth x round trip of 1 Gbit/s x 4 ms, and far below what a broker
 holds for a stalled client before it drops silently (64 messages)."""
 
+MAX_WINDOW_BYTES: Final = 64 * 1024 * 1024
+"""Largest credit window an inbox may give one sender; a grant further ahead is no honest one and is ignored."""
+
+MAX_HELD_BYTES: Final = 128 * 1024 * 1024
+"""Bytes of whole parcels that wait in one inbox, over all senders."""
+
+CREDIT_ASK_S: Final = 0.5
+"""A sender that is blocked for so long asks for its credit again: longer than a grant takes on any link we serve."""
+
 MAX_BACKLOG_BYTES: Final = 16 * 1024 * 1024
-"""Bytes a sender queues while it has no credit; more is an error for whoever produces them."""
+"""Bytes a sender queues while it has no credit; more is an error for whoever produces them. One parcel that is larger
+than this alone may be queued when nothing else is."""
 
 MAX_CONTROL_BYTES: Final = 262_144
 """Largest JSON control message."""

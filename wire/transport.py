@@ -77,9 +77,14 @@ class Transport(Protocol):
     def bytes_received(self) -> int: ...
 
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
-        """Call `handler` for each message that matches; kept over reconnects. QoS 0 or 1, never 2."""
+        """Call `handler` for each message that matches; kept over reconnects. QoS 0 or 1, never 2.
 
-    def unsubscribe(self, topic_filter: str) -> None: ...
+        Several handlers may share one filter. Different filters of one transport should not overlap: a broker may
+        then deliver a message once for each, and every handler that matches sees each delivery.
+        """
+
+    def unsubscribe(self, topic_filter: str, handler: Handler | None = None) -> None:
+        """Remove one handler of a filter, or all (None); the subscription ends with its last handler."""
 
     def on_up(self, handler: Callable[[], None]) -> None:
         """Call `handler` at each connect, after subscriptions were renewed: the place to republish retained state."""

@@ -1,0 +1,245 @@
+"""Frames: how a parcel (one tensor with its address) crosses MQTT. The same bytes on every broker and MQTT version.
+
+A frame is a header, padding included, of `header_bytes(rank)` bytes; then meta, padded to a multiple of 8; then the
+payload, which so stands aligned in memory and is used where it lies. Little-endian throughout:
+
+    0   magic "elm"        3 bytes      24  stream   u64   sender's byte stream to this inbox
+    3   protocol version   u8           32  offset   u64   bytes of whole frames this stream sent before this one
+    4   crc32 of all that follows       40  request  u64
+    8   kind               u8           48  position u32   row of the request that the tensor starts at
+    9   flags              u8           52  chunk    u16   number of this chunk
+    10  dtype              u8           54  chunks   u16   how many chunks the parcel has
+    11  rank               u8           56  dims     u32 x rank, zeros up to a multiple of 8
+    12  int8 group         u16
+    14  meta length        u16
+    16  epoch              u32
+    20  parcel             u32   sequence number in the stream, wraps
+
+The payload bytes of the whole tensor follow from dtype, dims and group, so no header can announce another number.
+All chunks but the last have the same length, so a chunk's place follows from its number. Meta rides on chunk 0 only.
+Every check is made before memory is allocated; what fails is a MalformedFrame that names the field.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, NamedTuple
+from zlib import crc32
+
+from wire.errors import MalformedFrame
+from wire.limits import CHUNK_BYTES_DEFAULT, MAX_CHUNKS, MAX_META_BYTES, MAX_PUBLISH_BYTES, MAX_RANK
+from wire.tensors import Buffer, Dtype, Tensor, bf16_bits, bf16_to_f32, tensor_bytes
+from wire.version import PROTOCOL
+
+__all__ = [
+    "FLAG_FINAL",
+    "LARGEST_CHUNK_BYTES",
+    "Dtype",
+    "Frame",
+    "Kind",
+    "Parcel",
+    "Tensor",
+    "bf16_bits",
+    "bf16_to_f32",
+    "encode",
+    "header_bytes",
+    "parse",
+]
+
+MAGIC: Final = b"elm"
+FLAG_FINAL: Final = 1
+"""Last parcel of a request in this direction."""
+
+_FIXED: Final = struct.Struct("<3sBIBBBBHHIIQQQIHH")
+_CRC_END: Final = 8
+_DIMS: Final = tuple(struct.Struct(f"<{rank}I") for rank in range(MAX_RANK + 1))
+MAX_OFFSET: Final = 1 << 62
+"""A stream is fenced far below u64, so that a credit limit (offset + window) always fits."""
+
+
+class Kind(IntEnum):
+    """What a parcel is for."""
+
+    HIDDEN = 1
+    """Hidden states [n, hidden] in wire dtype."""
+    TOKENS = 2
+    """Token ids, int32 [n]."""
+    CLOSE = 3
+    """Free the request's slot."""
+    ERROR = 4
+    """Meta is a StageError."""
+    PROBE = 5
+    """Bytes to measure a link with."""
+    ASK = 6
+    """A blocked sender says how far it has sent (`offset`) and asks for its credit again; channel.py only."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parcel:
+    """One thing said by one stage to another: a tensor, or none, with whom it is for."""
+
+    kind: Kind
+    epoch: int = 0
+    request: int = 0
+    position: int = 0
+    flags: int = 0
+    tensor: Tensor | None = None
+    meta: bytes = b""
+
+    @property
+    def final(self) -> bool:
+        return bool(self.flags & FLAG_FINAL)
+
+
+class Frame(NamedTuple):
+    """A frame as it came, checked in itself. `payload` is a view of the received bytes; `whole_bytes` is the length of
+    the whole frame, which is what flow control counts."""
+
+    kind: Kind
+    flags: int
+    dtype: Dtype
+    shape: tuple[int, ...]
+    group: int
+    epoch: int
+    parcel: int
+    stream: int
+    offset: int
+    request: int
+    position: int
+    chunk: int
+    chunks: int
+    meta: bytes
+    payload: memoryview
+    tensor_bytes: int
+    whole_bytes: int
+
+    def parcel_with(self, payload: Buffer, meta: bytes) -> Parcel:
+        """Make the parcel whose whole payload is given."""
+        tensor = None
+        if self.dtype is not Dtype.NONE:
+            tensor = Tensor.received(self.dtype, self.shape, self.group, payload)
+        return Parcel(self.kind, self.epoch, self.request, self.position, self.flags, tensor, meta)
+
+
+def _padded(count: int) -> int:
+    return (count + 7) & ~7
+
+
+def header_bytes(rank: int) -> int:
+    """Bytes in front of meta and payload: 64 for rank 1 and 2. One chunk without meta costs exactly this."""
+    return _padded(_FIXED.size + 4 * rank)
+
+
+LARGEST_CHUNK_BYTES: Final = MAX_PUBLISH_BYTES - header_bytes(MAX_RANK) - _padded(MAX_META_BYTES)
+
+
+def encode(
+    parcel: Parcel, stream: int, offset: int, parcel_number: int, chunk_bytes: int = CHUNK_BYTES_DEFAULT
+) -> list[list[Buffer]]:
+    """Cut a parcel into frames, each a list of buffers to be sent one after the other; the tensor is not copied.
+
+    Raises ValueError for numbers or meta out of range (our own fault, not a peer's).
+    """
+    if len(parcel.meta) > MAX_META_BYTES:
+        raise ValueError(f"meta of {len(parcel.meta)} bytes, at most {MAX_META_BYTES} may ride on a parcel")
+    if not 1 <= chunk_bytes <= LARGEST_CHUNK_BYTES:
+        raise ValueError(f"chunks of {chunk_bytes} bytes, 1 to {LARGEST_CHUNK_BYTES} are possible")
+    tensor = parcel.tensor
+    dtype, shape, group = (Dtype.NONE, (), 0) if tensor is None else (tensor.dtype, tensor.shape, tensor.group)
+    total = 0 if tensor is None else tensor.nbytes
+    chunks = max(1, -(-total // chunk_bytes))
+    if chunks > MAX_CHUNKS:
+        raise ValueError(f"{total} bytes in chunks of {chunk_bytes} are {chunks} chunks, at most {MAX_CHUNKS}")
+    dims = _DIMS[len(shape)].pack(*shape)
+    dims += bytes(header_bytes(len(shape)) - _FIXED.size - len(dims))
+    frames: list[list[Buffer]] = []
+    for chunk in range(chunks):
+        meta = parcel.meta if chunk == 0 else b""
+        payload = [] if tensor is None else _slice(tensor.buffers, chunk * chunk_bytes, (chunk + 1) * chunk_bytes)
+        after_crc = (
+            _FIXED.pack(
+                MAGIC, PROTOCOL, 0, parcel.kind, parcel.flags, dtype, len(shape), group, len(meta),
+                parcel.epoch & 0xFFFFFFFF, parcel_number & 0xFFFFFFFF, stream, offset, parcel.request,
+                parcel.position, chunk, chunks,
+            )[_CRC_END:]
+            + dims + meta + bytes(_padded(len(meta)) - len(meta))
+        )  # fmt: skip
+        checksum = crc32(after_crc)
+        for piece in payload:
+            checksum = crc32(piece, checksum)
+        head = MAGIC + bytes((PROTOCOL,)) + checksum.to_bytes(4, "little") + after_crc
+        frames.append([head, *payload])
+        offset += len(head) + sum(map(len, payload))
+    return frames
+
+
+def _slice(buffers: tuple[memoryview, ...], start: int, end: int) -> list[memoryview]:
+    """Views of bytes [start, end) of the concatenation of `buffers`."""
+    pieces = []
+    for buffer in buffers:
+        piece = buffer[max(0, start) : max(0, end)]
+        if len(piece):
+            pieces.append(piece)
+        start -= len(buffer)
+        end -= len(buffer)
+    return pieces
+
+
+def parse(data: bytes) -> Frame:
+    """Read a frame where it lies; raise MalformedFrame saying what is wrong with it."""
+    if len(data) < _FIXED.size:
+        raise MalformedFrame(f"{len(data)} bytes are no frame, the header alone has {_FIXED.size}")
+    if len(data) > MAX_PUBLISH_BYTES:
+        raise MalformedFrame(f"frame of {len(data)} bytes, at most {MAX_PUBLISH_BYTES} are taken")
+    (magic, version, checksum, kind, flags, dtype, rank, group, meta_bytes, epoch, parcel, stream, offset, request,
+     position, chunk, chunks) = _FIXED.unpack_from(data)  # fmt: skip
+    if magic != MAGIC:
+        raise MalformedFrame(f"starts with {magic!r}, a frame starts with {MAGIC!r}")
+    if version != PROTOCOL:
+        raise MalformedFrame(f"frame of protocol {version}, this is {PROTOCOL}", try_="install one version everywhere")
+    view = memoryview(data)
+    if crc32(view[_CRC_END:]) != checksum:
+        raise MalformedFrame("checksum does not fit the frame")
+    if rank > MAX_RANK or meta_bytes > MAX_META_BYTES:
+        raise MalformedFrame(f"rank {rank}, meta of {meta_bytes} bytes: at most {MAX_RANK} and {MAX_META_BYTES}")
+    meta_start = header_bytes(rank)
+    payload_start = meta_start + _padded(meta_bytes)
+    if payload_start > len(data):
+        raise MalformedFrame(f"frame of {len(data)} bytes ends inside its header")
+    try:
+        kind, dtype = Kind(kind), Dtype(dtype)
+    except ValueError as error:
+        raise MalformedFrame(f"frame: {error}") from None
+    shape = _DIMS[rank].unpack_from(data, _FIXED.size)
+    if flags & ~FLAG_FINAL:
+        raise MalformedFrame(f"flags {flags:#x} are not known")
+    if offset > MAX_OFFSET:
+        raise MalformedFrame(f"offset {offset} is beyond {MAX_OFFSET}")
+    total = tensor_bytes(dtype, shape, group)
+    payload = view[payload_start:]
+    _check_chunk(chunk, chunks, len(payload), total, meta_bytes)
+    return Frame(
+        kind, flags, dtype, shape, group, epoch, parcel, stream, offset, request, position, chunk, chunks,
+        data[meta_start : meta_start + meta_bytes], payload, total, len(data),
+    )  # fmt: skip
+
+
+def _check_chunk(chunk: int, chunks: int, payload_bytes: int, total: int, meta_bytes: int) -> None:
+    """Does a chunk of this length fit into a tensor of `total` bytes at this number?"""
+    if chunks == 1:
+        if chunk or payload_bytes != total:
+            raise MalformedFrame(f"chunk {chunk} of 1 has {payload_bytes} bytes, the tensor {total}")
+        return
+    if not 0 <= chunk < chunks <= MAX_CHUNKS:
+        raise MalformedFrame(f"chunk {chunk} of {chunks}, at most {MAX_CHUNKS}")
+    if chunk and meta_bytes:
+        raise MalformedFrame(f"meta on chunk {chunk}, it belongs on chunk 0")
+    if chunk < chunks - 1:
+        fits = payload_bytes * (chunks - 1) < total <= payload_bytes * chunks
+    else:
+        before = total - payload_bytes
+        fits = before % (chunks - 1) == 0 and 1 <= payload_bytes <= before // (chunks - 1)
+    if not fits:
+        raise MalformedFrame(f"chunk {chunk} of {chunks} with {payload_bytes} bytes does not fit a tensor of {total}")
