@@ -250,9 +250,9 @@ class ModuleEstimate(Struct, frozen=True, kw_only=True):
 def estimate(measurement: ModuleMeasurement) -> ModuleEstimate:
     """Separate the cost of a block from the cost of a step, at each point that was timed.
 
-    With depths a < b: block_s = (t_b - t_a) / (b - a) and overhead_s = max(0, t_a - a * block_s), from medians. With one
-    depth a: block_s = t_a / a and overhead 0, and `because` says so. Works on whatever a peer sent: points that give no
-    positive cost are invalid, with the reason.
+    With depths a < b: block_s = (t_b - t_a) / (b - a) and overhead_s = max(0, t_a - a * block_s), from medians. With
+    one depth a: block_s = t_a / a and overhead 0, and `because` says so. Works on whatever a peer sent: points that
+    give no positive cost are invalid, with the reason.
     """
     by_point: dict[Point, list[ModuleTiming]] = {}
     for timing in measurement.timings:

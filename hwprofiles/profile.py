@@ -2,27 +2,57 @@
 
 What could not be measured is absent, with the reason: nothing is assumed. `source` says whether the figures are live
 (this board, as it is), replayed (a recorded tree) or emulated (a virtual board whose speed or link is stretched).
+
+A profile crosses the network, so its numbers have bounds and its JSON at most 200 KB. It holds until what it was
+measured with changes (`expired`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
-from msgspec import Struct
+import msgspec
+from msgspec import Meta, Struct
 
 from hwprofiles.reading import Absent, Failed, Reading
+from wire.errors import CorruptData, Refused, UsageError
+from wire.units import bytes_text
 
 Phase = Literal["decode", "prefill"]
+
+Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+"""A measured time. 1e6 s (11 days) is longer than anything measured; sums of them can't overflow."""
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Text = Annotated[str, Meta(max_length=1024)]
+
+MAX_SAMPLES: Final = 2048
+"""Samples of one run that a reader takes."""
+KEPT_SAMPLES: Final = 200
+"""Samples of one run that are kept: p95 needs 59, and more only sharpen what is sharp already."""
+FEWEST_KEPT: Final = 12
+"""Fewer are never kept where more were taken: an interval of the median needs 6, seeing drift 12."""
+SAMPLE_DIGITS: Final = 7
+"""Samples are rounded to 1e-7 s: timers and schedulers jitter by more."""
+MAX_PROFILE_BYTES: Final = 200 * 1024
+"""Largest JSON of a profile: it must pass as one control message (256 KB) with room to spare."""
+MAX_AGE_S: Final = 30 * 86_400.0
+"""A profile older than 30 days is measured again: dust, updates and seasons change a board."""
 
 
 class Samples(Struct, frozen=True, kw_only=True):
     """Raw samples in seconds, in the order taken, and why sampling stopped. Percentiles are computed, not stored."""
 
-    samples_s: tuple[float, ...]
-    warmup: int
-    stopped_because: str
+    samples_s: Annotated[tuple[Seconds, ...], Meta(max_length=MAX_SAMPLES)]
+    warmup: Count
+    stopped_because: Text
     valid: bool = True
-    invalid_because: str = ""
+    invalid_because: Text = ""
+    taken: Count = 0
+    """How many were taken, if only an even selection of them was kept; 0 if all were."""
 
 
 class ModuleTiming(Struct, frozen=True, kw_only=True):
@@ -30,23 +60,23 @@ class ModuleTiming(Struct, frozen=True, kw_only=True):
     KV cache (0 for modules without one)."""
 
     phase: Phase
-    tokens: int
-    context: int
-    stack: int
+    tokens: Count
+    context: Count
+    stack: Annotated[int, Meta(ge=1, le=1024)]
     samples: Samples
 
 
 class ModuleMeasurement(Struct, frozen=True, kw_only=True):
     """One module on one engine on this device."""
 
-    key: str
+    key: Text
     kind: Literal["block", "embedding", "head"]
-    engine: str
-    threads: int
-    timings: tuple[ModuleTiming, ...]
-    resident_bytes: int
+    engine: Text
+    threads: Count
+    timings: Annotated[tuple[ModuleTiming, ...], Meta(max_length=256)]
+    resident_bytes: Count
     """Growth of the measuring process while the deepest stack was loaded."""
-    base_bytes: int
+    base_bytes: Count
     """Resident memory of the measuring process before anything was loaded: interpreter, engine, libraries."""
 
 
@@ -54,13 +84,33 @@ class LinkMeasurement(Struct, frozen=True, kw_only=True):
     """The device's own link, measured through the real transport to its own topic on the site's broker and back:
     each sample crosses the link twice and the broker once."""
 
-    broker: str
-    round_trip_payload_bytes: int
+    broker: Text
+    round_trip_payload_bytes: Annotated[int, Meta(ge=1, le=2**32)]
     round_trip: Samples
-    goodput_payload_bytes: int
-    goodput_chunk_bytes: int
+    goodput_payload_bytes: Annotated[int, Meta(ge=1, le=2**32)]
+    goodput_chunk_bytes: Annotated[int, Meta(ge=1, le=2**32)]
     goodput: Samples
     """Seconds from the first publish to the last byte back, for `goodput_payload_bytes` in chunks."""
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """The conditions at one moment; two of them make `Conditions`, one is compared when a profile may have expired."""
+
+    software: str
+    python: str
+    engine_versions: dict[str, str]
+    kernel: str
+    affinity: tuple[int, ...]
+    quota_cores: Reading[float] | Absent | Failed
+    quota_period_s: Reading[float] | Absent | Failed
+    governor: Reading[str] | Absent | Failed
+    clock_hz: Reading[float] | Absent | Failed
+    temperature_c: Reading[float] | Absent | Failed
+    throttle: Reading[str] | Absent | Failed
+    load: float
+    timer: str
+    at_unix: float
+    at_mono_s: float
 
 
 class Conditions(Struct, frozen=True, kw_only=True):
@@ -81,11 +131,22 @@ class Conditions(Struct, frozen=True, kw_only=True):
     throttle_before: Reading[str] | Absent | Failed
     throttle_after: Reading[str] | Absent | Failed
     load_before: float
+    """Processes that ran or waited to run, averaged over the last minute."""
     load_after: float
     allow_spinning: bool
     timer: str
     measured_at_unix: float
     duration_s: float
+
+
+class Interface(Struct, frozen=True, kw_only=True):
+    """A network interface of the board that is up, the loopback left out."""
+
+    name: str
+    addresses: tuple[str, ...]
+    wireless: bool
+    link_bits_per_s: Reading[float] | Absent | Failed
+    """What the two ends negotiated, not what was measured."""
 
 
 class Identity(Struct, frozen=True, kw_only=True):
@@ -95,6 +156,7 @@ class Identity(Struct, frozen=True, kw_only=True):
     arch: str
     os: Reading[str] | Absent | Failed
     accelerators: Reading[tuple[str, ...]] | Absent | Failed
+    interfaces: tuple[Interface, ...] = ()
 
 
 class Memory(Struct, frozen=True, kw_only=True):
@@ -102,30 +164,160 @@ class Memory(Struct, frozen=True, kw_only=True):
     available_bytes: Reading[int] | Absent | Failed
     limit_bytes: Reading[int] | Absent | Failed
     """The tightest limit that holds for the agent: cgroup v1 or v2, or one set by the user."""
-    usable_bytes: int
+    usable_bytes: Count
     """The least of the above that is known."""
     unified: bool
+    """True where the GPU has no memory of its own."""
 
 
 class Cores(Struct, frozen=True, kw_only=True):
-    online: int
-    allowed: int
+    online: Annotated[int, Meta(ge=1, le=65536)]
+    allowed: Annotated[int, Meta(ge=1, le=65536)]
     """By affinity."""
-    usable: float
+    usable: Annotated[float, Meta(gt=0, le=65536)]
     """Affinity and quota together; emulation not counted."""
-    because: str
+    because: Text
 
 
 class Profile(Struct, frozen=True, kw_only=True):
     """`schema` names version and kind, so that the file explains itself."""
 
-    schema: str = "edgelam.profile/1"
+    schema: Literal["edgelam.profile/1"] = "edgelam.profile/1"
     source: Literal["live", "replayed", "emulated"]
-    emulation: str
+    emulation: Text
     identity: Identity
     memory: Memory
     cores: Cores
     conditions: Conditions
     engines: dict[str, Reading[str] | Absent | Failed]
-    modules: tuple[ModuleMeasurement, ...]
+    modules: Annotated[tuple[ModuleMeasurement, ...], Meta(max_length=256)]
     link: LinkMeasurement | Absent | Failed
+
+
+def compact(profile: Profile) -> Profile:
+    """Give the profile as it is kept: samples rounded, and evenly thinned until its JSON is at most 200 KB.
+
+    Thinned runs say how many samples were taken. Raises Refused if it is too large even with 12 samples per run.
+    """
+    keep = KEPT_SAMPLES
+    while True:
+        kept = _thinned(profile, keep)
+        size_bytes = len(msgspec.json.encode(kept))
+        if size_bytes <= MAX_PROFILE_BYTES:
+            return kept
+        if keep == FEWEST_KEPT:
+            raise Refused(
+                f"profile of {len(profile.modules)} modules takes {bytes_text(size_bytes)}, "
+                f"at most {bytes_text(MAX_PROFILE_BYTES)} are kept",
+                try_="measure fewer models or engines at once",
+            )
+        keep = max(FEWEST_KEPT, keep // 2)
+
+
+def _thinned(profile: Profile, keep: int) -> Profile:
+    modules = tuple(
+        msgspec.structs.replace(
+            module,
+            timings=tuple(
+                msgspec.structs.replace(timing, samples=_thinned_samples(timing.samples, keep))
+                for timing in module.timings
+            ),
+        )
+        for module in profile.modules
+    )
+    link = profile.link
+    if isinstance(link, LinkMeasurement):
+        link = msgspec.structs.replace(
+            link,
+            round_trip=_thinned_samples(link.round_trip, keep),
+            goodput=_thinned_samples(link.goodput, keep),
+        )
+    return msgspec.structs.replace(profile, modules=modules, link=link)
+
+
+def _thinned_samples(samples: Samples, keep: int) -> Samples:
+    values, taken = samples.samples_s, samples.taken
+    if len(values) > keep:
+        taken = taken or len(values)
+        values = tuple(values[at * len(values) // keep] for at in range(keep))
+    rounded = tuple(round(value, SAMPLE_DIGITS) for value in values)
+    return msgspec.structs.replace(samples, samples_s=rounded, taken=taken)
+
+
+def encode(profile: Profile) -> bytes:
+    """Give the JSON bytes of the profile as it is kept (see `compact`), keys in a fixed order."""
+    return msgspec.json.encode(compact(profile), order="deterministic")
+
+
+def digest(profile: Profile) -> str:
+    """Give 'sha256:...' of the kept JSON: equal for a profile and for what is loaded after saving it."""
+    return f"sha256:{hashlib.sha256(encode(profile)).hexdigest()}"
+
+
+def save(profile: Profile, path: Path) -> None:
+    """Write the profile so that `path` holds the old or the new one, never a part; OSError passes through."""
+    data = encode(profile)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def load(path: Path) -> Profile:
+    """Read a profile; raise UsageError if there is none at `path`, CorruptData if it is damaged or too large."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_PROFILE_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"no profile at {path}", try_="edgelam bench, which measures one") from None
+    if len(data) > MAX_PROFILE_BYTES:
+        raise CorruptData(f"{path}: larger than any profile ({bytes_text(MAX_PROFILE_BYTES)})", try_=f"rm {path}")
+    try:
+        return msgspec.json.decode(data, type=Profile)
+    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptData(f"{path}: not a profile: {error}", try_=f"rm {path}; it is measured again") from None
+
+
+def expired(profile: Profile, now_unix: float, current: Snapshot, memory: Memory, emulation: str) -> str:
+    """Say why the profile no longer holds for this device as it is now; '' if it does.
+
+    `current`, `memory` and `emulation` are today's; temperature and load may differ, what sets the speed may not.
+    """
+    then = profile.conditions
+    age_s = now_unix - then.measured_at_unix
+    if age_s > MAX_AGE_S:
+        return f"measured {age_s / 86_400:.0f} days ago"
+    if age_s < -MAX_AGE_S:
+        return "measured in the future: the clock of the board has changed"
+    changes = (
+        ("software", then.software, current.software),
+        ("engines", then.engine_versions, current.engine_versions),
+        ("kernel", then.kernel, current.kernel),
+        ("allowed cores", then.affinity, current.affinity),
+        ("processor quota", _value(then.quota_cores), _value(current.quota_cores)),
+        ("quota period", _value(then.quota_period_s), _value(current.quota_period_s)),
+        ("governor", _value(then.governor), _value(current.governor)),
+        ("memory limit", _value(profile.memory.limit_bytes), _value(memory.limit_bytes)),
+        ("emulation", profile.emulation, emulation),
+    )
+    for what, before, after in changes:
+        if before != after:
+            return f"{what} changed from {_shown(before)} to {_shown(after)}"
+    return ""
+
+
+def _value(reading: Reading[float] | Reading[int] | Reading[str] | Absent | Failed) -> object:
+    """Absent and failed readings are equal to themselves whatever their reasons: only values count."""
+    return reading.value if isinstance(reading, Reading) else None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version}" for name, version in sorted(value.items())) or "none"
+    return "none" if value in (None, "", ()) else str(value)
