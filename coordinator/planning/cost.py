@@ -1,0 +1,336 @@
+"""What a device costs: a profile and a graph, joined into seconds and bytes. Pure; every figure was measured.
+
+Compute. A stage that runs n equal blocks takes `overhead_s + n * block_s` per step. Both come from timings of two
+stacks of different depth (1 and 6 blocks, say): `block_s = (t6 - t1) / 5`, `overhead_s = max(0, t1 - block_s)`.
+Embedding and head are timed alone, so their time holds one overhead, which is taken out again: a stage pays it once.
+
+Hop, central topology. A device's link is measured by sending to itself through the broker: the round trip of P bytes
+crosses the link twice and the broker once. Half of the sender's and half of the receiver's round trip therefore are
+one crossing of each link and the broker once. Bytes beyond P are sent at each link's goodput, one link after the
+other (the broker stores and forwards); a smaller payload is priced as P, which is about one hidden state.
+
+    hop_s(d -> e, b)      = rtt_d / 2 + rtt_e / 2 + max(0, b - P_d) / rate_d + max(0, b - P_e) / rate_e
+    transfer_s(d -> e, b) = max(b / rate_d, b / rate_e)      how long one message occupies the busier link
+
+A latency is paid by every token; it does not bound how many tokens a full pipeline moves. Occupancy does.
+
+Memory of a stage = worker (interpreter, engine) + weights as the engine holds them (measured; files that modules
+share counted once) + KV cache + scratch for a prefill chunk, against what is usable less a reserve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Final
+
+from msgspec import Struct
+
+from coordinator.planning.plan import LeftOut
+from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, ModuleTiming, Phase, Profile, Samples
+from models.graph import Graph, Module
+from wire.limits import CREDIT_WINDOW_BYTES
+
+RESERVE_FRACTION: Final = 0.10
+"""Share of usable memory that no stage is given: usage moves between planning and loading."""
+
+RESERVE_MIN_BYTES: Final = 32 * 1024 * 1024
+"""Least reserve: an agent's supervisor (about 40 MB, most of it already counted as used) still has to breathe."""
+
+SCRATCH_ROWS_FACTOR: Final = 16
+"""Float32 rows of hidden width alive at once per token of a prefill chunk: residual in and out, norm, q, k, v,
+attention out, and gate, up and their product at three to four times hidden width."""
+
+TRANSPORT_BYTES: Final = 2 * CREDIT_WINDOW_BYTES
+"""One credit window received and one sent: what a worker may have in flight."""
+
+EXPECTED_TOKENS: Final = 256
+"""Rows in the KV cache at which decode is priced unless told otherwise: few chats are longer, and profiles measure
+up to here, so nothing needs to be extrapolated."""
+
+
+class Workload(Struct, frozen=True, kw_only=True):
+    """What the stages are to carry. `expected_tokens` rows are in the KV cache when a decode step is priced."""
+
+    context_tokens: int
+    slots: int
+    prefill_chunk_tokens: int
+    expected_tokens: int
+    engine: str = "onnxruntime"
+    accept_unsteady: bool = False
+    """Use timings that the board itself marked invalid (drift, p90 above twice the median), and say so."""
+
+
+class LinkCost(Struct, frozen=True, kw_only=True):
+    """A device's own link, symmetrical as far as is known."""
+
+    round_trip_s: float
+    probe_bytes: int
+    bytes_per_s: float
+
+    def crossing_s(self, payload_bytes: int) -> float:
+        """Seconds for one crossing of this link, and half of the broker."""
+        return self.round_trip_s / 2 + max(0, payload_bytes - self.probe_bytes) / self.bytes_per_s
+
+
+class StepCost(Struct, frozen=True, kw_only=True):
+    """Seconds of one module, and of a step whatever it holds."""
+
+    module_s: float
+    overhead_s: float
+    notes: tuple[str, ...] = ()
+
+
+class DeviceCost(Struct, frozen=True, kw_only=True):
+    """One device priced for one graph and workload. Seconds by profile key; a step is one token."""
+
+    device: str
+    usable_bytes: int
+    memory_limit_bytes: int
+    worker_base_bytes: int
+    overhead_s: float
+    decode_s: Mapping[str, float]
+    """Marginal seconds of one module of that key per decoded token; every key of the graph is in it."""
+    prefill_overhead_s: float
+    prefill_s: Mapping[str, float]
+    """The same for one prefill chunk; empty when not measured (see `notes`)."""
+    held_ratio: Mapping[str, float]
+    """Bytes the engine holds per byte of weights, at least 1: kernels may keep a packed copy."""
+    link: LinkCost | None
+    link_because: str
+    """Why `link` is missing: such a device can only hold the whole model."""
+    notes: tuple[str, ...] = ()
+    """What was extrapolated, simplified or taken although unsteady."""
+
+    def stage_s(self, modules: Iterable[Module]) -> float:
+        """Seconds per decoded token of a stage of these modules."""
+        return self.overhead_s + sum(self.decode_s[module.profile_key] for module in modules)
+
+    def stage_prefill_s(self, modules: Iterable[Module]) -> float | None:
+        """Seconds per prefill chunk of a stage of these modules; None when prefill was not measured."""
+        keys = [module.profile_key for module in modules]
+        if not all(key in self.prefill_s for key in keys):
+            return None
+        return self.prefill_overhead_s + sum(self.prefill_s[key] for key in keys)
+
+
+def hop_s(sender: DeviceCost, receiver: DeviceCost, payload_bytes: int) -> float:
+    """Latency of one message from stage to stage; infinite when one of the links was not measured."""
+    if sender.device == receiver.device:
+        return 0.0
+    if sender.link is None or receiver.link is None:
+        return float("inf")
+    return sender.link.crossing_s(payload_bytes) + receiver.link.crossing_s(payload_bytes)
+
+
+def transfer_s(sender: DeviceCost, receiver: DeviceCost, payload_bytes: int) -> float:
+    """How long one message keeps the busier of the two links occupied; infinite when one was not measured."""
+    if sender.device == receiver.device:
+        return 0.0
+    if sender.link is None or receiver.link is None:
+        return float("inf")
+    return payload_bytes / min(sender.link.bytes_per_s, receiver.link.bytes_per_s)
+
+
+def memory_limit_bytes(usable_bytes: int) -> int:
+    """What stages may take of `usable_bytes`: all but the reserve, at least 0."""
+    return max(0, usable_bytes - max(RESERVE_MIN_BYTES, int(usable_bytes * RESERVE_FRACTION)))
+
+
+class StageMemory:
+    """Adds up what a growing stage needs on one device; files that its modules share are counted once."""
+
+    def __init__(self, graph: Graph, workload: Workload, cost: DeviceCost) -> None:
+        self._workload = workload
+        self._ratio = cost.held_ratio
+        self._base_bytes = cost.worker_base_bytes + TRANSPORT_BYTES
+        self._scratch_bytes = workload.prefill_chunk_tokens * graph.hidden * 4 * SCRATCH_ROWS_FACTOR
+        self._logits_bytes = graph.vocabulary * 4
+        self._files: dict[str, int] = {}
+        self.held_bytes = 0
+        """Weights, KV cache and scratch: what the stage itself accounts for."""
+
+    def add(self, module: Module) -> int:
+        """Take one more module into the stage; give `memory_bytes` after it."""
+        weights = int(module.weight_bytes * self._ratio.get(module.profile_key, 1.0))
+        # The bytes of a module are split over its files by number only: exact where it has one, as packed models do,
+        # and a module that adds nothing but known files adds what it holds beyond them.
+        known = sum(self._files.get(digest, 0) for digest in module.artifacts)
+        added = max(0, weights - known)
+        fresh = [digest for digest in module.artifacts if digest not in self._files]
+        for digest in fresh:
+            self._files[digest] = added // len(fresh)
+        self.held_bytes += added + module.kv_bytes_per_token * self._workload.context_tokens * self._workload.slots
+        if module.kind == "head":
+            self.held_bytes += self._logits_bytes
+        return self.memory_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the stage needs on the device in all."""
+        return self._base_bytes + self._scratch_bytes + self.held_bytes
+
+
+def stage_memory(graph: Graph, workload: Workload, cost: DeviceCost, modules: Iterable[Module]) -> tuple[int, int]:
+    """Give (held_bytes, memory_bytes) of a stage of these modules."""
+    memory = StageMemory(graph, workload, cost)
+    for module in modules:
+        memory.add(module)
+    return memory.held_bytes, memory.memory_bytes
+
+
+def device_cost(
+    graph: Graph, device: str, profile: Profile, usable_bytes: int, workload: Workload
+) -> DeviceCost | LeftOut:
+    """Price a device for a graph, or say why it can't be priced."""
+    measured: dict[str, ModuleMeasurement] = {}
+    for measurement in profile.modules:
+        if measurement.engine.split()[:1] == [workload.engine]:
+            measured.setdefault(measurement.key, measurement)
+    wanted = {module.profile_key: module for module in graph.modules}
+    missing = [key for key in wanted if key not in measured]
+    if missing:
+        names = ", ".join(sorted({wanted[key].kind for key in missing}))
+        return LeftOut(device=device, because=f"has not measured {names} of {graph.model} on {workload.engine}")
+    decode: dict[str, StepCost] = {}
+    prefill: dict[str, StepCost] = {}
+    notes: list[str] = []
+    for key, module in wanted.items():
+        step = step_cost(measured[key], "decode", 1, workload)
+        if isinstance(step, str):
+            return LeftOut(device=device, because=f"{module.kind}, decode: {step}")
+        decode[key] = step
+        notes.extend(f"{module.kind}, decode: {note}" for note in step.notes)
+        chunk = step_cost(measured[key], "prefill", workload.prefill_chunk_tokens, workload)
+        if isinstance(chunk, str):
+            notes.append(f"{module.kind}, prefill: {chunk}")
+        else:
+            prefill[key] = chunk
+    blocks = {key for key, module in wanted.items() if module.kind == "block"}
+    overhead_s, decode_s = _share_overhead(decode, blocks)
+    prefill_overhead_s, prefill_s = _share_overhead(prefill, blocks)
+    link, link_because = link_cost(profile)
+    if link is not None and link_because:
+        notes.append(link_because)
+    return DeviceCost(
+        device=device,
+        usable_bytes=usable_bytes,
+        memory_limit_bytes=memory_limit_bytes(usable_bytes),
+        worker_base_bytes=max(measured[key].base_bytes for key in wanted),
+        overhead_s=overhead_s,
+        decode_s=decode_s,
+        prefill_overhead_s=prefill_overhead_s,
+        prefill_s=prefill_s,
+        held_ratio={key: _held_ratio(measured[key], module.weight_bytes) for key, module in wanted.items()},
+        link=link,
+        link_because="" if link else link_because,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _share_overhead(steps: Mapping[str, StepCost], blocks: set[str]) -> tuple[float, dict[str, float]]:
+    """Give the overhead of one step and the marginal seconds of each key. What was timed alone holds an overhead."""
+    overhead_s = max((step.overhead_s for key, step in steps.items() if key in blocks), default=0.0)
+    marginal = {
+        key: step.module_s if key in blocks else max(0.0, step.overhead_s + step.module_s - overhead_s)
+        for key, step in steps.items()
+    }
+    return overhead_s, marginal
+
+
+def _held_ratio(measurement: ModuleMeasurement, weight_bytes: int) -> float:
+    """Measured growth of the process per byte of weights loaded; 1 when the growth was not measured or is less."""
+    depth = max((timing.stack for timing in measurement.timings), default=1)
+    return max(1.0, measurement.resident_bytes / (depth * weight_bytes)) if weight_bytes > 0 else 1.0
+
+
+def step_cost(measurement: ModuleMeasurement, phase: Phase, tokens: int, workload: Workload) -> StepCost | str:
+    """Separate the cost of a module from the cost of a step, at the workload's context; or say why not."""
+    offered = [timing for timing in measurement.timings if timing.phase == phase and timing.samples.samples_s]
+    if not offered:
+        return "not measured"
+    taken = [timing for timing in offered if timing.samples.valid]
+    notes: list[str] = []
+    if not taken:
+        because = offered[0].samples.invalid_because or "marked invalid"
+        if not workload.accept_unsteady:
+            return f"measured, but the figures are not to be trusted ({because})"
+        taken = offered
+        notes.append(f"taken although unsteady ({because})")
+    by_stack: dict[int, float] = {}
+    for stack in sorted({timing.stack for timing in taken}):
+        timings = [timing for timing in taken if timing.stack == stack]
+        by_stack[stack], said = _at(timings, tokens, workload.expected_tokens)
+        notes.extend(said)
+    low, high = min(by_stack), max(by_stack)
+    if low == high:
+        if measurement.kind == "block":
+            notes.append(f"only {low} stacked was measured, so the cost of a step is part of the block's")
+        return StepCost(module_s=by_stack[low] / low, overhead_s=0.0, notes=tuple(notes))
+    module_s = (by_stack[high] - by_stack[low]) / (high - low)
+    if module_s <= 0:
+        notes.append(f"{high} stacked took no longer than {low}: the mean is taken")
+        return StepCost(module_s=by_stack[high] / high, overhead_s=0.0, notes=tuple(notes))
+    overhead_s = max(0.0, by_stack[low] - low * module_s)
+    return StepCost(module_s=module_s, overhead_s=overhead_s, notes=tuple(dict.fromkeys(notes)))
+
+
+def _at(timings: Sequence[ModuleTiming], tokens: int, context: int) -> tuple[float, list[str]]:
+    """Seconds at `tokens` rows and `context` cached rows, from medians at the measured points; and what to say."""
+    by_tokens: dict[int, float] = {}
+    notes: list[str] = []
+    for rows in sorted({timing.tokens for timing in timings}):
+        points = {timing.context: median(timing.samples.samples_s) for timing in timings if timing.tokens == rows}
+        by_tokens[rows] = interpolated(points, context)
+        if len(points) > 1 and context > max(points):
+            notes.append(f"context {context} extrapolated from {max(points)}")
+    if len(by_tokens) == 1:
+        rows, seconds = next(iter(by_tokens.items()))
+        if rows != tokens:
+            notes.append(f"{tokens} rows taken in proportion to {rows}")
+        return seconds * tokens / rows, notes
+    if tokens > max(by_tokens):
+        notes.append(f"{tokens} rows extrapolated from {max(by_tokens)}")
+    return interpolated(by_tokens, tokens), notes
+
+
+def interpolated(points: Mapping[int, float], at: int) -> float:
+    """Linear between measured points; constant below the first; beyond the last with the last slope, never falling."""
+    places = sorted(points)
+    if at <= places[0] or len(places) == 1:
+        return points[places[0]]
+    high = next((place for place in places if place >= at), places[-1])
+    low = places[places.index(high) - 1]
+    slope = (points[high] - points[low]) / (high - low)
+    if at > high:
+        return points[high] + max(0.0, slope) * (at - high)
+    return points[low] + slope * (at - low)
+
+
+def link_cost(profile: Profile) -> tuple[LinkCost | None, str]:
+    """Give a link's cost and what to say about it; None and the reason when it was not measured.
+
+    Goodput is solved from both probes: T = delay + (G + c) / rate for G bytes in chunks of c (the last chunk is stored
+    and forwarded), rtt = delay + 2 P / rate. An unsteady link stays usable: jitter is a property of links.
+    """
+    measurement = profile.link
+    if not isinstance(measurement, LinkMeasurement):
+        return None, f"link not measured: {measurement.because}"
+    if not measurement.round_trip.samples_s or not measurement.goodput.samples_s:
+        return None, "link not measured: no samples"
+    round_trip_s = median(measurement.round_trip.samples_s)
+    goodput_s = median(measurement.goodput.samples_s)
+    moved = measurement.goodput_payload_bytes + measurement.goodput_chunk_bytes
+    excess = moved - 2 * measurement.round_trip_payload_bytes
+    if goodput_s > round_trip_s and excess > 0:
+        rate = excess / (goodput_s - round_trip_s)
+    else:
+        rate = measurement.goodput_payload_bytes / max(goodput_s, 1e-9)
+    if rate <= 0:
+        return None, "link not measured: no bytes were moved"
+    link = LinkCost(round_trip_s=round_trip_s, probe_bytes=measurement.round_trip_payload_bytes, bytes_per_s=rate)
+    return link, _unsteady(measurement.round_trip) or _unsteady(measurement.goodput)
+
+
+def _unsteady(samples: Samples) -> str:
+    return "" if samples.valid else f"link unsteady ({samples.invalid_because or 'marked invalid'})"

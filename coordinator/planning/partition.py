@@ -1,0 +1,254 @@
+"""Cut a chain of modules over devices, optimally.
+
+A placement gives each device at most one contiguous run of modules; devices may be left out. Two objectives:
+
+    latency      sum of all stages and hops once round the ring, the hop from the head back to the first stage included
+    throughput   the slowest stage, or the busiest link: a full pipeline moves one token per so many seconds
+
+Dynamic programme over suffixes of the chain: `best[used][d][f][i]` is the cheapest way to place modules i.. on exactly
+the devices `used`, the first of them on d, when the ring began on f (the way back depends on it). Ties are broken by
+fewer devices, then lower latency, then the lexicographic order of the assignment, so that plans are stable: the
+throughput is found first, and among all placements that reach it the latency is minimised.
+
+Above EXACT_DEVICES devices the used set is given up for fixed orders of the devices (`coordinator.planning.ordered`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.planning.plan import Objective
+from wire.errors import Refused
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+EXACT_DEVICES: Final = 8
+"""2**8 used sets of 8 devices and 80 blocks take about half a second; each further device more than doubles it."""
+
+TIE: Final = 1e-9
+"""Relative difference below which two costs are equal: rounding of sums taken in different order."""
+
+
+class Infeasible(Refused):
+    """No placement keeps all limits; the text names what is missing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """N devices, L modules. Cut i lies before module i; cut L is the way from the head back to the first stage.
+
+    `seconds` [N, L] per module, `overhead_s` [N] per stage, `fits` [N, L + 1, L + 1] whether device d may hold modules
+    i to j - 1, `hop_s` and `transfer_s` [N, N, L + 1] latency and occupancy from device to device at a cut.
+    """
+
+    devices: tuple[str, ...]
+    seconds: Floats
+    overhead_s: Floats
+    fits: Flags
+    hop_s: Floats
+    transfer_s: Floats
+
+    @property
+    def modules(self) -> int:
+        return int(self.seconds.shape[1])
+
+    def stage_s(self) -> Floats:
+        """[N, L + 1, L + 1] seconds of modules i to j - 1 on d; infinite where it may not hold them."""
+        sums = np.concatenate([np.zeros((len(self.devices), 1)), np.cumsum(self.seconds, axis=1)], axis=1)
+        stage = sums[:, None, :] - sums[:, :, None] + self.overhead_s[:, None, None]
+        i, j = np.indices(stage.shape[1:])
+        return np.where(self.fits & (j > i)[None], stage, np.inf)
+
+    def only(self, chosen: list[int]) -> Problem:
+        """The same problem with these devices alone."""
+        return Problem(
+            devices=tuple(self.devices[d] for d in chosen),
+            seconds=self.seconds[chosen],
+            overhead_s=self.overhead_s[chosen],
+            fits=self.fits[chosen],
+            hop_s=self.hop_s[np.ix_(chosen, chosen)],
+            transfer_s=self.transfer_s[np.ix_(chosen, chosen)],
+        )
+
+
+class Run(NamedTuple):
+    """Modules `first` to `end - 1` on the device with this index."""
+
+    device: int
+    first: int
+    end: int
+
+
+Placement = tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Solution:
+    placement: Placement
+    latency_s: float
+    slowest_s: float
+    best_by_stages: dict[int, float]
+    """The least value of the objective with exactly so many stages, where it is possible at all."""
+    because: str
+    """How it was found, when that is not by exact search; else ''."""
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """What a search minimises: `stage` [N, L+1, L+1] and `hop` [N, N, L+1], joined by addition or by maximum."""
+
+    stage: Floats
+    hop: Floats
+    join: Callable[..., Floats]
+    at_most: int
+
+
+class Found(Protocol):
+    """The outcome of one search."""
+
+    @property
+    def best_by_stages(self) -> dict[int, float]:
+        """Least cost for each possible number of stages."""
+
+    def trace(self, stages: int) -> Placement:
+        """A placement of that many stages with least cost; the first in lexicographic order."""
+
+
+Search = Callable[[Costs], Found]
+
+
+def latency_s(problem: Problem, placement: Placement) -> float:
+    """Seconds once round the ring."""
+    stages = sum(_run_s(problem, run) for run in placement)
+    return stages + sum(float(problem.hop_s[a, b, cut]) for a, b, cut in hops(problem, placement))
+
+
+def slowest_s(problem: Problem, placement: Placement) -> float:
+    """Seconds of the slowest stage or busiest link."""
+    stages = max(_run_s(problem, run) for run in placement)
+    return max([stages, *(float(problem.transfer_s[a, b, cut]) for a, b, cut in hops(problem, placement))])
+
+
+def hops(problem: Problem, placement: Placement) -> list[tuple[int, int, int]]:
+    """(sender, receiver, cut) round the ring; none for a single stage, whose token never leaves the device."""
+    if len(placement) == 1:
+        return []
+    onward = [(run.device, after.device, run.end) for run, after in pairwise(placement)]
+    return [*onward, (placement[-1].device, placement[0].device, problem.modules)]
+
+
+def _run_s(problem: Problem, run: Run) -> float:
+    return float(problem.overhead_s[run.device] + problem.seconds[run.device, run.first : run.end].sum())
+
+
+def solve(
+    problem: Problem, objective: Objective, at_least: int = 1, at_most: int | None = None, search: Search | None = None
+) -> Solution | None:
+    """Give the best placement with `at_least` to `at_most` stages, or None if there is none."""
+    if not problem.devices:
+        return None
+    stages = min(len(problem.devices), problem.modules, at_most or len(problem.devices))
+    stage = problem.stage_s()
+    find = search or exact
+    allowed = range(at_least, stages + 1)
+    if objective == "latency":
+        found = find(Costs(stage, problem.hop_s, np.add, stages))
+        best_by_stages = found.best_by_stages
+    else:
+        best_by_stages = find(Costs(stage, problem.transfer_s, np.maximum, stages)).best_by_stages
+    within = {count: best_by_stages[count] for count in allowed if count in best_by_stages}
+    if not within:
+        return None
+    bound = min(within.values()) * (1 + TIE)
+    if objective == "throughput":
+        hop = np.where(problem.transfer_s <= bound, problem.hop_s, np.inf)
+        found = find(Costs(np.where(stage <= bound, stage, np.inf), hop, np.add, stages))
+        within = {count: bound for count in allowed if count in found.best_by_stages}
+    placement = found.trace(min(count for count, value in within.items() if value <= bound))
+    return Solution(
+        placement=placement,
+        latency_s=latency_s(problem, placement),
+        slowest_s=slowest_s(problem, placement),
+        best_by_stages=best_by_stages,
+        because="",
+    )
+
+
+def exact(costs: Costs) -> Found:
+    """Search all placements by dynamic programming over used sets."""
+    devices, length = costs.stage.shape[0], costs.stage.shape[1] - 1
+    best: dict[int, Floats] = {}
+    for used in sorted(range(1, 1 << devices), key=lambda mask: (mask.bit_count(), mask)):
+        if used.bit_count() > costs.at_most:
+            break
+        table = np.full((devices, devices, length + 1), np.inf)
+        for d in range(devices):
+            if not used >> d & 1:
+                continue
+            rest = used & ~(1 << d)
+            if rest:
+                onward = costs.join(costs.hop[d][:, None, :], best[rest]).min(axis=0)
+                table[d] = costs.join(costs.stage[d][None, :, :], onward[:, None, :]).min(axis=2)
+            else:
+                table[d] = costs.join(costs.stage[d][None, :, length], costs.hop[d, :, length][:, None])
+                table[d, d] = np.inf
+                table[d, d, 0] = costs.stage[d, 0, length]
+        best[used] = table
+    return _ExactFound(costs, best)
+
+
+class _ExactFound:
+    """`best[used][d, f, i]`, read where f is not in `used`, or where f = d and i = 0 (the whole ring)."""
+
+    def __init__(self, costs: Costs, best: dict[int, Floats]) -> None:
+        self._costs = costs
+        self._best = best
+        self._whole = {
+            (used, d): float(table[d, d, 0])
+            for used, table in best.items()
+            for d in range(table.shape[0])
+            if np.isfinite(table[d, d, 0])
+        }
+
+    @property
+    def best_by_stages(self) -> dict[int, float]:
+        values: dict[int, float] = {}
+        for (used, _), value in self._whole.items():
+            count = used.bit_count()
+            values[count] = min(value, values.get(count, np.inf))
+        return values
+
+    def trace(self, stages: int) -> Placement:
+        bound = self.best_by_stages[stages] * (1 + TIE)
+        tied = [key for key, value in self._whole.items() if key[0].bit_count() == stages and value <= bound]
+        placements = [self._follow(used, first, bound) for used, first in tied]
+        return min(placements, key=_assignment)
+
+    def _follow(self, used: int, first: int, bound: float) -> Placement:
+        """Walk down from the whole ring, at each step to the lexicographically first choice within `bound`."""
+        costs, length = self._costs, self._costs.stage.shape[1] - 1
+        runs: list[Run] = []
+        device, start, spent = first, 0, 0.0
+        while used & (used - 1):
+            used &= ~(1 << device)
+            step = costs.join(spent, costs.stage[device, start][None, :])
+            total = costs.join(costs.join(step, costs.hop[device]), self._best[used][:, first, :])
+            choices = [(int(e), int(j)) for e, j in np.argwhere(total <= bound)]
+            # A lower device should take over early, a higher one late.
+            lower = [(j, e) for e, j in choices if e < device]
+            end, after = min(lower) if lower else min(((j, e) for e, j in choices), key=lambda c: (-c[0], c[1]))
+            spent = float(costs.join(costs.join(spent, costs.stage[device, start, end]), costs.hop[device, after, end]))
+            runs.append(Run(device, start, end))
+            device, start = after, end
+        return (*runs, Run(device, start, length))
+
+
+def _assignment(placement: Placement) -> list[int]:
+    return [run.device for run in placement for _ in range(run.first, run.end)]
