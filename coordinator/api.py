@@ -1,0 +1,238 @@
+"""The coordinator's HTTP door.
+
+    GET  /v1/status                 site, broker, deployments, counts
+    GET  /v1/devices                one row per device
+    GET  /v1/profiles/{device}      the device's profile
+    GET  /v1/notices                latest notices
+    GET  /v1/models                 catalog and what is prepared
+    POST /v1/plan                   DeployRequest -> plan and its explanation (NDJSON: status lines, then the plan)
+    POST /v1/deployments            DeployRequest -> put in force (NDJSON)
+    DELETE /v1/deployments/{name}
+    POST /v1/generate               GenerateRequest -> NDJSON stream of events
+    GET  /v1/artifacts/{digest}     file by digest, with ranges
+
+NDJSON: one JSON object per line; an error is {"event": "error", "message", "try", "exit_code"}. Plain answers give
+errors as the same object with an HTTP status. With a site key, every caller that is not on this machine must send
+`Authorization: Bearer KEY`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from models.catalog import entries
+from msgspec import Struct
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from coordinator.inference.requests import GenerateRequest
+from coordinator.inference.serve import Serving
+from coordinator.journal import DeployRequest
+from coordinator.operations import Operations
+from coordinator.planning.explain import explain
+from coordinator.service import Coordinator
+from coordinator.view import device_rows, status_row
+from wire.errors import EdgelamError, ExitCode, Refused, UsageError
+from wire.ids import is_digest
+
+LOG = logging.getLogger("edgelam.api")
+MAX_BODY_BYTES = 4 * 1024 * 1024
+
+T = TypeVar("T", bound=Struct)
+HTTP_STATUS = {
+    ExitCode.USAGE: 400,
+    ExitCode.REFUSED: 409,
+    ExitCode.UNREACHABLE: 503,
+    ExitCode.DEGRADED: 503,
+    ExitCode.FAILED: 500,
+}
+
+
+def error_body(error: EdgelamError) -> dict[str, Any]:
+    return {"event": "error", "message": error.message, "try": error.try_, "exit_code": int(error.exit_code)}
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+
+
+async def _body(request: Request, kind: type[T]) -> T:
+    """The request's JSON as a checked struct; raise UsageError."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY_BYTES:
+            raise UsageError(f"the request's body exceeds {MAX_BODY_BYTES} bytes")
+    try:
+        return msgspec.json.decode(bytes(data), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the request is not a {kind.__name__}: {error}") from None
+
+
+def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    async def run(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except EdgelamError as error:
+            return _json(error_body(error), HTTP_STATUS.get(error.exit_code, 500))
+
+    return run
+
+
+def _lines(events: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+    """Stream events as NDJSON; an error becomes the last line."""
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            async for event in events:
+                yield msgspec.json.encode(event) + b"\n"
+        except EdgelamError as error:
+            yield msgspec.json.encode(error_body(error)) + b"\n"
+
+    return StreamingResponse(body(), media_type="application/x-ndjson")
+
+
+async def _with_progress(
+    work: Callable[[Callable[[str], None]], Awaitable[dict[str, Any]]],
+) -> AsyncIterator[dict[str, Any]]:
+    """Run `work(progress)`; yield its status lines while it runs and its result at the end."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+    def progress(text: str) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, {"event": "status", "text": text})
+
+    async def run() -> dict[str, Any]:
+        try:
+            return await work(progress)
+        finally:
+            loop.call_soon(queue.put_nowait, None)
+
+    task = asyncio.ensure_future(run())
+    try:
+        while (event := await queue.get()) is not None:
+            yield event
+        yield await task
+    finally:
+        task.cancel()
+
+
+class Api:
+    """Handlers; one instance per coordinator."""
+
+    def __init__(self, coordinator: Coordinator, operations: Operations, serving: Serving) -> None:
+        self.coordinator = coordinator
+        self.operations = operations
+        self.serving = serving
+
+    async def status(self, _request: Request) -> Response:
+        return _json(status_row(self.coordinator))
+
+    async def devices(self, _request: Request) -> Response:
+        return _json({"schema": "edgelam.devices/1", "devices": device_rows(self.coordinator)})
+
+    async def profile(self, request: Request) -> Response:
+        device = request.path_params["device"]
+        profile = self.coordinator.profiles().get(device)
+        if profile is None:
+            raise UsageError(f"no profile of {device!r}", try_="edgelam devices")
+        return _json(profile)
+
+    async def notices(self, _request: Request) -> Response:
+        return _json({"schema": "edgelam.notices/1", "notices": list(self.coordinator.notices)})
+
+    async def models(self, _request: Request) -> Response:
+        return _json({"schema": "edgelam.models/1", "models": [msgspec.to_builtins(entry) for entry in entries()]})
+
+    async def plan(self, request: Request) -> Response:
+        wanted = await _body(request, DeployRequest)
+
+        async def work(progress: Callable[[str], None]) -> dict[str, Any]:
+            plan, prepared, candidates = await self.operations.plan(wanted, progress)
+            lines = await asyncio.to_thread(explain, plan, prepared.packed.graph, candidates)
+            return {"event": "plan", "plan": msgspec.to_builtins(plan), "explanation": list(lines)}
+
+        return _lines(_with_progress(work))
+
+    async def deploy(self, request: Request) -> Response:
+        wanted = await _body(request, DeployRequest)
+
+        async def work(progress: Callable[[str], None]) -> dict[str, Any]:
+            record, _ = await self.operations.deploy(wanted, progress)
+            return {"event": "deployed", "plan": msgspec.to_builtins(record.plan)}
+
+        return _lines(_with_progress(work))
+
+    async def undeploy(self, request: Request) -> Response:
+        await self.operations.remove(request.path_params["name"])
+        return _json({"removed": request.path_params["name"]})
+
+    async def generate(self, request: Request) -> Response:
+        wanted = await _body(request, GenerateRequest)
+        return _lines(self.serving.generate(wanted))
+
+    async def artifact(self, request: Request) -> Response:
+        digest = request.path_params["digest"]
+        path = self.coordinator.artifacts.path_of(digest) if is_digest(digest) else None
+        if path is None:
+            return _json({"event": "error", "message": f"no artifact {digest[:80]}", "try": "", "exit_code": 1}, 404)
+        return FileResponse(path, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'})
+
+    def routes(self) -> list[Route]:
+        def route(path: str, handler: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
+            return Route(path, _guarded(handler), methods=[method])
+
+        return [
+            route("/v1/status", self.status),
+            route("/v1/devices", self.devices),
+            route("/v1/profiles/{device}", self.profile),
+            route("/v1/notices", self.notices),
+            route("/v1/models", self.models),
+            route("/v1/plan", self.plan, "POST"),
+            route("/v1/deployments", self.deploy, "POST"),
+            route("/v1/deployments/{name}", self.undeploy, "DELETE"),
+            route("/v1/generate", self.generate, "POST"),
+            route("/v1/artifacts/{digest}", self.artifact),
+        ]
+
+
+class SiteKeyGuard:
+    """ASGI middleware: callers from other machines must know the site key, where there is one."""
+
+    def __init__(self, app: ASGIApp, site_key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {site_key}".encode()
+        self._open = not site_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._open and not _is_local(scope):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                refusal = error_body(Refused("wrong or missing site key", try_="--site-key-file FILE"))
+                await _json(refusal, 401)(scope, receive, send)
+                return
+        try:
+            await self._app(scope, receive, send)
+        except ClientDisconnect:
+            LOG.debug("a client went away")
+
+
+def _is_local(scope: Scope) -> bool:
+    client = scope.get("client")
+    try:
+        return client is not None and ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def make_app(coordinator: Coordinator, operations: Operations, serving: Serving, site_key: str) -> ASGIApp:
+    return SiteKeyGuard(Starlette(routes=Api(coordinator, operations, serving).routes()), site_key)

@@ -1,0 +1,1 @@
+"""The commands of `edgelam`, one file each; coordinator.cli puts them together."""

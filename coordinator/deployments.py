@@ -1,0 +1,129 @@
+"""From a plan to stages that run: orders for every device, and whether they have been carried out.
+
+Pure: plans and reports in, orders and verdicts out. The service publishes and waits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from coordinator.journal import DeploymentRecord, DeployRequest
+from coordinator.planning.plan import Plan, PlannedStage
+from models.graph import Graph
+from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport
+
+
+class Readiness(Struct, frozen=True, kw_only=True):
+    """Where a deployment stands. `ready` when every stage of its epoch is; `failed` holds (device, detail)."""
+
+    ready: bool
+    waiting: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
+
+    def text(self) -> str:
+        return "ready" if self.ready else "; ".join(self.waiting)
+
+
+def deployment_name(model: str) -> str:
+    """A topic level from a model's name: 'hf:org/Model-1B' -> 'org-model-1b'; at most 32 characters."""
+    text = re.sub(r"[^a-z0-9]+", "-", model.lower().removeprefix("hf:")).strip("-")
+    return text[:32].strip("-") or "model"
+
+
+def stage_artifacts(graph: Graph, stage: PlannedStage) -> list[str]:
+    """Digests of the files that hold a stage's weights, each once, in module order."""
+    names = (["embedding"] if stage.embedding else []) + [
+        f"block.{number}" for number in range(stage.first_block, stage.end_block)
+    ]
+    names += ["head"] if stage.head else []
+    return list(dict.fromkeys(digest for name in names for digest in graph.module(name).artifacts))
+
+
+def make_orders(
+    plan: Plan,
+    graph: Graph,
+    config: Struct,
+    graph_artifact: Callable[[PlannedStage], ArtifactRef],
+    weight_artifact: Callable[[str], ArtifactRef],
+) -> dict[str, tuple[StageOrder, ...]]:
+    """The order for each device of a plan."""
+    orders: dict[str, tuple[StageOrder, ...]] = {}
+    for index, stage in enumerate(plan.stages):
+        following = plan.stages[(index + 1) % len(plan.stages)]
+        order = StageOrder(
+            deployment=plan.deployment,
+            epoch=plan.epoch,
+            stage=stage.stage,
+            stages=len(plan.stages),
+            model=plan.model,
+            engine="onnxruntime",
+            graph=graph_artifact(stage),
+            weights=tuple(weight_artifact(digest) for digest in stage_artifacts(graph, stage)),
+            embedding=stage.embedding,
+            head=stage.head,
+            first_block=stage.first_block,
+            end_block=stage.end_block,
+            hidden=graph.hidden,
+            vocabulary=graph.vocabulary,
+            wire_dtype=plan.wire_dtype,
+            context_tokens=plan.context_tokens,
+            slots=plan.slots,
+            prefill_chunk_tokens=plan.prefill_chunk_tokens,
+            inbox=stage.inbox,
+            next=following.inbox,
+            config=msgspec.json.encode(config).decode(),
+        )
+        orders[stage.device] = (*orders.get(stage.device, ()), order)
+    return orders
+
+
+def desired_for(device: str, epoch: int, records: Iterable[DeploymentRecord], artifacts_url: str) -> Desired:
+    """All stages that a device should run, over all deployments."""
+    stages = tuple(order for record in records for order in record.orders.get(device, ()))
+    return Desired(device=device, epoch=epoch, artifacts_url=artifacts_url, stages=stages)
+
+
+def readiness(plan: Plan, applied: Mapping[str, Applied], online: Callable[[str], bool]) -> Readiness:
+    """Compare a plan with what the devices say that they run."""
+    waiting: list[str] = []
+    failed: list[tuple[str, str]] = []
+    for stage in plan.stages:
+        where = f"stage {stage.stage} on {stage.device}"
+        if not online(stage.device):
+            waiting.append(f"{where}: the device is offline")
+            continue
+        report = _report_of(plan, stage, applied.get(stage.device))
+        if report is None:
+            waiting.append(f"{where}: no answer yet")
+        elif report.phase == "failed":
+            failed.append((stage.device, report.detail or "no reason given"))
+        elif report.phase != "ready":
+            share = f" {report.fetched_bytes}/{report.to_fetch_bytes} bytes" if report.phase == "fetching" else ""
+            waiting.append(f"{where}: {report.phase}{share}")
+    return Readiness(ready=not waiting and not failed, waiting=tuple(waiting), failed=tuple(failed))
+
+
+def _report_of(plan: Plan, stage: PlannedStage, applied: Applied | None) -> StageReport | None:
+    for report in applied.stages if applied else ():
+        if (report.deployment, report.stage, report.epoch) == (plan.deployment, stage.stage, plan.epoch):
+            return report
+    return None
+
+
+def same_request(record: DeploymentRecord, request: DeployRequest) -> bool:
+    return record.request == request
+
+
+def held_elsewhere(records: Sequence[DeploymentRecord], deployment: str, device: str) -> int:
+    """Bytes that other deployments hold on a device."""
+    return sum(
+        stage.memory_bytes
+        for record in records
+        if record.name != deployment
+        for stage in record.plan.stages
+        if stage.device == device
+    )

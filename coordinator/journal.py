@@ -1,0 +1,123 @@
+"""What the coordinator has acknowledged, in SQLite: it is on disk before anyone is told.
+
+Three tables: the epoch counter (a fence must never go back), deployments (plan, orders and the request they answer),
+and artifacts (digest, size, where the file is). One connection, used by one thread.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from coordinator.planning.plan import Plan
+from wire.errors import CorruptData
+from wire.messages import StageOrder
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS epoch (id INTEGER PRIMARY KEY CHECK (id = 1), value INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS deployment (name TEXT PRIMARY KEY, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS artifact (digest TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, path TEXT NOT NULL);
+"""
+
+
+class DeployRequest(Struct, frozen=True, kw_only=True):
+    """What a user asked for; two equal requests are answered by one deployment."""
+
+    model: str
+    precision: str = "int4"
+    objective: str = "latency"
+    context_tokens: int = 1024
+    slots: int = 4
+    boards_at_least: int = 1
+    boards_at_most: int = 64
+    excluded: tuple[str, ...] = ()
+    pins: tuple[tuple[str, str], ...] = ()
+    """(module, device) pairs."""
+
+
+class DeploymentRecord(Struct, frozen=True, kw_only=True):
+    """A deployment in force."""
+
+    name: str
+    request: DeployRequest
+    plan: Plan
+    orders: dict[str, tuple[StageOrder, ...]]
+    """Device -> its stages."""
+    checkpoint: str
+    """Path of the checkpoint: tokenizer and chat template are read from it."""
+
+
+class Journal:
+    """The coordinator's memory; methods return when the data is on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        """Open or create the file; raise CorruptData if it is no journal."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.executescript(SCHEMA)
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            raise CorruptData(
+                f"{self.path}: not a usable journal ({error})", try_=f"move {self.path} away and start again"
+            ) from None
+        self._connection = connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise RuntimeError("journal used before open()")
+        return self._connection
+
+    def next_epoch(self, at_least: int = 0) -> int:
+        """Give a number greater than every epoch given before and than `at_least`."""
+        row = self._db.execute("SELECT value FROM epoch WHERE id = 1").fetchone()
+        value = max(int(row[0]) if row else 0, at_least) + 1
+        self._db.execute("INSERT OR REPLACE INTO epoch (id, value) VALUES (1, ?)", (value,))
+        return value
+
+    def save_deployment(self, record: DeploymentRecord) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO deployment (name, record) VALUES (?, ?)",
+            (record.name, msgspec.json.encode(record)),
+        )
+
+    def remove_deployment(self, name: str) -> None:
+        self._db.execute("DELETE FROM deployment WHERE name = ?", (name,))
+
+    def deployments(self) -> list[DeploymentRecord]:
+        """All deployments in force; raise CorruptData for a record that can't be read."""
+        found = []
+        for name, data in self._db.execute("SELECT name, record FROM deployment ORDER BY name"):
+            try:
+                found.append(msgspec.json.decode(data, type=DeploymentRecord))
+            except msgspec.DecodeError as error:
+                raise CorruptData(
+                    f"{self.path}: deployment {name!r} can't be read ({error})",
+                    try_=f"move {self.path} away and deploy again",
+                ) from None
+        return found
+
+    def save_artifact(self, digest: str, size_bytes: int, path: Path) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO artifact (digest, size_bytes, path) VALUES (?, ?, ?)",
+            (digest, size_bytes, str(path)),
+        )
+
+    def artifacts(self) -> dict[str, tuple[int, Path]]:
+        rows = self._db.execute("SELECT digest, size_bytes, path FROM artifact")
+        return {digest: (int(size), Path(path)) for digest, size, path in rows}

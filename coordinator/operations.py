@@ -1,0 +1,252 @@
+"""What a user can ask for: prepare a model, plan it, deploy it, make sure that it runs.
+
+Decisions are made by pure functions (coordinator.planning, coordinator.deployments); here they get their inputs, and
+their results are journaled first and published then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+from models.build.stage import build_stage_graph
+
+from coordinator.deployments import deployment_name, held_elsewhere, make_orders, readiness
+from coordinator.journal import DeploymentRecord, DeployRequest
+from coordinator.planning.plan import Plan, PlannedStage
+from coordinator.planning.planner import Candidate, PlanRequest, make_plan, worth_moving
+from coordinator.service import Coordinator
+from coordinator.shelf import Prepared, Shelf
+from wire import topics
+from wire.errors import Degraded, Unreachable, UsageError
+from wire.messages import ArtifactRef, InboxAddress, Kit, KitModule
+
+Progress = Callable[[str], None]
+
+PREFILL_CHUNK_TOKENS = 64
+"""Rows per prefill step: chunking costs no compute down to 32, and lets all stages work at once."""
+MEASURE_TIMEOUT_S = 180.0
+READY_TIMEOUT_S = 600.0
+FIRST_BOARD_TIMEOUT_S = 20.0
+PRECISIONS = ("int4", "int8", "f32")
+OBJECTIVES = ("latency", "throughput")
+
+
+class Operations:
+    """Operations on one coordinator; those that change deployments run one at a time."""
+
+    def __init__(self, coordinator: Coordinator, shelf: Shelf) -> None:
+        self._coordinator = coordinator
+        self._shelf = shelf
+        self._changing = asyncio.Lock()
+        self._kit: dict[str, KitModule] = {}
+
+    async def prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
+        """Pack a model and ask all devices to measure its modules (those that have not)."""
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision {precision!r} is unknown", try_=", ".join(PRECISIONS))
+        prepared = await self._shelf.prepare(model, precision, progress)
+        await self._offer_kit(prepared)
+        return prepared
+
+    async def _offer_kit(self, prepared: Prepared) -> None:
+        entries = await asyncio.to_thread(self._shelf.kit_of, prepared)
+        coordinator = self._coordinator
+        fresh = [entry for entry in entries if entry.key not in self._kit]
+        for entry in fresh:
+            self._kit[entry.key] = KitModule(
+                key=entry.key,
+                kind=entry.kind,
+                graphs=tuple(
+                    (stack, coordinator.artifacts.add_bytes(data, f"{entry.kind}-x{stack}.onnx"))
+                    for stack, data in sorted(entry.graphs.items())
+                ),
+                hidden=entry.hidden,
+                vocabulary=entry.vocabulary,
+                wire_dtype=entry.wire_dtype,
+            )
+        if fresh:
+            coordinator.offer_kit(Kit(artifacts_url=coordinator.artifacts_url, modules=tuple(self._kit.values())))
+
+    async def plan(self, request: DeployRequest, progress: Progress) -> tuple[Plan, Prepared, list[Candidate]]:
+        """Plan a model on the devices that are online and measured; waits for measurements that are under way."""
+        if request.objective not in OBJECTIVES:
+            raise UsageError(f"objective {request.objective!r} is unknown", try_=", ".join(OBJECTIVES))
+        prepared = await self.prepare(request.model, request.precision, progress)
+        await self._await_boards(request, prepared, progress)
+        candidates = self._candidates(request)
+        name = deployment_name(request.model)
+        plan = await asyncio.to_thread(
+            make_plan,
+            prepared.packed.graph,
+            candidates,
+            self._plan_request(request, name),
+            lambda stage: self._inbox(name, stage),
+        )
+        return plan, prepared, candidates
+
+    def _plan_request(self, request: DeployRequest, name: str) -> PlanRequest:
+        return PlanRequest(
+            deployment=name,
+            epoch=0,
+            objective="throughput" if request.objective == "throughput" else "latency",
+            context_tokens=request.context_tokens,
+            slots=request.slots,
+            boards_at_least=request.boards_at_least,
+            boards_at_most=request.boards_at_most,
+            pins=dict(request.pins),
+            excluded=request.excluded,
+            prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
+        )
+
+    def _inbox(self, deployment: str, stage: int) -> InboxAddress:
+        return InboxAddress(topic=topics.INBOX.on(self._coordinator.site, deployment, str(stage)))
+
+    def _candidates(self, request: DeployRequest) -> list[Candidate]:
+        coordinator = self._coordinator
+        records = coordinator.records()
+        name = deployment_name(request.model)
+        found = []
+        for device, profile in sorted(coordinator.profiles().items()):
+            if coordinator.is_online(device):
+                usable = profile.memory.usable_bytes - held_elsewhere(records, name, device)
+                found.append(Candidate(device=device, profile=profile, usable_memory_bytes=max(0, usable)))
+        return found
+
+    async def _await_boards(self, request: DeployRequest, prepared: Prepared, progress: Progress) -> None:
+        """Wait until every online device has measured the model's modules, or can't."""
+        coordinator = self._coordinator
+        if (
+            not await coordinator.changes.wait(
+                lambda: len(coordinator.online()) >= max(1, request.boards_at_least), FIRST_BOARD_TIMEOUT_S
+            )
+            and not coordinator.online()
+        ):
+            raise Unreachable(
+                f"no board is online at site {coordinator.site!r}",
+                try_="edgelam-agent run on each board, or: edgelam testbed up --boards 4",
+            )
+        keys = {module.profile_key for module in prepared.packed.graph.modules}
+        said: set[str] = set()
+
+        def pending() -> list[str]:
+            return [device for device in coordinator.online() if not coordinator.has_measured(device, keys)]
+
+        def done() -> bool:
+            left = pending()
+            text = f"measuring on {', '.join(left)}" if left else ""
+            if text and text not in said:
+                said.add(text)
+                progress(text)
+            return not left
+
+        if not await coordinator.changes.wait(done, MEASURE_TIMEOUT_S):
+            progress(f"going on without the measurements of {', '.join(pending())}")
+
+    async def ensure(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
+        """Give a deployment that answers `request` and is ready: the one in force, or a new one."""
+        async with self._changing:
+            record = self._usable(request)
+            if record is None:
+                return await self._deploy(request, progress)
+            prepared = await self.prepare(request.model, request.precision, progress)
+            await self._await_ready(record, progress)
+            return record, prepared
+
+    def _usable(self, request: DeployRequest) -> DeploymentRecord | None:
+        """The deployment in force for this request, if all its devices are online and none has failed."""
+        coordinator = self._coordinator
+        for record in coordinator.records():
+            state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
+            if (
+                record.request == request
+                and not state.failed
+                and all(coordinator.is_online(stage.device) for stage in record.plan.stages)
+            ):
+                return record
+        return None
+
+    async def deploy(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
+        """Plan anew and put the plan in force; keeps the running placement when moving is not worth it."""
+        async with self._changing:
+            return await self._deploy(request, progress)
+
+    async def _deploy(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
+        plan, prepared, _ = await self.plan(request, progress)
+        running = self._usable(request)
+        if running is not None and not worth_moving(running.plan, plan):
+            await self._await_ready(running, progress)
+            return running, prepared
+        record = await self._put_in_force(request, plan, prepared)
+        progress(f"epoch {record.plan.epoch}: {len(record.plan.stages)} stages on {len(record.orders)} boards")
+        await self._await_ready(record, progress)
+        return record, prepared
+
+    async def _put_in_force(self, request: DeployRequest, plan: Plan, prepared: Prepared) -> DeploymentRecord:
+        """Journal, then publish."""
+        coordinator = self._coordinator
+        plan = _with_epoch(plan, coordinator.next_epoch())
+        packed = prepared.packed
+        graphs: dict[int, ArtifactRef] = {}
+        for stage in plan.stages:
+            data = await asyncio.to_thread(_stage_graph, prepared, plan, stage)
+            graphs[stage.stage] = coordinator.artifacts.add_bytes(data, f"{plan.deployment}-{stage.stage}.onnx")
+        orders = make_orders(
+            plan,
+            packed.graph,
+            packed.config,
+            lambda stage: graphs[stage.stage],
+            lambda digest: coordinator.artifacts.add_file(digest, packed.files[digest], packed.files[digest].name),
+        )
+        record = DeploymentRecord(
+            name=plan.deployment, request=request, plan=plan, orders=orders, checkpoint=str(prepared.checkpoint.path)
+        )
+        coordinator.put_in_force(record)
+        return record
+
+    async def _await_ready(self, record: DeploymentRecord, progress: Progress) -> None:
+        coordinator = self._coordinator
+        said = ""
+
+        def settled() -> bool:
+            nonlocal said
+            state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
+            text = state.text()
+            if text != said and not state.ready:
+                said = text
+                progress(text)
+            return state.ready or bool(state.failed) or any("offline" in why for why in state.waiting)
+
+        in_time = await coordinator.changes.wait(settled, READY_TIMEOUT_S)
+        state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
+        if state.failed:
+            device, detail = state.failed[0]
+            raise Degraded(f"{device} could not load its stage: {detail}", try_="edgelam devices; then run again")
+        if not state.ready:
+            late = "" if in_time else f" after {READY_TIMEOUT_S:.0f} s"
+            raise Unreachable(f"the deployment is not ready{late}: {state.text()}", try_="edgelam devices")
+
+    async def remove(self, name: str) -> None:
+        """Take a deployment out of force; raise UsageError if there is none of that name."""
+        async with self._changing:
+            if not any(record.name == name for record in self._coordinator.records()):
+                names = ", ".join(record.name for record in self._coordinator.records()) or "none"
+                raise UsageError(f"no deployment {name!r}", try_=f"deployments in force: {names}")
+            self._coordinator.take_out_of_force(name)
+
+
+def _with_epoch(plan: Plan, epoch: int) -> Plan:
+    return msgspec.structs.replace(plan, epoch=epoch)
+
+
+def _stage_graph(prepared: Prepared, plan: Plan, stage: PlannedStage) -> bytes:
+    return build_stage_graph(
+        prepared.packed.config,
+        plan.precision,
+        plan.wire_dtype,
+        first_block=stage.first_block,
+        end_block=stage.end_block,
+        embedding=stage.embedding,
+        head=stage.head,
+    )

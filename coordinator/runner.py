@@ -1,0 +1,314 @@
+"""The coordinator as a process: broker, hub, HTTP door, mDNS; started in this order and ended in the reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+from msgspec import Struct
+from wire.broker import Broker, start_broker
+
+from coordinator.api import make_app
+from coordinator.config import (
+    DEFAULT_HTTP_PORT,
+    DEFAULT_MQTT_PORT,
+    Address,
+    forget_address,
+    read_address,
+    write_address,
+    write_atomically,
+)
+from coordinator.hub import Hub
+from coordinator.inference.serve import Serving
+from coordinator.operations import Operations
+from coordinator.service import Coordinator
+from coordinator.shelf import Shelf
+from models.cache import cache_dir
+from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, coordinator_properties
+from wire.errors import EdgelamError, Refused, Unreachable, UsageError
+from wire.ids import checked_name, new_boot_id
+from wire.mqtt import MqttTransport
+from wire.transport import Transport
+
+LOG = logging.getLogger("edgelam.up")
+BROKER_USER = "edgelam"
+BROKER_WAIT_S = 10.0
+WATCH_PERIOD_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn must not take them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What `edgelam up` was told. Port 0 means the default if it is free, else any."""
+
+    site: str
+    listen: str
+    mqtt_port: int
+    http_port: int
+    broker_url: str
+    models: tuple[str, ...]
+    precision: str
+    state: Path
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def free_port(host: str, wanted: int, default: int) -> int:
+    """`wanted` if given (taken: UsageError), else `default` if free, else any free port."""
+    for port in (wanted,) if wanted else (default, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                reason = error.strerror
+                continue
+            return int(probe.getsockname()[1])
+    raise UsageError(f"can't listen on {host}:{wanted or default} ({reason})", try_="another port, or end what uses it")
+
+
+def reachable_host(listen: str) -> str:
+    """The address that boards should use: `listen` itself, or for 0.0.0.0 the one of the default route."""
+    if listen not in ("0.0.0.0", "::"):
+        return listen
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737 test network: chooses a route, sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def site_key(state: Path, listen: str) -> str:
+    """The key that boards must know; '' on loopback. Made once, kept readable by its owner only."""
+    if is_loopback(listen):
+        return ""
+    path = state / "site.key"
+    if not path.exists():
+        write_atomically(path, (secrets.token_urlsafe(24) + "\n").encode(), mode=0o600)
+    return path.read_text().strip()
+
+
+class Runner:
+    """All parts of one coordinator process."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.boot = new_boot_id()
+        self.key = ""
+        self.http_port = 0
+        self.broker: Broker | None = None
+        self.coordinator: Coordinator | None = None
+        self._advertiser: Advertiser | None = None
+        self._browser: Browser | None = None
+        self._server: uvicorn.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.stopping = asyncio.Event()
+
+    def check(self) -> None:
+        """Refuse what can't work, before anything is started."""
+        checked_name(self.options.site, "site")
+        running = read_address(self.options.state)
+        if running is not None and _alive(running.pid) and running.pid != os.getpid():
+            raise Refused(
+                f"a coordinator of site {running.site!r} runs already with this state folder (pid {running.pid})",
+                try_="stop it, or give another --state folder",
+            )
+
+    async def start(self) -> None:
+        options = self.options
+        options.state.mkdir(parents=True, exist_ok=True)
+        self.key = site_key(options.state, options.listen)
+        url, broker_text = self._start_broker()
+        transport = MqttTransport(
+            url,
+            f"edgelam-coordinator-{self.boot}",
+            username=BROKER_USER if self.key else "",
+            password=self.key,
+        )
+        self.http_port = free_port(options.listen, options.http_port, DEFAULT_HTTP_PORT)
+        artifacts_url = f"http://{reachable_host(options.listen)}:{self.http_port}"
+        self.coordinator = Coordinator(
+            site=options.site,
+            boot=self.boot,
+            state=options.state,
+            artifacts_url=artifacts_url,
+            mqtt_url=url,
+            broker_text=broker_text,
+            hub=Hub(transport, options.site, self.boot, asyncio.get_running_loop()),
+        )
+        operations = Operations(self.coordinator, Shelf(cache_dir()))
+        serving = Serving(self.coordinator, operations)
+        self.coordinator.open()
+        await self._await_broker(transport, url)
+        self._tasks.append(asyncio.create_task(self._serve_http(operations, serving)))
+        self._advertise(url)
+        self._tasks.append(asyncio.create_task(self._watch()))
+        self._tasks.append(asyncio.create_task(self._prepare_models(operations)))
+        write_address(
+            options.state,
+            Address(
+                site=options.site,
+                boot=self.boot,
+                pid=os.getpid(),
+                http_url=f"http://{'127.0.0.1' if options.listen == '0.0.0.0' else options.listen}:{self.http_port}",
+                mqtt_url=url,
+                broker=broker_text,
+            ),
+        )
+        self._greet(url, broker_text)
+
+    def _start_broker(self) -> tuple[str, str]:
+        options = self.options
+        if options.broker_url:
+            return options.broker_url, f"given: {options.broker_url}"
+        port = free_port(options.listen, options.mqtt_port, DEFAULT_MQTT_PORT)
+        self.broker = start_broker(
+            options.state / "broker", options.listen, port, {BROKER_USER: self.key} if self.key else None
+        )
+        host = "127.0.0.1" if options.listen == "0.0.0.0" else options.listen
+        return f"mqtt://{host}:{port}", self.broker.because
+
+    async def _await_broker(self, transport: Transport, url: str) -> None:
+        assert self.coordinator is not None
+        coordinator = self.coordinator
+        if not await coordinator.changes.wait(lambda: coordinator.broker_up, BROKER_WAIT_S):
+            raise Unreachable(
+                f"no broker at {url} ({transport.last_error or 'no answer'})",
+                try_="start it, or leave --broker away to have one started",
+            )
+
+    async def _serve_http(self, operations: Operations, serving: Serving) -> None:
+        assert self.coordinator is not None
+        config = uvicorn.Config(
+            make_app(self.coordinator, operations, serving, self.key),
+            host=self.options.listen,
+            port=self.http_port,
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+        )
+        self._server = _Server(config)
+        await self._server.serve()
+
+    def _advertise(self, url: str) -> None:
+        options = self.options
+        interfaces = [options.listen] if options.listen != "0.0.0.0" else None
+        if is_loopback(options.listen):
+            interfaces = ["127.0.0.1"]
+        port = int(url.rsplit(":", 1)[1])
+        self._advertiser = Advertiser(
+            options.site,
+            COORDINATOR_NAME,
+            "coordinator",
+            self.boot,
+            port,
+            coordinator_properties(self.http_port),
+            interfaces=interfaces,
+        )
+        self._advertiser.start()
+        loop, coordinator = asyncio.get_running_loop(), self.coordinator
+        assert coordinator is not None
+        self._browser = Browser(
+            lambda found: loop.call_soon_threadsafe(coordinator.mdns_seen, found),
+            lambda found: loop.call_soon_threadsafe(coordinator.mdns_gone, found),
+            site=options.site,
+            interfaces=interfaces,
+        )
+        self._browser.start()
+
+    async def _watch(self) -> None:
+        """Once a second: is the broker alive, has time changed anything in the fleet?"""
+        assert self.coordinator is not None
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            self.coordinator.tick()
+            if self.broker is not None:
+                event = self.broker.watch()
+                if event:
+                    self.coordinator.note("broker-restarted", "warning", event, "nothing: state is published again")
+
+    async def _prepare_models(self, operations: Operations) -> None:
+        for model in self.options.models:
+            try:
+                await operations.prepare(model, self.options.precision, lambda text: LOG.info("%s", text))
+                LOG.info("%s at %s is ready to be planned", model, self.options.precision)
+            except EdgelamError as error:
+                LOG.error("%s: %s (try: %s)", model, error.message, error.try_)
+
+    def _greet(self, url: str, broker_text: str) -> None:
+        options = self.options
+        LOG.info("site %s: broker %s (%s)", options.site, url, broker_text)
+        LOG.info("site %s: HTTP door http://%s:%d", options.site, options.listen, self.http_port)
+        if self.key:
+            LOG.info("boards: edgelam-agent run --site %s --site-key-file FILE", options.site)
+            LOG.info("the site key is in %s", options.state / "site.key")
+        else:
+            LOG.info("boards on this machine only: edgelam-agent run --site %s --interfaces 127.0.0.1", options.site)
+
+    async def stop(self) -> None:
+        """End everything in order; what is retained stays with the broker until it ends too."""
+        forget_address(self.options.state, self.boot)
+        if self._advertiser is not None:
+            await asyncio.to_thread(self._advertiser.close)
+        if self._browser is not None:
+            await asyncio.to_thread(self._browser.close)
+        if self._server is not None:
+            self._server.should_exit = True
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.wait(self._tasks, timeout=5.0) if self._tasks else None
+        if self.coordinator is not None:
+            await asyncio.to_thread(self.coordinator.hub.stop)
+            self.coordinator.close()
+        if self.broker is not None:
+            await asyncio.to_thread(self.broker.stop)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+async def serve(options: Options) -> None:
+    """Run a coordinator until SIGINT or SIGTERM."""
+    runner = Runner(options)
+    runner.check()
+    loop = asyncio.get_running_loop()
+    interrupted = False
+
+    def stop(number: int) -> None:
+        nonlocal interrupted
+        interrupted = interrupted or number == signal.SIGINT
+        runner.stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await runner.start()
+        await runner.stopping.wait()
+    finally:
+        await runner.stop()
+    if interrupted:
+        raise KeyboardInterrupt

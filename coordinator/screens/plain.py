@@ -1,0 +1,99 @@
+"""Screens as plain text: devices, plan, stages of a finished request. Pure: dicts of the HTTP door in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coordinator.measured import blocks_text
+from coordinator.screens.table import table
+from wire.units import bytes_text, seconds_text
+
+
+def _or_dash(value: object, text: str) -> str:
+    return "-" if value is None else text
+
+
+def devices_text(devices: Sequence[Mapping[str, Any]]) -> str:
+    """One row per device; says what to do when there is none."""
+    if not devices:
+        return "no devices yet\n  try: edgelam-agent run on each board, or: edgelam testbed up --boards 4"
+    rows = [
+        (
+            row["device"],
+            row["state"],
+            row["board"] or "-",
+            _or_dash(row["cores"], f"{row['cores'] or 0:g}"),
+            _or_dash(row["memory_bytes"], bytes_text(row["memory_bytes"] or 0)),
+            _or_dash(row["round_trip_s"], seconds_text(row["round_trip_s"] or 0)),
+            row["engines"] or "-",
+            row["running"] or "-",
+            row["profile"],
+            _or_dash(row["heard_s"], f"{row['heard_s'] or 0:.0f} s"),
+        )
+        for row in devices
+    ]
+    header = ("device", "state", "board", "cores", "memory", "link", "engines", "running", "profile", "heard")
+    return table(header, rows, right=(3, 4, 5, 9))
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A plan as a table, with the sums and the reason."""
+    rows = [
+        (
+            stage["stage"],
+            stage["device"],
+            blocks_text(stage["embedding"], stage["first_block"], stage["end_block"], stage["head"]),
+            bytes_text(stage["held_bytes"]),
+            f"{bytes_text(stage['memory_bytes'])} of {bytes_text(stage['memory_limit_bytes'])}",
+            seconds_text(stage["compute_s"]),
+            seconds_text(stage["hop_s"]),
+            f"{stage['hop_bytes']} B",
+        )
+        for stage in plan["stages"]
+    ]
+    header = ("stage", "device", "blocks", "weights+KV", "memory", "compute/token", "hop/token", "sent/token")
+    lines = [
+        f"{plan['model']} at {plan['precision']}, hidden states in {plan['wire_dtype']}, "
+        f"objective {plan['objective']}, topology {plan['topology']}, epoch {plan['epoch']}",
+        table(header, rows, right=(3, 5, 6, 7)),
+        f"predicted {seconds_text(plan['predicted_token_s'])} per token "
+        f"({1 / plan['predicted_token_s']:.1f} tokens/s for one stream); "
+        f"slowest part {seconds_text(plan['predicted_slowest_s'])}",
+        plan["because"],
+    ]
+    if plan["alone"]:
+        lines.append(plan["alone"])
+    lines += [f"left out: {left['device']}: {left['because']}" for left in plan["left_out"]]
+    return "\n".join(lines)
+
+
+def stages_text(end: Mapping[str, Any]) -> str:
+    """The table at the end of a request: predicted beside measured, per stage and in all."""
+    rows = []
+    for row in end["stages"]:
+        measured_s, sent = row["measured_compute_s"], row["sent_bytes_per_token"]
+        rows.append(
+            (
+                row["stage"],
+                row["device"],
+                row["blocks"],
+                bytes_text(row["held_bytes"]),
+                seconds_text(row["predicted_compute_s"]),
+                _or_dash(measured_s, seconds_text(measured_s or 0)),
+                seconds_text(row["predicted_hop_s"]),
+                _or_dash(sent, f"{sent or 0:.0f} B"),
+            )
+        )
+    header = ("stage", "device", "blocks", "held", "predicted", "measured", "hop (predicted)", "sent/token")
+    lines = [table(header, rows, right=(3, 4, 5, 6, 7))]
+    token_s, predicted_s = end["token_s"], end["predicted_token_s"]
+    if token_s is not None:
+        lines.append(
+            f"time per token: predicted {seconds_text(predicted_s)}, measured {seconds_text(token_s)} "
+            f"({(token_s - predicted_s) / predicted_s:+.0%}); {end['tokens_per_s']:.1f} tokens/s; "
+            f"first token after {seconds_text(end['time_to_first_token_s'])}"
+        )
+    if end["bytes_per_token"] is not None:
+        lines.append(f"bytes per token over all hops: {end['bytes_per_token']:.0f}")
+    return "\n".join(lines)

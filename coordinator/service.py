@@ -1,0 +1,258 @@
+"""The coordinator's memory of the site: fleet, deployments in force, what is retained on the broker.
+
+All methods run in the event loop's thread. Messages become fleet events (coordinator.fleet decides), and what the
+coordinator has put in force is journaled first and then published; at each connect all of it is published again,
+since a broker that was killed has lost what was retained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from coordinator.artifacts import Artifacts
+from coordinator.changes import Changes
+from coordinator.deployments import desired_for
+from coordinator.fleet import (
+    AppliedArrived,
+    Device,
+    Fleet,
+    InfoArrived,
+    MdnsGone,
+    MdnsSeen,
+    Presence,
+    ProfileArrived,
+    StateArrived,
+    TelemetryArrived,
+    Tick,
+)
+from coordinator.hub import Hub
+from coordinator.journal import DeploymentRecord, Journal
+from coordinator.notices import Notice
+from hwprofiles.profile import Profile
+from wire import messages, topics
+from wire.discovery import Found
+from wire.errors import PeerError
+from wire.frames import Parcel
+from wire.limits import MAX_CONTROL_BYTES
+from wire.messages import Applied, DeviceInfo, DeviceState, Event, Kit, Telemetry
+
+Level = Literal["info", "warning", "error"]
+MAX_NOTICES = 200
+EPOCH_JUMP_LIMIT = 1 << 40
+"""An applied epoch beyond this is garbage or malice, and must not push ours out of range."""
+
+
+class Coordinator:
+    """One site. `changes` rings whenever anything here has changed."""
+
+    def __init__(
+        self, *, site: str, boot: str, state: Path, artifacts_url: str, mqtt_url: str, broker_text: str, hub: Hub
+    ) -> None:
+        self.site = site
+        self.boot = boot
+        self.artifacts_url = artifacts_url
+        self.mqtt_url = mqtt_url
+        self.broker_text = broker_text
+        self.hub = hub
+        self.started_s = time.monotonic()
+        self.changes = Changes()
+        self.fleet = Fleet()
+        self.notices: deque[Event] = deque(maxlen=MAX_NOTICES)
+        self.refused_messages = 0
+        self.broker_up = False
+        self.journal = Journal(state / "journal.sqlite")
+        self.artifacts = Artifacts(state / "artifacts", self.journal)
+        self.on_parcel: Callable[[Parcel], None] = lambda _parcel: None
+        self.on_deployment_lost: Callable[[str, str], None] = lambda _name, _reason: None
+        self._records: dict[str, DeploymentRecord] = {}
+        self._kit: Kit | None = None
+        self._desired_epoch = 0
+        self._ordered: set[str] = set()
+
+    def open(self) -> None:
+        """Read the journal and start the hub."""
+        self.journal.open()
+        self.artifacts.open()
+        self._records = {record.name: record for record in self.journal.deployments()}
+        self._ordered = {device for record in self._records.values() for device in record.orders}
+        self._desired_epoch = max((record.plan.epoch for record in self._records.values()), default=0)
+        self.hub.on_message = self._on_message
+        self.hub.on_parcel = self._forward_parcel
+        self.hub.on_link = self._on_link
+        self.hub.start()
+
+    def close(self) -> None:
+        self.journal.close()
+
+    # What is known.
+
+    def records(self) -> list[DeploymentRecord]:
+        return list(self._records.values())
+
+    def devices(self) -> list[Device]:
+        return sorted(self.fleet.devices.values(), key=lambda device: device.name)
+
+    def online(self) -> list[str]:
+        return [device.name for device in self.devices() if device.presence is Presence.ONLINE]
+
+    def is_online(self, name: str) -> bool:
+        device = self.fleet.devices.get(name)
+        return device is not None and device.presence in (Presence.ONLINE, Presence.SUSPECT)
+
+    def profiles(self) -> dict[str, Profile]:
+        return {device.name: device.profile for device in self.devices() if device.profile is not None}
+
+    def applied(self) -> dict[str, Applied]:
+        return {device.name: device.applied for device in self.devices() if device.applied is not None}
+
+    def telemetry(self) -> dict[str, Telemetry]:
+        return {device.name: device.telemetry for device in self.devices() if device.telemetry is not None}
+
+    def has_measured(self, name: str, keys: set[str]) -> bool:
+        """Whether a device's profile holds all module keys and its link."""
+        profile = self.profiles().get(name)
+        return profile is not None and keys <= {measurement.key for measurement in profile.modules}
+
+    # What arrives.
+
+    def _forward_parcel(self, parcel: Parcel) -> None:
+        self.on_parcel(parcel)
+
+    def _on_link(self, up: bool, reason: str) -> None:
+        self.broker_up = up
+        if up:
+            self._publish_all()
+        else:
+            self.note(
+                "broker-lost", "warning", f"the broker at {self.mqtt_url} is gone ({reason})", "wait: reconnecting"
+            )
+        self.changes.ring()
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        """Parse one message and tell the fleet; what can't be read is counted and noted once per topic."""
+        found = topics.match(topic)
+        if found is None or not payload:
+            return
+        row, (name, *_) = found
+        try:
+            event = self._fleet_event(row, name, topic, payload)
+        except PeerError as error:
+            self._refuse(error, topic)
+            return
+        if event is not None:
+            self._feed(event)
+
+    def _fleet_event(self, row: topics.Topic, name: str, topic: str, payload: bytes) -> object | None:
+        now_s = time.monotonic()
+        if row is topics.STATE:
+            return StateArrived(name, messages.decode(payload, DeviceState, topic), now_s)
+        if row is topics.INFO:
+            return InfoArrived(name, messages.decode(payload, DeviceInfo, topic), now_s)
+        if row is topics.PROFILE:
+            return ProfileArrived(name, read_profile(payload, topic), now_s)
+        if row is topics.APPLIED:
+            return AppliedArrived(name, messages.decode(payload, Applied, topic), now_s)
+        if row is topics.TELEMETRY:
+            return TelemetryArrived(name, messages.decode(payload, Telemetry, topic), now_s)
+        if row is topics.EVENT:
+            self.notices.append(messages.decode(payload, Event, topic))
+            self.changes.ring()
+        return None
+
+    def _refuse(self, error: PeerError, topic: str) -> None:
+        self.refused_messages += 1
+        if not any(notice.code == "bad-message" and topic in notice.text for notice in self.notices):
+            self.note("bad-message", "warning", error.message, "check that all boards run the same edgelam version")
+
+    def _feed(self, event: object) -> None:
+        was_online = set(self.online())
+        self.fleet, notices = self.fleet.after(event)
+        for notice in notices:
+            self._take_notice(notice)
+        for name in was_online - set(self.online()):
+            self._device_lost(name)
+        self.changes.ring()
+
+    def _device_lost(self, name: str) -> None:
+        if self.is_online(name):
+            return  # only suspect so far
+        for record in self._records.values():
+            if name in record.orders:
+                self.on_deployment_lost(record.name, f"{name} went away, and with it a stage of {record.name}")
+
+    def mdns_seen(self, found: Found) -> None:
+        if found.role == "agent":
+            self._feed(MdnsSeen(found.name, found.boot, ", ".join(found.addresses), time.monotonic()))
+
+    def mdns_gone(self, found: Found) -> None:
+        if found.role == "agent":
+            self._feed(MdnsGone(found.name, time.monotonic()))
+
+    def tick(self) -> None:
+        self._feed(Tick(time.monotonic()))
+
+    def _take_notice(self, notice: Notice) -> None:
+        self.note(notice.code, notice.level, notice.text, notice.try_)
+
+    def note(self, code: str, level: Level, text: str, try_: str) -> None:
+        """Keep a notice for people."""
+        self.notices.append(Event(who="coordinator", code=code, level=level, text=text, try_=try_, at_unix=time.time()))
+
+    # What is in force.
+
+    def next_epoch(self) -> int:
+        """A fresh epoch, above all that were ever given or applied."""
+        applied = [found.epoch for found in self.applied().values() if found.epoch < EPOCH_JUMP_LIMIT]
+        return self.journal.next_epoch(max([self._desired_epoch, *applied], default=0))
+
+    def put_in_force(self, record: DeploymentRecord) -> None:
+        """Journal a deployment and publish it; replaces one of the same name."""
+        self.journal.save_deployment(record)
+        self._records[record.name] = record
+        self._desired_epoch = record.plan.epoch
+        self._publish_orders()
+        self.hub.publish(topics.PLAN, msgspec.json.encode(record.plan), record.name)
+        self.changes.ring()
+
+    def take_out_of_force(self, name: str) -> None:
+        self.journal.remove_deployment(name)
+        self._records.pop(name, None)
+        self._desired_epoch = self.next_epoch()
+        self._publish_orders()
+        self.hub.publish(topics.PLAN, b"", name)
+        self.on_deployment_lost(name, f"{name} was taken out of force")
+        self.changes.ring()
+
+    def offer_kit(self, kit: Kit) -> None:
+        self._kit = kit
+        self.hub.publish(topics.KIT, messages.encode(kit))
+
+    def _publish_orders(self) -> None:
+        """Desired state for every device that has, or had, stages."""
+        self._ordered |= {device for record in self._records.values() for device in record.orders}
+        for device in sorted(self._ordered):
+            desired = desired_for(device, self._desired_epoch, self._records.values(), self.artifacts_url)
+            self.hub.publish(topics.DESIRED, messages.encode(desired), device)
+
+    def _publish_all(self) -> None:
+        self._publish_orders()
+        for record in self._records.values():
+            self.hub.publish(topics.PLAN, msgspec.json.encode(record.plan), record.name)
+        if self._kit is not None:
+            self.hub.publish(topics.KIT, messages.encode(self._kit))
+
+
+def read_profile(payload: bytes, where: str) -> Profile:
+    """A profile from the network; raise PeerError."""
+    if len(payload) > MAX_CONTROL_BYTES:
+        raise PeerError(f"{where}: {len(payload)} bytes, at most {MAX_CONTROL_BYTES} are taken")
+    try:
+        return msgspec.json.decode(payload, type=Profile)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise PeerError(f"{where}: not a profile: {error}") from None

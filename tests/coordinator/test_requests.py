@@ -1,0 +1,108 @@
+"""A request gives each token once, in order, or a clear error: never a hole, never a repeat."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import numpy as np
+import pytest
+
+from coordinator.inference.requests import GenerateRequest, Generation, Token
+from wire import frames
+from wire.errors import PeerError, Refused, Unreachable, UsageError
+from wire.messages import InboxAddress, RequestMeta, Sampling, StageError
+
+EPOCH = 4
+
+
+def generation(stall_timeout_s: float = 5.0) -> Generation:
+    meta = RequestMeta(reply=InboxAddress(topic="t/in"), sampling=Sampling(), prompt_tokens=3, max_new_tokens=8)
+    return Generation(7, "tiny", EPOCH, [1, 2, 3], meta, stall_timeout_s)
+
+
+def token(index: int, value: int, final: bool = False, epoch: int = EPOCH) -> frames.Parcel:
+    return frames.Parcel(
+        kind=frames.Kind.TOKENS,
+        epoch=epoch,
+        request=7,
+        position=3 + index,
+        flags=frames.FLAG_FINAL if final else 0,
+        tensor=frames.Tensor.of(np.array([value], dtype=np.int32)),
+    )
+
+
+def take(live: Generation, count: int) -> list[Token]:
+    async def run() -> list[Token]:
+        return [await live.next_token() for _ in range(count)]
+
+    return asyncio.run(run())
+
+
+def test_tokens_come_in_order_and_the_final_one_says_so() -> None:
+    live = generation()
+    live.feed(token(0, 10))
+    live.feed(token(1, 11, final=True))
+    assert [(t.id, t.index, t.final) for t in take(live, 2)] == [(10, 0, False), (11, 1, True)]
+    assert live.finished
+
+
+def test_a_token_that_comes_twice_is_given_once() -> None:
+    live = generation()
+    for parcel in (token(0, 10), token(0, 10), token(1, 11), token(0, 99), token(2, 12, final=True)):
+        live.feed(parcel)
+    assert [t.id for t in take(live, 3)] == [10, 11, 12]
+
+
+def test_a_lost_token_fails_the_request_instead_of_leaving_a_hole() -> None:
+    live = generation()
+    live.feed(token(1, 11))
+    with pytest.raises(PeerError, match="token 1 where token 0"):
+        take(live, 1)
+
+
+def test_tokens_of_an_old_epoch_are_not_taken() -> None:
+    live = generation()
+    live.feed(token(0, 66, epoch=EPOCH - 1))
+    live.feed(token(0, 10, final=True))
+    assert [t.id for t in take(live, 1)] == [10]
+
+
+def test_silence_ends_in_an_error_that_says_how_long() -> None:
+    live = generation(stall_timeout_s=0.05)
+    with pytest.raises(Unreachable, match="no token came"):
+        take(live, 1)
+
+
+@pytest.mark.parametrize(("code", "kind"), [("busy", Refused), ("too-long", Refused), ("engine", Exception)])
+def test_an_error_of_a_stage_names_stage_and_device(code: str, kind: type[Exception]) -> None:
+    live = generation()
+    told = StageError(stage=2, device="pi4", code=code, text="because")  # type: ignore[arg-type]
+    parcel = frames.Parcel(kind=frames.Kind.ERROR, epoch=EPOCH, request=7, position=0, meta=msgspec.json.encode(told))
+    live.feed(parcel)
+    with pytest.raises(kind, match=r"stage 2 on pi4.*because"):
+        take(live, 1)
+
+
+def test_garbage_instead_of_a_stage_error_is_still_an_error() -> None:
+    live = generation()
+    live.feed(frames.Parcel(kind=frames.Kind.ERROR, epoch=EPOCH, request=7, position=0, meta=b"\xff{"))
+    with pytest.raises(PeerError):
+        take(live, 1)
+
+
+def test_the_prompt_travels_with_what_every_stage_must_know() -> None:
+    parcel = generation().first_parcel()
+    assert parcel.tensor is not None
+    assert parcel.tensor.array().tolist() == [1, 2, 3]
+    assert msgspec.json.decode(parcel.meta, type=RequestMeta).max_new_tokens == 8
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"seed": -1}],
+)
+def test_sampling_out_of_range_is_refused_by_name(wrong: dict[str, float]) -> None:
+    request = msgspec.convert({"model": "m", **wrong}, type=GenerateRequest)
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        request.sampling()
