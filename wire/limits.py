@@ -6,7 +6,7 @@ Sizes in bytes, times in seconds. A number without a comment would be a guess, s
 from typing import Final
 
 MAX_PUBLISH_BYTES: Final = 1_048_576
-"""Largest MQTT payload we send or accept: above it mosquitto's cost per byte is 4-5 times higher (docs/transport.md)."""
+"""Largest MQTT payload we send or accept: above it mosquitto costs 4-5 times more per byte (docs/transport.md)."""
 
 CHUNK_BYTES_DEFAULT: Final = 65_536
 """Payload of one frame on links of unknown or up to 100 Mbit/s: store-and-forward then nearly vanishes."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from wire.errors import EdgelamError, Unreachable
 
 Buffer = bytes | bytearray | memoryview
+
+MAX_QUEUED_MESSAGES: Final = 1000
+"""QoS 1 messages that may wait for a connection: all retained state of a device is a tenth of this."""
 
 
 class Inbound(NamedTuple):
@@ -100,7 +103,7 @@ class Transport(Protocol):
     ) -> None:
         """Send one message; a sequence of buffers is sent as their concatenation.
 
-        QoS 0 raises NotConnected when the link is not UP. QoS 1 is queued (at most 1000 messages) and sent later.
+        QoS 0 raises NotConnected when the link is not UP. QoS 1 is queued (at most MAX_QUEUED_MESSAGES) and sent later.
         `expiry_s` is a v5 message expiry; a 3.1.1 connection ignores it.
         """
 

@@ -1,0 +1,492 @@
+"""The Transport contract over MQTT, with paho. The only file that imports paho.
+
+All paho calls are made under one lock; handlers run outside of it, after the reading, so that a handler's publish goes
+out at once instead of being queued inside paho's callback. Each attempt to connect is a new paho client: subscriptions
+and QoS 1 messages that were not acknowledged are kept here and given to it again. Only name resolution, TCP connect and
+the first bytes happen in a short-lived thread, so `poll` never blocks longer than asked.
+
+MQTT 5 is tried first. A broker that refuses it, or closes the connection before it ever accepted one, is spoken to in
+3.1.1 from then on. TCP_NODELAY is set at every connect: Nagle's algorithm costs 44 ms per message and end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from wire.endpoint import Ended, Endpoint, Kept, Redial, Unacknowledged
+from wire.errors import UsageError
+from wire.limits import MAX_PUBLISH_BYTES
+from wire.subscriptions import check_message, joined
+from wire.transport import Buffer, Handler, Inbound, Link, NotConnected, Will
+
+_logger = logging.getLogger("edgelam.wire")
+
+DEFAULT_PORT: Final = 1883
+CONNECT_TIMEOUT_S: Final = 3.0
+HANDSHAKE_TIMEOUT_S: Final = 5.0
+CLOSE_TIMEOUT_S: Final = 2.0
+
+MAX_INFLIGHT: Final = 20
+"""QoS 1 messages without acknowledgement: the broker's own default, more would be queued there and may be dropped."""
+
+READ_AHEAD_BYTES: Final = 1_048_576
+READ_AHEAD_MESSAGES: Final = 64
+"""What one `poll` reads before handlers run: bounds memory and lets the worker compute in between."""
+
+_PACKET_OVERHEAD_BYTES: Final = 4096
+"""Topic and properties around a payload, for the largest packet we announce to take."""
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+
+def parse_url(url: str) -> Address:
+    """'mqtt://host:port' (port 1883 if left out) -> Address; raise UsageError."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), None, None
+    if parts.scheme != "mqtt" or not host or parts.path not in ("", "/") or parts.username is not None:
+        raise UsageError(
+            f"broker {url!r} is no address of a broker", try_="mqtt://HOST:PORT, as in mqtt://10.0.0.5:1883"
+        )
+    return Address(host, DEFAULT_PORT if port is None else port)
+
+
+class MqttTransport(Endpoint):
+    """One connection to one broker; see wire.transport.Transport."""
+
+    def __init__(
+        self,
+        url: str,
+        client_id: str,
+        *,
+        keepalive_s: int,
+        will: Will | None = None,
+        username: str = "",
+        password: str = "",
+    ) -> None:
+        """Store what is given; raises UsageError if `url` is no address. Nothing is opened before `start`."""
+        super().__init__()
+        self._address = parse_url(url)
+        self.client_id = client_id
+        self._keepalive_s = keepalive_s
+        self._will = will
+        self._username = username
+        self._password = password
+        self.refused_messages = 0
+        """QoS 1 messages that the broker refused, and messages over MAX_PUBLISH_BYTES that it sent."""
+        self._lock = threading.RLock()
+        """Guards paho, the link, what is pending and the wake pipe."""
+        self._client: paho.Client | None = None
+        """The connection, once the TCP part of it stands."""
+        self._dialling: tuple[threading.Thread, paho.Client] | None = None
+        self._dial_error = ""
+        self._accepted = False
+        self._redial = Redial()
+        self._next_attempt_s = math.inf
+        self._handshake_until_s = math.inf
+        self._next_misc_s = 0.0
+        self._ended: deque[Ended] = deque()
+        self._arrived: deque[Inbound] = deque()
+        self._arrived_bytes = 0
+        self._unacknowledged = Unacknowledged()
+        self._wake_read, self._wake_write = -1, -1
+        self._woken = False
+
+    @property
+    def protocol(self) -> str:
+        return "MQTT 5" if self._redial.five else "MQTT 3.1.1"
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """The socket of the connection, to be looked at; None while there is none."""
+        with self._lock:
+            connection: socket.socket | None = _socket_of(self._client)
+            return connection
+
+    def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
+        with self._lock:
+            news = self._subscriptions.add(topic_filter, handler, qos)
+            if news and self._link is Link.UP and self._client is not None:
+                self._client.subscribe(topic_filter, qos)
+
+    def unsubscribe(self, topic_filter: str, handler: Handler | None = None) -> None:
+        with self._lock:
+            gone = self._subscriptions.remove(topic_filter, handler)
+            if gone and self._link is Link.UP and self._client is not None:
+                self._client.unsubscribe(topic_filter)
+
+    def start(self) -> None:
+        with self._lock:
+            if self._link is Link.CLOSED or self._wake_read >= 0:
+                return
+            self._wake_read, self._wake_write = os.pipe()
+            os.set_blocking(self._wake_read, False)
+            os.set_blocking(self._wake_write, False)
+            self._link = Link.CONNECTING
+            self._next_attempt_s = time.monotonic()
+
+    def publish(
+        self, topic: str, payload: Buffer | Sequence[Buffer], *, qos: int = 0, retain: bool = False, expiry_s: int = 0
+    ) -> None:
+        data = joined(payload)
+        check_message(topic, len(data), qos)
+        expires_s = time.monotonic() + expiry_s if expiry_s else None
+        message = Kept(topic, data, retain, expires_s)
+        with self._lock:
+            client = self._client if self._link is Link.UP else None
+            if qos == 1:
+                self._keep(client, message)
+            elif client is None:
+                raise self._not_connected(topic)
+            else:
+                self._hand_over(client, message, 0)
+            unsent = client is not None and client.want_write()
+        if unsent:
+            self._notify()
+
+    def poll(self, timeout_s: float) -> int:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            now_s = time.monotonic()
+            timer_s = self._advance(now_s)
+            self._wait_and_read(min(deadline_s, timer_s) - now_s)
+            handled = self._dispatch()
+            if handled or self._woken or self._link is Link.CLOSED or time.monotonic() >= deadline_s:
+                self._woken = False
+                return handled
+
+    def wake(self) -> None:
+        self._woken = True
+        self._notify()
+
+    def close(self) -> None:
+        until_s = time.monotonic() + CLOSE_TIMEOUT_S
+        while self._link is Link.UP and time.monotonic() < until_s:
+            with self._lock:
+                if not self._unacknowledged and not (self._client and self._client.want_write()):
+                    break
+            self._wait_and_read(until_s - time.monotonic())
+            self._drop_arrived()
+        with self._lock:
+            self._link = Link.CLOSED
+            client, self._client = self._client, None
+            if client is not None:
+                client.disconnect()
+                while _socket_of(client) is not None and client.want_write() and time.monotonic() < until_s:
+                    select.select([], [_socket_of(client)], [], until_s - time.monotonic())
+                    client.loop_write()
+                _hang_up(client)
+            for end in (self._wake_read, self._wake_write):
+                if end >= 0:
+                    os.close(end)
+            self._wake_read = self._wake_write = -1
+        self._drop_arrived()
+
+    # --- connecting ---
+
+    def _advance(self, now_s: float) -> float:
+        """Do what is due without waiting; give when something will be due next (monotonic)."""
+        while self._ended:
+            self._after(self._ended.popleft(), now_s)
+        if self._link is Link.UP:
+            if now_s >= self._next_misc_s:
+                self._next_misc_s = now_s + min(1.0, self._keepalive_s / 4)
+                with self._lock:
+                    if self._client is not None:
+                        self._client.loop_misc()
+            return self._next_misc_s
+        if self._link is Link.CLOSED:
+            return math.inf
+        if self._dialling is not None:
+            thread, client = self._dialling
+            if thread.is_alive():
+                return math.inf
+            self._dialling = None
+            self._adopt(client, now_s)
+        if self._accepted:
+            self._accepted = False
+            self._up(now_s)
+            return self._next_misc_s
+        if self._client is not None:
+            if now_s >= self._handshake_until_s:
+                self._end(self._client, Ended(f"no answer within {HANDSHAKE_TIMEOUT_S:.0f} s", early=True))
+            return min(self._handshake_until_s, now_s if self._ended else math.inf)
+        if now_s >= self._next_attempt_s:
+            self._dial()
+            return math.inf
+        return self._next_attempt_s
+
+    def _dial(self) -> None:
+        """Begin an attempt in a thread of its own: name resolution and TCP connect may block for seconds."""
+        self._link = Link.CONNECTING
+        self._next_attempt_s = math.inf
+        self._dial_error = ""
+        client = self._new_client()
+
+        def run() -> None:
+            properties = None
+            if client.protocol == MQTTProtocolVersion.MQTTv5:
+                properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+                properties.MaximumPacketSize = MAX_PUBLISH_BYTES + _PACKET_OVERHEAD_BYTES
+            start = True if properties is not None else paho.MQTT_CLEAN_START_FIRST_ONLY
+            try:
+                client.connect(*self._address, self._keepalive_s, clean_start=start, properties=properties)
+            except (OSError, ValueError) as error:
+                self._dial_error = _words(error)
+            self._notify()
+
+        thread = threading.Thread(target=run, name=f"dial {self._address.host}", daemon=True)
+        self._dialling = (thread, client)
+        thread.start()
+
+    def _new_client(self) -> paho.Client:
+        five = self._redial.five
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self.client_id,
+            clean_session=None if five else True,
+            protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        client.max_inflight_messages_set(MAX_INFLIGHT)
+        if self._username:
+            client.username_pw_set(self._username, self._password)
+        if self._will is not None:
+            client.will_set(self._will.topic, self._will.payload, qos=1, retain=True)
+        client.on_socket_open = _without_delay
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
+        return client
+
+    def _adopt(self, client: paho.Client, now_s: float) -> None:
+        """The dialling thread is done: go on with its connection, or try again later."""
+        with self._lock:
+            if _socket_of(client) is None:
+                self._ended.append(Ended(self._dial_error or "connection lost"))
+                self._after(self._ended.pop(), now_s)
+                return
+            self._client = client
+            self._handshake_until_s = now_s + HANDSHAKE_TIMEOUT_S
+
+    def _up(self, now_s: float) -> None:
+        """The broker accepted us: renew subscriptions, send what waits, tell."""
+        with self._lock:
+            client = self._client
+            if client is None:
+                return
+            self._link = Link.UP
+            self._last_error = ""
+            self._redial.accepted()
+            self._next_misc_s = now_s
+            for topic_filter, qos in self._subscriptions:
+                client.subscribe(topic_filter, qos)
+            for number, message in self._unacknowledged.for_new_connection(now_s):
+                self._send_kept(client, number, message)
+        self._tell_up()
+
+    def _end(self, client: paho.Client, ended: Ended) -> None:
+        """Let go of a connection; what follows from it happens in the next `_advance`."""
+        with self._lock:
+            if client is not self._client or self._link is Link.CLOSED:
+                return
+            self._client = None
+            self._accepted = False
+            self._link = Link.DOWN
+            self._ended.append(ended)
+            _hang_up(client)
+
+    def _after(self, ended: Ended, now_s: float) -> None:
+        """Decide version and time of the next attempt after `ended`, and tell who wants to know."""
+        self._link = Link.DOWN
+        self._next_attempt_s = self._redial.ended(ended, now_s)
+        host, port = self._address
+        self._last_error = f"no broker at {host}:{port} ({ended.reason})"
+        if ended.was_up:
+            self._tell_down(ended.reason)
+
+    # --- paho's callbacks: inside a paho call, under the lock; they only note what happened ---
+
+    def _on_connect(self, client: paho.Client, _data: object, _flags: object, reason: ReasonCode, _p: object) -> None:
+        if client is not self._client:
+            return
+        if reason.is_failure:
+            wrong_version = reason.getName() == "Unsupported protocol version"
+            self._end(client, Ended(f"it refused us: {reason}".lower(), wrong_version=wrong_version))
+        else:
+            self._accepted = True
+
+    def _on_disconnect(
+        self, client: paho.Client, _data: object, flags: paho.DisconnectFlags, reason: ReasonCode, _p: object
+    ) -> None:
+        words = (
+            f"the broker ended it: {reason}".lower() if flags.is_disconnect_packet_from_server else "connection lost"
+        )
+        self._end(client, Ended(words, self._link is Link.UP, early=self._link is not Link.UP))
+
+    def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
+        if len(message.payload) > MAX_PUBLISH_BYTES:
+            self.refused_messages += 1
+            return
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            self.refused_messages += 1
+            return
+        self._arrived.append(Inbound(topic, bytes(message.payload), message.retain))
+        self._arrived_bytes += len(message.payload)
+
+    def _on_subscribe(
+        self, _client: paho.Client, _data: object, _mid: int, reasons: list[ReasonCode], _p: object
+    ) -> None:
+        for reason in reasons:
+            if reason.is_failure:
+                self._last_error = f"the broker refused a subscription ({reason})".lower()
+                _logger.warning("%s: %s", self.client_id, self._last_error)
+
+    def _on_publish(self, _client: paho.Client, _data: object, mid: int, reason: ReasonCode, _p: object) -> None:
+        message = self._unacknowledged.acknowledged(mid)
+        if message is not None and reason.is_failure:
+            self.refused_messages += 1
+            _logger.warning("%s: the broker refused a message (%s)", message.topic, reason)
+
+    # --- sending and receiving ---
+
+    def _keep(self, client: paho.Client | None, message: Kept) -> None:
+        if self._link is Link.CLOSED:
+            raise self._not_connected(message.topic)
+        number = self._unacknowledged.keep(message)
+        if client is not None:
+            self._send_kept(client, number, message)
+
+    def _send_kept(self, client: paho.Client, number: int, message: Kept) -> None:
+        """Give a kept message to this connection; if it is lost meanwhile, the next one gets it."""
+        client.on_publish = self._on_publish
+        try:
+            self._unacknowledged.sent(number, self._hand_over(client, message, 1))
+        except NotConnected:
+            return
+
+    def _hand_over(self, client: paho.Client, message: Kept, qos: int) -> int:
+        """Give a message to paho, which writes what the socket takes; give paho's message id."""
+        properties = None
+        if message.expires_s is not None and self._redial.five:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.MessageExpiryInterval = max(1, round(message.expires_s - time.monotonic()))
+        info = client.publish(message.topic, message.payload, qos, message.retain, properties)
+        if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            raise NotConnected(f"{message.topic}: {paho.error_string(info.rc)}".rstrip("."))
+        self._bytes_sent += len(message.payload)
+        return info.mid
+
+    def _wait_and_read(self, wait_s: float) -> None:
+        """Wait for the socket or a wake-up, at most so long; write and read what is possible."""
+        with self._lock:
+            if self._wake_read < 0:
+                return
+            client = self._client
+            connection = _socket_of(client)
+            poller = select.poll()
+            poller.register(self._wake_read, select.POLLIN)
+            if client is not None and connection is not None:
+                poller.register(connection, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
+        wait_ms = None if wait_s == math.inf else max(0, math.ceil(wait_s * 1000))
+        for descriptor, events in poller.poll(wait_ms):
+            with self._lock:
+                if descriptor == self._wake_read:
+                    _drain(descriptor)
+                    continue
+                if client is None or client is not self._client:
+                    continue
+                if events & select.POLLOUT:
+                    client.loop_write()
+                if events & ~select.POLLOUT:
+                    self._read(client)
+
+    def _read(self, client: paho.Client) -> None:
+        """Read packets as long as there are some, up to the read-ahead."""
+        more = select.poll()
+        connection = _socket_of(client)
+        if connection is not None:
+            more.register(connection, select.POLLIN)
+        while connection is not None:
+            client.loop_read()
+            if len(self._arrived) >= READ_AHEAD_MESSAGES or self._arrived_bytes >= READ_AHEAD_BYTES:
+                return
+            connection = _socket_of(client)
+            if connection is not None and not more.poll(0):
+                return
+
+    def _dispatch(self) -> int:
+        """Call the handlers of what arrived, without the lock."""
+        handled = 0
+        while self._arrived and self._link is not Link.CLOSED:
+            message = self._arrived.popleft()
+            self._arrived_bytes -= len(message.payload)
+            handled += 1
+            self._handle(message)
+        return handled
+
+    def _drop_arrived(self) -> None:
+        self._arrived.clear()
+        self._arrived_bytes = 0
+
+    def _notify(self) -> None:
+        with self._lock:
+            if self._wake_write >= 0:
+                try:
+                    os.write(self._wake_write, b"w")
+                except BlockingIOError:
+                    return  # full of wake-ups already: the reader will come
+
+
+def _without_delay(_client: paho.Client, _data: object, connection: Any) -> None:
+    """Runs at every connect, the automatic ones too."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _socket_of(client: paho.Client | None) -> Any:
+    return None if client is None else client.socket()
+
+
+def _hang_up(client: paho.Client) -> None:
+    """Close the socket of a connection that is given up."""
+    connection = _socket_of(client)
+    if connection is not None:
+        connection.close()
+
+
+def _drain(descriptor: int) -> None:
+    try:
+        os.read(descriptor, 4096)
+    except BlockingIOError:
+        return
+
+
+def _words(error: OSError | ValueError) -> str:
+    """'connection refused' of an exception."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.lower()
