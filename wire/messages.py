@@ -152,6 +152,8 @@ class StageCounters(Struct, frozen=True, kw_only=True):
     decode_busy_s: Seconds = 0.0
     sent_frames: Count = 0
     sent_bytes: Count = 0
+    decode_sent_bytes: Count = 0
+    """The part of `sent_bytes` that decode steps sent to the next stage (tokens to the requester not counted)."""
     received_bytes: Count = 0
     refused_frames: Count = 0
     resident_bytes: Count = 0
@@ -215,7 +217,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     top_k: Annotated[int, Meta(ge=0, le=limits.MAX_DIM)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Meta(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
 
 
 class RequestMeta(Struct, frozen=True, kw_only=True):

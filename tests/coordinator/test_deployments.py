@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from msgspec import Struct
 
@@ -39,7 +41,7 @@ def graph_of(blocks: int) -> Graph:
     modules += [module("head", "head", 99)]
     edges = tuple(
         Edge(source=a.name, target=b.name, elements_per_token=8, bytes_per_token=16)
-        for a, b in zip(modules, modules[1:], strict=False)
+        for a, b in pairwise(modules)
     )
     return Graph(
         model="tiny",
