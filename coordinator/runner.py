@@ -32,9 +32,10 @@ from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
-from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, coordinator_properties
+from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties
 from wire.errors import EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import checked_name, new_boot_id
+from wire.limits import CONTROL_KEEPALIVE_S
 from wire.mqtt import MqttTransport
 from wire.transport import Transport
 
@@ -139,6 +140,7 @@ class Runner:
         transport = MqttTransport(
             url,
             f"edgelam-coordinator-{self.boot}",
+            keepalive_s=CONTROL_KEEPALIVE_S,
             username=BROKER_USER if self.key else "",
             password=self.key,
         )
@@ -225,9 +227,16 @@ class Runner:
         self._advertiser.start()
         loop, coordinator = asyncio.get_running_loop(), self.coordinator
         assert coordinator is not None
+
+        def seen(found: Found) -> None:
+            loop.call_soon_threadsafe(coordinator.mdns_seen, found)
+
+        def gone(found: Found) -> None:
+            loop.call_soon_threadsafe(coordinator.mdns_gone, found)
+
         self._browser = Browser(
-            lambda found: loop.call_soon_threadsafe(coordinator.mdns_seen, found),
-            lambda found: loop.call_soon_threadsafe(coordinator.mdns_gone, found),
+            seen,
+            gone,
             site=options.site,
             interfaces=interfaces,
         )

@@ -41,6 +41,7 @@ class Serving:
         self._turns: dict[tuple[str, int], asyncio.Semaphore] = {}
         self._queued = 0
         coordinator.on_parcel = self._on_parcel
+        coordinator.on_deployment_lost = self.fail_deployment
 
     def _on_parcel(self, parcel: frames.Parcel) -> None:
         generation = self._live.get(parcel.request)
@@ -60,11 +61,11 @@ class Serving:
             raise Refused(f"busy: {MAX_QUEUED} requests are waiting", try_="run again in a moment")
         statuses: asyncio.Queue[str] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        ensuring = asyncio.ensure_future(
-            self._operations.ensure(
-                deploy_request(request), lambda text: loop.call_soon_threadsafe(statuses.put_nowait, text)
-            )
-        )
+
+        def say(text: str) -> None:
+            loop.call_soon_threadsafe(statuses.put_nowait, text)
+
+        ensuring = asyncio.ensure_future(self._operations.ensure(deploy_request(request), say))
         try:
             while not ensuring.done() or not statuses.empty():
                 text = await _either(statuses, ensuring)

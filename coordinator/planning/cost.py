@@ -1,13 +1,13 @@
 """What a device costs: a profile and a graph, joined into seconds and bytes. Pure; every figure was measured.
 
-Compute. A stage that runs n equal blocks takes `overhead_s + n * block_s` per step. Both come from timings of two
-stacks of different depth (1 and 6 blocks, say): `block_s = (t6 - t1) / 5`, `overhead_s = max(0, t1 - block_s)`.
-Embedding and head are timed alone, so their time holds one overhead, which is taken out again: a stage pays it once.
+Compute. A stage that runs n equal blocks takes `overhead_s + n * block_s` per step; both come from timings of two
+stacks of different depth (hwprofiles.measure.estimate). Embedding and head are timed alone, so their time holds one
+overhead, which is taken out again: a stage pays it once.
 
 Hop, central topology. A device's link is measured by sending to itself through the broker: the round trip of P bytes
 crosses the link twice and the broker once. Half of the sender's and half of the receiver's round trip therefore are
-one crossing of each link and the broker once. Bytes beyond P are sent at each link's goodput, one link after the
-other (the broker stores and forwards); a smaller payload is priced as P, which is about one hidden state.
+one crossing of each link and the broker once. Bytes beyond P are sent at each link's rate (hwprofiles.link), one link
+after the other: the broker stores and forwards. A smaller payload is priced as P, which is about one hidden state.
 
     hop_s(d -> e, b)      = rtt_d / 2 + rtt_e / 2 + max(0, b - P_d) / rate_d + max(0, b - P_e) / rate_e
     transfer_s(d -> e, b) = max(b / rate_d, b / rate_e)      how long one message occupies the busier link
@@ -20,14 +20,15 @@ share counted once) + KV cache + scratch for a prefill chunk, against what is us
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from msgspec import Struct
 
 from coordinator.planning.plan import LeftOut
-from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, ModuleTiming, Phase, Profile, Samples
+from hwprofiles.link import bytes_per_s, one_way_s
+from hwprofiles.measure import StepEstimate, estimate
+from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Phase, Profile, Samples
 from models.graph import Graph, Module
 from wire.limits import CREDIT_WINDOW_BYTES
 
@@ -64,13 +65,14 @@ class Workload(Struct, frozen=True, kw_only=True):
 class LinkCost(Struct, frozen=True, kw_only=True):
     """A device's own link, symmetrical as far as is known."""
 
-    round_trip_s: float
+    one_way_s: float
+    """One crossing of this link by `probe_bytes`, with half of the broker."""
     probe_bytes: int
     bytes_per_s: float
 
     def crossing_s(self, payload_bytes: int) -> float:
-        """Seconds for one crossing of this link, and half of the broker."""
-        return self.round_trip_s / 2 + max(0, payload_bytes - self.probe_bytes) / self.bytes_per_s
+        """Seconds for one crossing of this link by so many bytes, with half of the broker."""
+        return self.one_way_s + max(0, payload_bytes - self.probe_bytes) / self.bytes_per_s
 
 
 class StepCost(Struct, frozen=True, kw_only=True):
@@ -112,24 +114,6 @@ class DeviceCost(Struct, frozen=True, kw_only=True):
         if not all(key in self.prefill_s for key in keys):
             return None
         return self.prefill_overhead_s + sum(self.prefill_s[key] for key in keys)
-
-
-def hop_s(sender: DeviceCost, receiver: DeviceCost, payload_bytes: int) -> float:
-    """Latency of one message from stage to stage; infinite when one of the links was not measured."""
-    if sender.device == receiver.device:
-        return 0.0
-    if sender.link is None or receiver.link is None:
-        return float("inf")
-    return sender.link.crossing_s(payload_bytes) + receiver.link.crossing_s(payload_bytes)
-
-
-def transfer_s(sender: DeviceCost, receiver: DeviceCost, payload_bytes: int) -> float:
-    """How long one message keeps the busier of the two links occupied; infinite when one was not measured."""
-    if sender.device == receiver.device:
-        return 0.0
-    if sender.link is None or receiver.link is None:
-        return float("inf")
-    return payload_bytes / min(sender.link.bytes_per_s, receiver.link.bytes_per_s)
 
 
 def memory_limit_bytes(usable_bytes: int) -> int:
@@ -245,52 +229,41 @@ def _held_ratio(measurement: ModuleMeasurement, weight_bytes: int) -> float:
 
 
 def step_cost(measurement: ModuleMeasurement, phase: Phase, tokens: int, workload: Workload) -> StepCost | str:
-    """Separate the cost of a module from the cost of a step, at the workload's context; or say why not."""
-    offered = [timing for timing in measurement.timings if timing.phase == phase and timing.samples.samples_s]
+    """Give the cost of a module and of a step, at the workload's context; or say why it is not known."""
+    offered = [step for step in estimate(measurement).steps if step.phase == phase]
     if not offered:
         return "not measured"
-    taken = [timing for timing in offered if timing.samples.valid]
+    taken = [step for step in offered if step.valid]
     notes: list[str] = []
     if not taken:
-        because = offered[0].samples.invalid_because or "marked invalid"
-        if not workload.accept_unsteady:
-            return f"measured, but the figures are not to be trusted ({because})"
-        taken = offered
-        notes.append(f"taken although unsteady ({because})")
-    by_stack: dict[int, float] = {}
-    for stack in sorted({timing.stack for timing in taken}):
-        timings = [timing for timing in taken if timing.stack == stack]
-        by_stack[stack], said = _at(timings, tokens, workload.expected_tokens)
-        notes.extend(said)
-    low, high = min(by_stack), max(by_stack)
-    if low == high:
-        if measurement.kind == "block":
-            notes.append(f"only {low} stacked was measured, so the cost of a step is part of the block's")
-        return StepCost(module_s=by_stack[low] / low, overhead_s=0.0, notes=tuple(notes))
-    module_s = (by_stack[high] - by_stack[low]) / (high - low)
-    if module_s <= 0:
-        notes.append(f"{high} stacked took no longer than {low}: the mean is taken")
-        return StepCost(module_s=by_stack[high] / high, overhead_s=0.0, notes=tuple(notes))
-    overhead_s = max(0.0, by_stack[low] - low * module_s)
-    return StepCost(module_s=module_s, overhead_s=overhead_s, notes=tuple(dict.fromkeys(notes)))
+        because = offered[0].because
+        taken = [step for step in offered if step.block_s > 0]
+        if not (taken and workload.accept_unsteady):
+            return f"the figures can't be trusted ({because})"
+        notes.append(f"taken although not to be trusted ({because})")
+    if measurement.kind == "block" and len({timing.stack for timing in measurement.timings}) == 1:
+        notes.append(taken[0].because)
+    module_s, said = _at(taken, tokens, workload.expected_tokens, lambda step: step.block_s)
+    overhead_s, _ = _at(taken, tokens, workload.expected_tokens, lambda step: step.overhead_s)
+    return StepCost(module_s=module_s, overhead_s=overhead_s, notes=(*notes, *said))
 
 
-def _at(timings: Sequence[ModuleTiming], tokens: int, context: int) -> tuple[float, list[str]]:
-    """Seconds at `tokens` rows and `context` cached rows, from medians at the measured points; and what to say."""
+def _at(
+    steps: Sequence[StepEstimate], tokens: int, context: int, figure: Callable[[StepEstimate], float]
+) -> tuple[float, list[str]]:
+    """A figure at `tokens` rows and `context` cached rows, from the measured points; and what to say about it."""
     by_tokens: dict[int, float] = {}
     notes: list[str] = []
-    for rows in sorted({timing.tokens for timing in timings}):
-        points = {timing.context: median(timing.samples.samples_s) for timing in timings if timing.tokens == rows}
+    for rows in sorted({step.tokens for step in steps}):
+        points = {step.context: figure(step) for step in steps if step.tokens == rows}
         by_tokens[rows] = interpolated(points, context)
         if len(points) > 1 and context > max(points):
             notes.append(f"context {context} extrapolated from {max(points)}")
-    if len(by_tokens) == 1:
-        rows, seconds = next(iter(by_tokens.items()))
-        if rows != tokens:
-            notes.append(f"{tokens} rows taken in proportion to {rows}")
-        return seconds * tokens / rows, notes
     if tokens > max(by_tokens):
         notes.append(f"{tokens} rows extrapolated from {max(by_tokens)}")
+    if len(by_tokens) == 1:
+        rows, seconds = next(iter(by_tokens.items()))
+        return seconds * tokens / rows, notes
     return interpolated(by_tokens, tokens), notes
 
 
@@ -310,25 +283,16 @@ def interpolated(points: Mapping[int, float], at: int) -> float:
 def link_cost(profile: Profile) -> tuple[LinkCost | None, str]:
     """Give a link's cost and what to say about it; None and the reason when it was not measured.
 
-    Goodput is solved from both probes: T = delay + (G + c) / rate for G bytes in chunks of c (the last chunk is stored
-    and forwarded), rtt = delay + 2 P / rate. An unsteady link stays usable: jitter is a property of links.
+    An unsteady link stays usable: jitter is a property of links.
     """
     measurement = profile.link
     if not isinstance(measurement, LinkMeasurement):
         return None, f"link not measured: {measurement.because}"
-    if not measurement.round_trip.samples_s or not measurement.goodput.samples_s:
-        return None, "link not measured: no samples"
-    round_trip_s = median(measurement.round_trip.samples_s)
-    goodput_s = median(measurement.goodput.samples_s)
-    moved = measurement.goodput_payload_bytes + measurement.goodput_chunk_bytes
-    excess = moved - 2 * measurement.round_trip_payload_bytes
-    if goodput_s > round_trip_s and excess > 0:
-        rate = excess / (goodput_s - round_trip_s)
-    else:
-        rate = measurement.goodput_payload_bytes / max(goodput_s, 1e-9)
-    if rate <= 0:
-        return None, "link not measured: no bytes were moved"
-    link = LinkCost(round_trip_s=round_trip_s, probe_bytes=measurement.round_trip_payload_bytes, bytes_per_s=rate)
+    rate = bytes_per_s(measurement)
+    half_s = one_way_s(measurement)
+    if rate is None or half_s is None:
+        return None, "link not measured: its samples give no rate"
+    link = LinkCost(one_way_s=half_s, probe_bytes=measurement.round_trip_payload_bytes, bytes_per_s=rate)
     return link, _unsteady(measurement.round_trip) or _unsteady(measurement.goodput)
 
 

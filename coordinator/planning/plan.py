@@ -31,11 +31,27 @@ class PlannedStage(Struct, frozen=True, kw_only=True):
     """Payload bytes of the message that crosses, header included."""
     inbox: InboxAddress
     because: str
+    prefill_chunk_s: float | None = None
+    """Time per prefill chunk; None when the device has not measured prefill."""
 
 
 class LeftOut(Struct, frozen=True, kw_only=True):
     device: str
     because: str
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What the plan had to keep; a plan carries it, so that it can be explained and made again."""
+
+    boards_at_least: int = 1
+    boards_at_most: int | None = None
+    pins: dict[str, str] = {}
+    """Module -> the device that must hold it."""
+    excluded: tuple[str, ...] = ()
+    expected_tokens: int = 256
+    """Rows in the KV cache at which a decode step was priced."""
+    accept_unsteady: bool = False
+    """Whether figures were used that a board itself marked as not to be trusted."""
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -60,3 +76,4 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Why this plan and not another, in one or two sentences."""
     alone: str = ""
     """Best single device, when one can hold the whole model: its predicted time and how it compares."""
+    limits: Limits = Limits()
