@@ -1,0 +1,60 @@
+"""A level of tests that must run can't be skipped in silence: `pytest -m lab --require-level lab`.
+
+A level is a marker of pyproject.toml. With the option, a skip of a test of that level (or of a module that speaks of
+it) is a failure, and so is a run in which no test of that level was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-level",
+        action="append",
+        default=[],
+        metavar="MARKER",
+        help="fail where a test with this marker is skipped, and where there is none; may be given more than once",
+    )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    outcome = yield
+    report = outcome.get_result()
+    expected = hasattr(report, "wasxfail")
+    for level in item.config.getoption("--require-level"):
+        if report.skipped and not expected and item.get_closest_marker(level):
+            report.outcome = "failed"
+            report.longrepr = f"level '{level}' is required here, but this test was skipped: {reason(report.longrepr)}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
+    outcome = yield
+    report = outcome.get_result()
+    if not (report.skipped and isinstance(collector, pytest.Module)):
+        return
+    text = collector.path.read_text(encoding="utf-8")
+    for level in collector.config.getoption("--require-level"):
+        if f"mark.{level}" in text:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"level '{level}' is required here, but this module was skipped: {reason(report.longrepr)}"
+            )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for level in config.getoption("--require-level"):
+        if not any(item.get_closest_marker(level) for item in items):
+            raise pytest.UsageError(f"level '{level}' is required here, but no test of it was selected")
+
+
+def reason(longrepr: Any) -> str:
+    """The words of a skip report: (path, line, reason)."""
+    return str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
