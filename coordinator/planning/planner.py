@@ -1,0 +1,193 @@
+"""From measured devices to a plan, with the reason for each choice. Pure.
+
+A short chain of questions: is the request possible at all, what does each device cost, which placement is best, and
+why. When one board alone is at least as fast, the plan is that board alone and says "don't split".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from coordinator.planning.cost import stage_memory
+from coordinator.planning.partition import Infeasible, Solution, hops
+from coordinator.planning.plan import Limits, Plan, PlannedStage
+from coordinator.planning.reasons import alone_text, left_out_reasons, plan_reason, stage_reason
+from coordinator.planning.request import Candidate, PlanRequest, Priced, check, price, solve
+from coordinator.planning.shortage import infeasible
+from models.graph import Graph
+from wire.messages import InboxAddress
+
+__all__ = [
+    "Candidate",
+    "Infeasible",
+    "PlanRequest",
+    "Verdict",
+    "make_plan",
+    "placement_of",
+    "repriced",
+    "request_of",
+    "same_placement",
+    "worth_moving",
+]
+
+WORTH_MOVING: Final = 0.10
+"""Predicted gain above which a running placement is given up: less is within what profiles scatter, and moving costs
+loading weights and filling caches again."""
+
+
+def make_plan(
+    graph: Graph,
+    candidates: Sequence[Candidate],
+    request: PlanRequest,
+    address: Callable[[int], InboxAddress],
+) -> Plan:
+    """Give the best plan for the request; `address` names the inbox of stage 0, 1, ...
+
+    Raises UsageError for a request that contradicts itself, Infeasible (a Refused) when no placement keeps all limits.
+    """
+    check(graph, request)
+    priced = price(graph, candidates, request)
+    solution = solve(priced)
+    if solution is None:
+        raise infeasible(priced)
+    return _as_plan(priced, solution, address)
+
+
+def _as_plan(priced: Priced, solution: Solution, address: Callable[[int], InboxAddress]) -> Plan:
+    graph, request = priced.graph, priced.request
+    inboxes = [address(stage) for stage in range(len(solution.placement))]
+    return Plan(
+        deployment=request.deployment,
+        epoch=request.epoch,
+        model=graph.model,
+        precision=graph.precision,
+        wire_dtype=graph.wire_dtype,
+        objective=request.objective,
+        topology="central",
+        context_tokens=request.context_tokens,
+        slots=request.slots,
+        prefill_chunk_tokens=request.prefill_chunk_tokens,
+        stages=tuple(_stage(priced, solution, number, inbox) for number, inbox in enumerate(inboxes)),
+        left_out=(*priced.left_out, *left_out_reasons(priced, solution)),
+        predicted_token_s=solution.latency_s,
+        predicted_slowest_s=solution.slowest_s,
+        because=plan_reason(priced, solution),
+        alone=alone_text(priced, solution),
+        limits=Limits(
+            boards_at_least=request.boards_at_least,
+            boards_at_most=request.boards_at_most,
+            pins=dict(request.pins),
+            excluded=request.excluded,
+            expected_tokens=priced.workload.expected_tokens,
+            accept_unsteady=request.accept_unsteady,
+        ),
+    )
+
+
+def _stage(priced: Priced, solution: Solution, number: int, inbox: InboxAddress) -> PlannedStage:
+    run = solution.placement[number]
+    modules = priced.modules(run)
+    cost = priced.costs[run.device]
+    held_bytes, memory_bytes = stage_memory(priced.graph, priced.workload, cost, modules)
+    first_block = sum(1 for module in priced.graph.modules[: run.first] if module.kind == "block")
+    ring = hops(priced.problem, solution.placement)
+    sender, receiver, cut = ring[number] if ring else (run.device, run.device, 0)
+    return PlannedStage(
+        stage=number,
+        device=cost.device,
+        embedding=any(module.kind == "embedding" for module in modules),
+        head=any(module.kind == "head" for module in modules),
+        first_block=first_block,
+        end_block=first_block + sum(1 for module in modules if module.kind == "block"),
+        held_bytes=held_bytes,
+        memory_bytes=memory_bytes,
+        memory_limit_bytes=cost.memory_limit_bytes,
+        compute_s=cost.stage_s(modules),
+        hop_s=float(priced.problem.hop_s[sender, receiver, cut]),
+        hop_bytes=priced.hop_bytes[cut],
+        inbox=inbox,
+        because=stage_reason(priced, run),
+        prefill_chunk_s=cost.stage_prefill_s(modules),
+    )
+
+
+def request_of(plan: Plan) -> PlanRequest:
+    """The request that a plan answers, so that it can be made again on other figures."""
+    return PlanRequest(
+        deployment=plan.deployment,
+        epoch=plan.epoch,
+        objective=plan.objective,
+        context_tokens=plan.context_tokens,
+        slots=plan.slots,
+        prefill_chunk_tokens=plan.prefill_chunk_tokens,
+        boards_at_least=plan.limits.boards_at_least,
+        boards_at_most=plan.limits.boards_at_most,
+        pins=plan.limits.pins,
+        excluded=plan.limits.excluded,
+        expected_tokens=plan.limits.expected_tokens,
+        accept_unsteady=plan.limits.accept_unsteady,
+    )
+
+
+def placement_of(plan: Plan) -> dict[str, str]:
+    """Module name -> device, for all modules: as pins, they give the same placement again."""
+    placement: dict[str, str] = {}
+    for stage in plan.stages:
+        if stage.embedding:
+            placement["embedding"] = stage.device
+        for block in range(stage.first_block, stage.end_block):
+            placement[f"block.{block}"] = stage.device
+        if stage.head:
+            placement["head"] = stage.device
+    return placement
+
+
+def repriced(plan: Plan, graph: Graph, candidates: Sequence[Candidate]) -> Plan:
+    """The same placement with figures from today's profiles; raises Infeasible if it can't be kept any more."""
+    inboxes = {stage.stage: stage.inbox for stage in plan.stages}
+    request = msgspec.structs.replace(
+        request_of(plan), boards_at_least=1, boards_at_most=None, pins=placement_of(plan), excluded=()
+    )
+    again = make_plan(graph, candidates, request, lambda stage: inboxes[stage])
+    return msgspec.structs.replace(again, limits=plan.limits)
+
+
+def same_placement(one: Plan, other: Plan) -> bool:
+    """Whether both run the same modules on the same devices with the same reserves: no weights would move."""
+    return _placement_key(one) == _placement_key(other)
+
+
+def _placement_key(plan: Plan) -> tuple[object, ...]:
+    fixed = (plan.model, plan.precision, plan.wire_dtype, plan.context_tokens, plan.slots, plan.prefill_chunk_tokens)
+    return (*fixed, tuple((s.device, s.embedding, s.first_block, s.end_block, s.head) for s in plan.stages))
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """Whether to move, and why; true when moving."""
+
+    move: bool
+    because: str
+
+    def __bool__(self) -> bool:
+        return self.move
+
+
+def worth_moving(running: Plan, better: Plan) -> Verdict:
+    """Is a new placement better by enough? Compares predictions: give `repriced(running, ...)` if profiles changed."""
+    if same_placement(running, better):
+        return Verdict(move=False, because="the best plan is the one that runs")
+    if _placement_key(running)[:-1] != _placement_key(better)[:-1]:
+        return Verdict(move=True, because="model, context, slots or chunk differ from what runs")
+    old_s, new_s = _figure(running), _figure(better)
+    gain = 1 - new_s / old_s if old_s > 0 else 0.0
+    if gain > WORTH_MOVING:
+        return Verdict(move=True, because=f"{gain:.0%} less time per token")
+    return Verdict(move=False, because=f"{gain:.0%} less time per token: moving pays above {WORTH_MOVING:.0%}")
+
+
+def _figure(plan: Plan) -> float:
+    return plan.predicted_token_s if plan.objective == "latency" else plan.predicted_slowest_s

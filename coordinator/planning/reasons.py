@@ -1,0 +1,182 @@
+"""Why a plan is as it is, in words that a person can check against the figures. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from coordinator.planning import partition
+from coordinator.planning.cost import DeviceCost, stage_memory
+from coordinator.planning.partition import Run, Solution
+from coordinator.planning.plan import LeftOut
+from coordinator.planning.request import Priced
+from wire.units import bytes_text, seconds_text
+
+MAX_WHAT_IF: Final = 8
+"""Left-out devices for which "what if it took part" is solved; the rest get a comparison of speed."""
+
+EQUAL: Final = 0.01
+"""Speeds within 1 % are called equal: no profile is sharper than that."""
+
+
+def block_s(priced: Priced, cost: DeviceCost) -> float:
+    """Mean seconds of one block on a device."""
+    blocks = [cost.decode_s[module.profile_key] for module in priced.graph.modules if module.kind == "block"]
+    return sum(blocks) / len(blocks) if blocks else 0.0
+
+
+def count_blocks(priced: Priced, first: int, end: int) -> int:
+    return sum(1 for module in priced.graph.modules[first:end] if module.kind == "block")
+
+
+def share_text(priced: Priced, run: Run) -> str:
+    """'embedding, 10 of 30 blocks'."""
+    kinds = [module.kind for module in priced.modules(run)]
+    parts = ["embedding"] if "embedding" in kinds else []
+    blocks = kinds.count("block")
+    if blocks or len(kinds) == kinds.count("block"):
+        parts.append(f"{blocks} of {priced.graph.blocks} blocks")
+    parts += ["head"] if "head" in kinds else []
+    return ", ".join(parts)
+
+
+def stage_reason(priced: Priced, run: Run) -> str:
+    """'pi4: 3 of 30 blocks: 4.1 times slower per block than orin; memory would allow 22'."""
+    cost = priced.costs[run.device]
+    fastest = min(priced.costs, key=lambda other: (block_s(priced, other), other.device))
+    own_s, least_s = block_s(priced, cost), block_s(priced, fastest)
+    if own_s <= least_s * (1 + EQUAL):
+        speed = f"fastest per block ({seconds_text(own_s)})"
+        if own_s > least_s:
+            speed = f"as fast per block as {fastest.device} ({seconds_text(own_s)})"
+    else:
+        speed = f"{own_s / least_s:.1f} times slower per block than {fastest.device}"
+    pinned = [module.name for module in priced.modules(run) if module.name in priced.request.pins]
+    pins = f"; pinned here: {', '.join(pinned)}" if 0 < len(pinned) < len(priced.graph.modules) else ""
+    return f"{cost.device}: {share_text(priced, run)}: {speed}; {_room_text(priced, run)}{pins}"
+
+
+def _room_text(priced: Priced, run: Run) -> str:
+    """How many blocks would fit if the stage grew, and what binds when it can't."""
+    fits, length = priced.problem.fits[run.device], len(priced.graph.modules)
+    if run.first == 0 and run.end == length:
+        return "holds the whole model"
+    if run.first == 0 or run.end < length:
+        most = count_blocks(priced, run.first, int(np.flatnonzero(fits[run.first]).max()))
+    else:
+        most = count_blocks(priced, int(np.flatnonzero(fits[:, length]).min()), length)
+    if most > count_blocks(priced, run.first, run.end):
+        return f"memory would allow {most}"
+    if count_blocks(priced, run.first, run.end) == priced.graph.blocks:
+        return "holds all blocks"
+    cost = priced.costs[run.device]
+    _, memory_bytes = stage_memory(priced.graph, priced.workload, cost, priced.modules(run))
+    return f"memory is full ({bytes_text(memory_bytes)} of {bytes_text(cost.memory_limit_bytes)})"
+
+
+def left_out_reasons(priced: Priced, solution: Solution) -> tuple[LeftOut, ...]:
+    """Why each priced device without a stage has none."""
+    used = {run.device for run in solution.placement}
+    unused = [d for d in range(len(priced.costs)) if d not in used]
+    by_speed = sorted(unused, key=lambda d: (block_s(priced, priced.costs[d]), d))
+    asked = set(by_speed[:MAX_WHAT_IF]) if len(used) < partition.EXACT_DEVICES else set()
+    return tuple(
+        LeftOut(device=priced.costs[d].device, because=_unused_reason(priced, solution, d, what_if=d in asked))
+        for d in unused
+    )
+
+
+def _unused_reason(priced: Priced, solution: Solution, device: int, *, what_if: bool) -> str:
+    cost, fits = priced.costs[device], priced.problem.fits[device]
+    if not fits.any():
+        if priced.request.pins:
+            return "no module that is not pinned elsewhere fits into its memory"
+        needed = min(stage_memory(priced.graph, priced.workload, cost, [module])[1] for module in priced.graph.modules)
+        return f"no module fits: the smallest needs {bytes_text(needed)}, {_limit_text(cost)}"
+    if cost.link is None:
+        return f"{cost.link_because}; it could only hold the whole model"
+    most = priced.request.boards_at_most
+    if most is not None and len(solution.placement) >= most:
+        return f"at most {most} boards were asked for, and the others are better"
+    if what_if:
+        chosen = sorted([run.device for run in solution.placement] + [device])
+        both = partition.solve(priced.problem.only(chosen), priced.request.objective, len(chosen))
+        if both is None:
+            return "no placement gives it a share besides the chosen boards"
+        value_s, chosen_s = _figure(priced, both), _figure(priced, solution)
+        word = "equally long" if value_s <= chosen_s * (1 + EQUAL) else "longer"
+        return f"not needed: with it a token would take {word}, {seconds_text(value_s)} not {seconds_text(chosen_s)}"
+    own_s = block_s(priced, cost)
+    slowest_s = max(block_s(priced, priced.costs[run.device]) for run in solution.placement)
+    return f"not needed: {seconds_text(own_s)} per block, the slowest chosen board takes {seconds_text(slowest_s)}"
+
+
+def _figure(priced: Priced, solution: Solution) -> float:
+    return solution.latency_s if priced.request.objective == "latency" else solution.slowest_s
+
+
+def _limit_text(cost: DeviceCost) -> str:
+    return f"stages may take {bytes_text(cost.memory_limit_bytes)} of {bytes_text(cost.usable_bytes)}"
+
+
+def best_alone(priced: Priced) -> tuple[DeviceCost, float] | None:
+    """The fastest device that can hold the whole model (pins count), and its seconds per token."""
+    whole = priced.problem.stage_s()[:, 0, -1] if priced.costs else np.array([])
+    if not np.isfinite(whole).any():
+        return None
+    best = int(np.argmin(whole))
+    return priced.costs[best], float(whole[best])
+
+
+def alone_text(priced: Priced, solution: Solution) -> str:
+    """How the best single device compares; '' when none can hold the model."""
+    alone = best_alone(priced)
+    if alone is None:
+        return ""
+    cost, alone_s = alone
+    text = f"{cost.device} alone: {seconds_text(alone_s)} per token"
+    if len(solution.placement) == 1:
+        return f"{text}, which is this plan"
+    this = f"this plan {seconds_text(solution.latency_s)}"
+    if solution.latency_s < alone_s:
+        return f"{text}; {this}"
+    if priced.request.objective == "throughput" and solution.slowest_s < alone_s:
+        return f"{text}; {this}, but one every {seconds_text(solution.slowest_s)} when the pipeline is full"
+    return f"{text}; {this}: don't split unless the boards shall be shared or the split itself is wanted"
+
+
+def plan_reason(priced: Priced, solution: Solution) -> str:
+    """Why this plan and not another."""
+    request, stages = priced.request, len(solution.placement)
+    alone = best_alone(priced)
+    first = priced.costs[solution.placement[0].device].device
+    splits = {count: value for count, value in solution.best_by_stages.items() if count > 1}
+    if stages == 1 and splits:
+        count, value = min(splits.items(), key=lambda item: item[1])
+        least_s = _figure(priced, solution)
+        text = f"don't split: {first} alone takes {seconds_text(least_s)} per token, the best split ({count} boards) "
+        text += seconds_text(value)
+    elif stages == 1:
+        only = "at most one board was asked for" if request.boards_at_most == 1 else "no split is possible"
+        text = f"{first} holds the whole model: {only}"
+    elif alone is None:
+        text = f"no single board can hold the model; over {stages} boards {_sum_text(priced, solution)}"
+    elif request.boards_at_least >= stages and stages > 1:
+        text = f"at least {request.boards_at_least} boards were asked for; {_sum_text(priced, solution)}"
+    elif request.objective == "throughput":
+        text = f"a full pipeline gives a token every {seconds_text(solution.slowest_s)}; {alone[0].device} alone every "
+        text += seconds_text(alone[1])
+    else:
+        text = f"{_sum_text(priced, solution)}; {alone[0].device} alone takes {seconds_text(alone[1])}"
+    return f"{text}. {solution.because}" if solution.because else text
+
+
+def _sum_text(priced: Priced, solution: Solution) -> str:
+    problem = priced.problem
+    hop_s = sum(float(problem.hop_s[a, b, cut]) for a, b, cut in partition.hops(problem, solution.placement))
+    compute_s = solution.latency_s - hop_s
+    return (
+        f"a token takes {seconds_text(solution.latency_s)}: "
+        f"{seconds_text(compute_s)} of compute and {seconds_text(hop_s)} in {len(solution.placement)} hops"
+    )
