@@ -137,6 +137,11 @@ class Redial:
         self._proved = False
         self._early = 0
 
+    @property
+    def untried_five(self) -> bool:
+        """MQTT 5 is tried, and this broker has not accepted it yet."""
+        return self.five and not self._proved
+
     def accepted(self) -> None:
         self._proved = True
         self._early = 0

@@ -40,6 +40,9 @@ _logger = logging.getLogger("edgelam.wire")
 DEFAULT_PORT: Final = 1883
 CONNECT_TIMEOUT_S: Final = 3.0
 HANDSHAKE_TIMEOUT_S: Final = 5.0
+FIRST_HANDSHAKE_TIMEOUT_S: Final = 2.0
+"""For a first CONNECT in MQTT 5: some brokers of version 3.1.1 neither refuse it nor close, but wait for more."""
+
 CLOSE_TIMEOUT_S: Final = 2.0
 
 MAX_INFLIGHT: Final = 20
@@ -230,7 +233,7 @@ class MqttTransport(Endpoint):
             return self._next_misc_s
         if self._client is not None:
             if now_s >= self._handshake_until_s:
-                self._end(self._client, Ended(f"no answer within {HANDSHAKE_TIMEOUT_S:.0f} s", early=True))
+                self._end(self._client, Ended(f"no answer within {self._handshake_timeout_s():.0f} s", early=True))
             return min(self._handshake_until_s, now_s if self._ended else math.inf)
         if now_s >= self._next_attempt_s:
             self._dial()
@@ -290,7 +293,10 @@ class MqttTransport(Endpoint):
                 self._after(self._ended.pop(), now_s)
                 return
             self._client = client
-            self._handshake_until_s = now_s + HANDSHAKE_TIMEOUT_S
+            self._handshake_until_s = now_s + self._handshake_timeout_s()
+
+    def _handshake_timeout_s(self) -> float:
+        return FIRST_HANDSHAKE_TIMEOUT_S if self._redial.untried_five else HANDSHAKE_TIMEOUT_S
 
     def _up(self, now_s: float) -> None:
         """The broker accepted us: renew subscriptions, send what waits, tell."""
