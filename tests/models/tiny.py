@@ -24,8 +24,8 @@ Floats = npt.NDArray[np.float32]
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = (
-    *("Ġ t", "h e", "Ġt he", "i n", "Ġ a", "e r", "o n", "r e", "Ġa n", "Ġan d", "c a", "ca t", "Ġ w", "Ġw or"),
-    *("l d", "Ġwor ld", "H e", "l l", "He ll", "Hell o", "Ġ i", "Ġi s", "o u", "y ou", "u ser", "s er", "u s"),
+    *("Ġ t", "h e", "Ġt he", "i n", "Ġ a", "e r", "o n", "r e", "Ġa n", "Ġan d", "c a", "ca t", "Ġ w", "o r", "Ġw or"),
+    *("l d", "Ġwor ld", "H e", "l l", "He ll", "Hell o", "Ġ i", "Ġi s", "o u", "y ou", "s er", "u ser", "u s"),
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
