@@ -1,0 +1,83 @@
+"""ONE table of notices: what the coordinator tells people, how urgent it is, and what to try.
+
+A notice is pure data; who publishes it adds sender and time (wire.messages.Event). Texts are templates, their fields
+are given to `notice`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal, NamedTuple
+
+from msgspec import Struct
+
+Level = Literal["info", "warning", "error"]
+
+
+class Row(NamedTuple):
+    """A kind of notice; `text` and `try_` are templates over the same fields."""
+
+    code: str
+    level: Level
+    text: str
+    try_: str = ""
+
+
+class Notice(Struct, frozen=True, kw_only=True):
+    """Something a person may want to know. `device` is '' when it is about none in particular."""
+
+    code: str
+    level: Level
+    text: str
+    try_: str = ""
+    device: str = ""
+
+
+_ROWS: Final = (
+    Row("device-online", "info", "{device} is online ({host})"),
+    Row("device-restarted", "info", "{device} was restarted: {old} gave way to {new}"),
+    Row("device-left", "info", "{device} left{reason}"),
+    Row("device-suspect", "warning", "no heartbeat from {device} for {silent_s:.1f} s", "wait, or look at its link"),
+    Row("device-back", "info", "{device} is heard again"),
+    Row(
+        "device-silent",
+        "warning",
+        "{device} is offline: no heartbeat for {silent_s:.1f} s",
+        "is {device} powered and on the network? ping {host}; systemctl status edgelam-agent on it",
+    ),
+    Row(
+        "device-stale",
+        "info",
+        "the broker remembers {device}, but it sends no heartbeat",
+        "start edgelam-agent on {device} if it should take part",
+    ),
+    Row(
+        "device-not-joining",
+        "warning",
+        "{device} is visible over mDNS at {host}, but has not come to the broker for {waited_s:.0f} s",
+        "on {device}: can it reach the broker's port, is its site key right? edgelam-agent run --log-level debug",
+    ),
+    Row(
+        "identity-twice",
+        "error",
+        "two agents use the name {device}: {host} and {other_host}",
+        "give one of them another name: edgelam-agent run --name NAME",
+    ),
+    Row(
+        "fleet-full",
+        "error",
+        "{device} was not admitted: {limit} devices are known, and none of them is offline",
+        "split the boards over two sites",
+    ),
+    Row("broker-lost", "warning", "the broker at {url} is gone ({reason})", "wait: reconnecting"),
+    Row("bad-message", "warning", "{reason}", "check that all boards run the same edgelam version"),
+)
+
+TABLE: Final[Mapping[str, Row]] = {row.code: row for row in _ROWS}
+
+
+def notice(code: str, *, device: str = "", **fields: object) -> Notice:
+    """Fill a row of the table; KeyError for a code or field that isn't there is a defect of the caller."""
+    row = TABLE[code]
+    text, try_ = (template.format(device=device, **fields) for template in (row.text, row.try_))
+    return Notice(code=code, level=row.level, text=text, try_=try_, device=device)
