@@ -79,7 +79,7 @@ class ModuleMeasurement(Struct, frozen=True, kw_only=True):
     """Resident memory of the measuring process before anything was loaded: interpreter, engine, libraries."""
 
 
-class LinkMeasurement(Struct, frozen=True, kw_only=True):
+class LinkMeasurement(Struct, frozen=True, kw_only=True, tag="measured"):
     """The device's own link, measured through the real transport to its own topic on the site's broker and back:
     each sample crosses the link twice and the broker once."""
 
