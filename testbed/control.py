@@ -83,6 +83,7 @@ class Answer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ok: bool
     error: str = ""
     try_: str = msgspec.field(default="", name="try")
+    exit_code: int = 0
     address: str = ""
     links: tuple[LinkStats, ...] = ()
     result: dict[str, Any] = {}
@@ -162,7 +163,7 @@ async def _answered(decoder: msgspec.json.Decoder[Any], line: bytes, act: Callab
 
 
 def refusal(error: EdgelamError) -> Answer:
-    return Answer(ok=False, error=error.message, try_=error.try_)
+    return Answer(ok=False, error=error.message, try_=error.try_, exit_code=error.exit_code)
 
 
 def _line(answer: Answer) -> bytes:

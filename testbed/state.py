@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -84,6 +84,17 @@ def record_of(pid: int) -> ProcessRecord | None:
 
 def is_alive(record: ProcessRecord) -> bool:
     return started_ticks(record.pid) == record.started_ticks
+
+
+def condition(record: ProcessRecord) -> Literal["running", "stopped", "gone"]:
+    """Whether this very process runs, was stopped by a signal, or has ended."""
+    if not is_alive(record):
+        return "gone"
+    try:
+        text = Path(f"/proc/{record.pid}/stat").read_text()
+    except OSError:
+        return "gone"
+    return "stopped" if text.rpartition(")")[2].split()[0] in ("T", "t") else "running"
 
 
 def send(record: ProcessRecord, number: int) -> bool:
@@ -204,7 +215,7 @@ def checked_folder(state_dir: Path) -> Path:
 
 
 def clear(state_dir: Path) -> bool:
-    """End and remove what a testbed left, and its folder; False if there was nothing. Call with the lock held.
+    """End and remove what a testbed left; False if there was nothing. Call with the lock held; it stays.
 
     Raises CorruptData for a damaged state file, Refused if a process survives SIGKILL.
     """
@@ -219,10 +230,15 @@ def clear(state_dir: Path) -> bool:
 
 
 def remove_files(state_dir: Path) -> None:
-    """Remove all that a testbed writes into its folder, and the folder if nothing else is in it."""
+    """Remove all that a testbed writes into its folder, but the lock."""
     for folder in FOLDERS:
         shutil.rmtree(state_dir / folder, ignore_errors=True)
-    for name in (STATE_FILE, f"{STATE_FILE}.new", LOCK_FILE):
+    for name in (STATE_FILE, f"{STATE_FILE}.new"):
         (state_dir / name).unlink(missing_ok=True)
+
+
+def remove_folder(state_dir: Path) -> None:
+    """Remove the lock, and the folder if nothing is left in it. Call last, with the lock held."""
+    (state_dir / LOCK_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         state_dir.rmdir()
