@@ -49,8 +49,8 @@ def plain(profile: Profile, width: int = 100) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent=indent) or [""]
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="  ") or [""]
 
 
 def _plain_table(table: Table, width: int) -> list[str]:
@@ -93,5 +93,7 @@ def _as_list(table: Table, width: int) -> list[str]:
     kept = [at for at, column in enumerate(table.columns) if column.rank == ALWAYS]
     for row in table.rows:
         pairs = [row[at] if at == kept[-1] else f"{table.columns[at].title} {row[at]}" for at in kept[1:]]
-        shown += _wrapped(f"{row[kept[0]]}: {', '.join(pairs)}", width)
+        shown += textwrap.wrap(
+            f"{row[kept[0]]}: {', '.join(pairs)}", width, initial_indent="  ", subsequent_indent="    "
+        )
     return shown

@@ -52,7 +52,9 @@ def rows(profile: Profile) -> tuple[Table, ...]:
     """Everything the profile says, in the order board, conditions, modules, link."""
     tables = [_board(profile), _conditions(profile)]
     for module in profile.modules:
-        tables += [_timings(module), _costs(module)]
+        tables.append(_timings(module))
+        if len({timing.stack for timing in module.timings}) > 1:  # from one depth, cost and time are the same
+            tables.append(_costs(module))
     return (*tables, _link(profile.link))
 
 
@@ -90,9 +92,10 @@ def warnings(profile: Profile) -> tuple[str, ...]:
                 f"round trip of {seconds_text(middle_s)} may be Nagle's algorithm with delayed acknowledgements: "
                 "TCP_NODELAY must be set in the broker too (mosquitto: set_tcp_nodelay true)"
             )
-    invalid = sum(not timing.samples.valid for module in profile.modules for timing in module.timings)
+    timings = [timing for module in profile.modules for timing in module.timings]
+    invalid = sum(not timing.samples.valid for timing in timings)
     if invalid:
-        found.append(f"{invalid} timings are INVALID; they are not used for planning unless asked for")
+        found.append(f"{invalid} of {len(timings)} timings INVALID, for the reasons given with them")
     return tuple(found)
 
 
@@ -139,6 +142,7 @@ def _board(profile: Profile) -> Table:
         ("cores", f"{cores.usable:g} usable ({clean(cores.because)})"),
         ("memory", f"{bytes_text(memory.usable_bytes)} usable{', shared with the GPU' if memory.unified else ''}"),
         ("memory of host", _bytes(memory.total_bytes)),
+        ("memory available", _bytes(memory.available_bytes)),
         ("memory limit", _bytes(memory.limit_bytes)),
     ]
     lines += [(f"engine {clean(name)}", _said(found)) for name, found in sorted(profile.engines.items())]
@@ -178,7 +182,7 @@ def _conditions(profile: Profile) -> Table:
 
 
 def _both(before: str, after: str) -> str:
-    return before if before == after else f"{before} before, {after} after"
+    return before if before == after else f"before: {before}; after: {after}"
 
 
 def verdict(samples: Samples) -> str:
@@ -247,8 +251,7 @@ def _costs(module: ModuleMeasurement) -> Table:
             Column("step"),
             Column("context"),
             Column("each"),
-            Column("low", 2),
-            Column("high", 2),
+            Column("95 %", 2),
             Column("per step", 1),
             Column("derived from"),
         ),
@@ -259,13 +262,12 @@ def _costs(module: ModuleMeasurement) -> Table:
 def _cost(step: StepEstimate) -> tuple[str, ...]:
     name = f"{step.phase} {step.tokens}"
     if step.block_s <= 0:
-        return name, str(step.context), "-", "-", "-", "-", f"INVALID: {clean(step.because)}"
+        return name, str(step.context), "-", "-", "-", f"INVALID: {clean(step.because)}"
     return (
         name,
         str(step.context),
         seconds_text(step.block_s),
-        seconds_text(step.block_low_s),
-        seconds_text(step.block_high_s),
+        f"{seconds_text(step.block_low_s)} to {seconds_text(step.block_high_s)}",
         seconds_text(step.overhead_s),
         clean(step.because) if step.valid else f"INVALID: {clean(step.because)}",
     )
