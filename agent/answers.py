@@ -1,0 +1,57 @@
+"""What the agent says about what it did: replies to commands, and when the applied state is news. Pure."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import msgspec
+
+from agent.measuring import Asked, Outcome
+from hwprofiles.profile import LinkMeasurement, Profile
+from wire.messages import Applied, Reply
+
+PROGRESS_PERIOD_S: Final = 0.5
+"""Reports in which only fetched bytes changed are published at most twice a second."""
+
+
+class _Said(NamedTuple):
+    phases: tuple[tuple[object, ...], ...]
+    fetched: tuple[int, ...]
+
+
+class AppliedNews:
+    """Decides when the applied state is published: at once when a phase changed, slowly while bytes come in. Resident
+    memory, which never stands still, is in the telemetry."""
+
+    def __init__(self) -> None:
+        self._said: _Said | None = None
+        self._said_s = 0.0
+
+    def news(self, applied: Applied, now_s: float) -> bool:
+        """Whether to publish; if so it counts as said."""
+        phases = tuple((r.deployment, r.stage, r.epoch, r.phase, r.detail, r.restarts) for r in applied.stages)
+        now = _Said(((applied.epoch,), *phases), tuple(report.fetched_bytes for report in applied.stages))
+        if now == self._said:
+            return False
+        urgent = self._said is None or now.phases != self._said.phases
+        if not urgent and now_s - self._said_s < PROGRESS_PERIOD_S:
+            return False
+        self._said, self._said_s = now, now_s
+        return True
+
+
+def reply_to(asked: Asked, device: str, outcome: Outcome, profile: Profile | None) -> Reply:
+    """The answer to a command whose job is over."""
+    error = outcome.error
+    result: dict[str, object] = {"measured": outcome.measured, "failed": dict(outcome.failed)}
+    if asked.verb == "probe-link" and not error:
+        link = profile.link if profile is not None else None
+        if isinstance(link, LinkMeasurement):
+            result = {"link": msgspec.to_builtins(link)}
+        else:
+            error = link.because if link is not None else "the link was not measured"
+    return Reply(id=asked.command.id, device=device, ok=not error, error=error[:4096], result={} if error else result)
+
+
+def refusal_of(asked: Asked, device: str, problem: str) -> Reply:
+    return Reply(id=asked.command.id, device=device, ok=False, error=problem[:4096])

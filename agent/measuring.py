@@ -1,0 +1,330 @@
+"""Takes the device's measure when the coordinator's kit names something that was not measured yet.
+
+Belongs to the supervisor's thread. One job at a time: its graphs are fetched, one worker times them and the link, and
+what it found is joined with what was known into the profile, which is kept in the state folder. A profile that no
+longer fits the device (software, limits, emulation, age) is dropped at the start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from agent.fetch import Fetcher, Progress
+from agent.launcher import Ended, Launcher, Line
+from agent.store import Store
+from agent.workers.pipe import BrokerLogin, Measured, MeasureModule, MeasureNote, MeasureTask, line_of, read_line
+from hwprofiles import conditions, profile
+from hwprofiles.profile import LinkMeasurement, Profile, Snapshot
+from hwprofiles.reading import Absent, Failed, Reading
+from hwprofiles.survey import Survey
+from wire.errors import EdgelamError
+from wire.messages import ArtifactRef, Command, Kit, KitModule
+
+LOG = logging.getLogger("edgelam.measuring")
+WORKER_MODULE: Final = "agent.workers.measuring"
+
+NICE: Final = 5
+"""Of the worker while stages run: their tokens go first."""
+
+DEADLINE_S: Final = 1800.0
+"""A job that takes longer hangs; on a machine with many virtual boards, waiting for the turn is part of it."""
+
+LINK_TRIES: Final = 3
+LINK_PAUSE_S: Final = 10.0
+
+
+class Subject(Struct, frozen=True, kw_only=True):
+    """Whose measure is taken."""
+
+    site: str
+    device: str
+    threads: int
+    speed: float
+    emulation: str
+    profile_path: Path
+
+
+class Asked(NamedTuple):
+    """A command that waits for a measurement: 'measure' (the whole kit) or 'probe-link'."""
+
+    verb: str
+    command: Command
+
+
+class Outcome(NamedTuple):
+    """A job is over. `asked` are the commands that waited for it; `error` '' if something was measured."""
+
+    asked: tuple[Asked, ...]
+    measured: tuple[str, ...]
+    failed: Mapping[str, str]
+    error: str
+
+
+class _Job:
+    def __init__(self, modules: tuple[KitModule, ...], link: bool, asked: tuple[Asked, ...]) -> None:
+        self.modules = modules
+        self.link = link
+        self.asked = asked
+        self.failed: dict[str, str] = {}
+        self.worker = 0
+        self.launched_s = 0.0
+        self.before: Snapshot | None = None
+        self.result: Measured | None = None
+
+
+class Measuring:
+    """`login(client)` and `url_of(base, digest)` are as for agent.stages; `survey()` reads the device afresh."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        launcher: Launcher,
+        store: Store,
+        fetcher: Fetcher,
+        login: Callable[[str], BrokerLogin],
+        url_of: Callable[[str, str], str],
+        survey: Callable[[], Survey],
+        snapshot: Callable[[], Snapshot] = conditions.snapshot,
+    ) -> None:
+        self._subject = subject
+        self._launcher = launcher
+        self._store = store
+        self._fetcher = fetcher
+        self._login = login
+        self._url_of = url_of
+        self._survey = survey
+        self._snapshot = snapshot
+        self._kit: Kit | None = None
+        self._job: _Job | None = None
+        self._asked: list[Asked] = []
+        self._hopeless: dict[str, str] = {}
+        self._link_tries = 0
+        self._link_not_before_s = 0.0
+        self._launches = 0
+        self.profile: Profile | None = self._remembered()
+        self.note = ""
+        """How far the job is, for people."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a worker measures."""
+        return self._job is not None and self._job.worker != 0
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether all of the kit is measured, or has been tried."""
+        return self._kit is not None and self._job is None and not self._missing() and not self._asked
+
+    @property
+    def wanted_files(self) -> dict[str, ArtifactRef]:
+        """Graphs that the job needs, by digest."""
+        job = self._job  # The fetching thread asks too.
+        if job is None:
+            return {}
+        return {ref.digest: ref for module in job.modules for _, ref in module.graphs}
+
+    def kit(self, kit: Kit) -> None:
+        """Take a new kit. What failed before is tried again if its graphs are others."""
+        if self._kit is not None and kit.modules != self._kit.modules:
+            self._hopeless.clear()
+        self._kit = kit
+
+    def ask(self, asked: Asked) -> str:
+        """Measure on command: the whole kit, or only the link. Gives why not, or '' and an Outcome later."""
+        if self._kit is None and asked.verb == "measure":
+            return "the coordinator has published no kit to measure with"
+        if len(self._asked) >= 8:
+            return "too many measurements are waiting already"
+        self._asked.append(asked)
+        return ""
+
+    def step(self, now_s: float, broker_url: str, stages_run: bool) -> tuple[bool, Outcome | None]:
+        """Go on. Gives whether a worker was just started, and the outcome of a job that came to nothing."""
+        if self._job is None:
+            self._job = self._next_job(now_s, broker_url)
+        job = self._job
+        if job is None:
+            return False, None
+        if job.worker:
+            if now_s - job.launched_s > DEADLINE_S:
+                self._launcher.end(job.worker)
+            return False, None
+        job.modules = tuple(module for module in job.modules if module.key not in job.failed)
+        if not job.modules and not job.link:
+            return False, self._close(job, "nothing of the kit could be fetched")
+        missing = [ref for digest, ref in self.wanted_files.items() if digest not in self._store.present]
+        if missing:
+            base = self._kit.artifacts_url if self._kit else ""
+            self._fetcher.want(missing, lambda digest: self._url_of(base, digest))
+            return False, None
+        return self._launch(job, now_s, stages_run)
+
+    def fetched(self, progress: Progress) -> None:
+        """Take news of the fetcher: modules whose graph can't be had are left out."""
+        if self._job is None or not progress.failed:
+            return
+        for module in self._job.modules:
+            if any(ref.digest == progress.digest for _, ref in module.graphs):
+                self._job.failed[module.key] = progress.failed
+
+    def heard(self, event: Line | Ended, now_s: float) -> tuple[bool, Outcome | None]:
+        """Take news of a worker. Gives whether it is ours, and the outcome when it ended."""
+        job = self._job
+        if job is None or not job.worker or job.worker != event.worker:
+            return False, None
+        if isinstance(event, Ended):
+            return True, self._ended(job, event, now_s)
+        try:
+            said = read_line(event.text, Measured) if b'"modules"' in event.text else None
+            if said is not None:
+                job.result = said
+            else:
+                self.note = read_line(event.text, MeasureNote).note
+                LOG.info("measuring: %s", self.note)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            LOG.warning("the measuring worker wrote a line that can't be read: %s", error)
+        return True, None
+
+    def end(self) -> None:
+        """Give up what is under way."""
+        if self._job is not None and self._job.worker:
+            self._launcher.end(self._job.worker)
+        else:
+            self._job = None
+        self._asked.clear()
+        self._kit = None
+
+    # One job.
+
+    def _next_job(self, now_s: float, broker_url: str) -> _Job | None:
+        if self._asked:
+            asked, self._asked = self._asked, []
+            whole = any(one.verb == "measure" for one in asked)
+            modules = self._kit.modules if whole and self._kit else ()
+            return _Job(modules, True, tuple(asked))
+        if self._kit is None:
+            return None
+        link_due = self._link_due(broker_url) and now_s >= self._link_not_before_s
+        missing = self._missing()
+        return _Job(missing, link_due or bool(missing), ()) if missing or link_due else None
+
+    def _missing(self) -> tuple[KitModule, ...]:
+        known = {module.key for module in self.profile.modules} if self.profile else set()
+        kit = self._kit.modules if self._kit else ()
+        return tuple(module for module in kit if module.key not in known and module.key not in self._hopeless)
+
+    def _link_due(self, broker_url: str) -> bool:
+        """The link is measured again when the broker is another one, or LINK_TRIES times if it fails."""
+        link = self.profile.link if self.profile else None
+        if isinstance(link, LinkMeasurement):
+            return link.broker != broker_url
+        return self._link_tries < LINK_TRIES
+
+    def _launch(self, job: _Job, now_s: float, stages_run: bool) -> tuple[bool, Outcome | None]:
+        self._launches += 1
+        modules = tuple(
+            MeasureModule(
+                module=module,
+                graph_paths=tuple((stack, str(self._store.path_of(ref.digest))) for stack, ref in module.graphs),
+            )
+            for module in job.modules
+        )
+        task = MeasureTask(
+            device=self._subject.device,
+            site=self._subject.site,
+            modules=modules,
+            login=self._login(f"probe-{self._launches}") if job.link else None,
+            threads=self._subject.threads,
+            speed=self._subject.speed,
+            nice=NICE if stages_run else 0,
+        )
+        job.before = self._snapshot()
+        try:
+            job.worker = self._launcher.launch(WORKER_MODULE, line_of(task), self._subject.threads)
+        except OSError as error:
+            return False, self._close(job, f"no worker could be started: {error.strerror}")
+        job.launched_s = now_s
+        LOG.info("measuring %d modules%s", len(modules), " and the link" if job.link else "")
+        return True, None
+
+    def _ended(self, job: _Job, event: Ended, now_s: float) -> Outcome:
+        self._link_tries += job.link
+        self._link_not_before_s = now_s + LINK_PAUSE_S
+        if job.result is None or job.before is None:
+            for module in job.modules:
+                job.failed[module.key] = event.words
+            return self._close(job, f"the measuring worker {event.words}")
+        job.failed.update(job.result.failed)
+        try:
+            self._take(job.result, job.before)
+        except (EdgelamError, OSError) as error:
+            return self._close(job, f"the profile could not be kept: {error}")
+        if isinstance(job.result.link, LinkMeasurement):
+            self._link_tries = 0
+        return self._close(job, "")
+
+    def _close(self, job: _Job, error: str) -> Outcome:
+        self._job = None
+        self.note = ""
+        self._hopeless.update(job.failed)
+        for key, reason in job.failed.items():
+            LOG.warning("not measured: %s: %s", key, reason)
+        measured = tuple(module.key for module in job.result.modules) if job.result else ()
+        return Outcome(job.asked, measured, job.failed, error)
+
+    # The profile.
+
+    def _remembered(self) -> Profile | None:
+        try:
+            known = profile.load(self._subject.profile_path)
+        except EdgelamError as error:
+            if self._subject.profile_path.exists():
+                LOG.warning("%s", error)
+            return None
+        except OSError as error:
+            LOG.warning("%s: %s", self._subject.profile_path, error)
+            return None
+        emulation = self._subject.emulation
+        because = profile.expired(known, time.time(), self._snapshot(), self._survey().memory, emulation)
+        if not because and any(module.threads != self._subject.threads for module in known.modules):
+            because = f"threads changed to {self._subject.threads}"
+        if because:
+            LOG.info("the kept profile no longer holds: %s", because)
+            return None
+        return known
+
+    def _take(self, result: Measured, before: Snapshot) -> None:
+        """Join what was found with what is known of other modules; save. Raises EdgelamError, OSError."""
+        survey = self._survey()
+        known = self.profile
+        fresh = {module.key for module in result.modules}
+        in_kit = {module.key for module in self._kit.modules} if self._kit else set()
+        # Modules of the kit last, so that the oldest of others are dropped where all of them are too many.
+        kept = [module for module in known.modules if module.key not in fresh] if known else []
+        kept.sort(key=lambda module: module.key in in_kit)
+        engines = dict(survey.engines)
+        for name, loaded in result.engines_loaded.items():
+            engines[name] = Reading(loaded, "loaded by the measuring worker")
+        link: LinkMeasurement | Absent | Failed = result.link
+        if isinstance(link, Absent) and known is not None:
+            link = known.link
+        joined = Profile(
+            source="emulated" if self._subject.emulation else "live",
+            emulation=self._subject.emulation,
+            identity=survey.identity,
+            memory=survey.memory,
+            cores=survey.cores,
+            conditions=conditions.join(before, self._snapshot(), result.allow_spinning),
+            engines=engines,
+            modules=(*kept, *result.modules)[-256:],
+            link=link,
+        )
+        self.profile = profile.compact(joined)
+        profile.save(self.profile, self._subject.profile_path)

@@ -1,0 +1,284 @@
+"""The stages of this device: carries out what agent.converge decides, and reports what became of it.
+
+Belongs to the supervisor's thread. `converge` may be called as often as one likes; it acts only upon a change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from agent import converge
+from agent.converge import Adopt, Fetch, Hold, Key, Running, Start, Stop
+from agent.fetch import Fetcher, Progress
+from agent.launcher import Ended, Launcher, Line
+from agent.restarts import Deaths
+from agent.store import Store
+from agent.workers.pipe import Assignment, BrokerLogin, Status, Tell, line_of, read_line
+from wire.messages import ArtifactRef, Desired, StageCounters, StageOrder, StageReport
+
+LOG = logging.getLogger("edgelam.stages")
+WORKER_MODULE: Final = "agent.workers.inference"
+
+
+class Bench(Struct, frozen=True, kw_only=True):
+    """What all workers of this device have in common."""
+
+    device: str
+    site: str
+    threads: int
+    speed: float = 1.0
+    memory_limit_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Stage:
+    """`order` is what the worker runs, None without a worker. `wanted` is the newest order, for reports."""
+
+    wanted: StageOrder
+    order: StageOrder | None = None
+    worker: int = 0
+    url: str = ""
+    ending: bool = False
+    deaths: Deaths = field(default_factory=Deaths)
+    deaths_epoch: int = -1
+    fetching: bool = False
+    fetch_failed: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    status: Status | None = None
+
+
+class Stages:
+    """`login(client)` says how a worker called `client` reaches the broker; `url_of(digest)` where an artifact is."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        launcher: Launcher,
+        store: Store,
+        fetcher: Fetcher,
+        login: Callable[[str], BrokerLogin],
+        url_of: Callable[[str, str], str],
+    ) -> None:
+        self._bench = bench
+        self._launcher = launcher
+        self._store = store
+        self._fetcher = fetcher
+        self._login = login
+        self._url_of = url_of
+        self._desired: Desired | None = None
+        self._stages: dict[Key, _Stage] = {}
+        self._have_bytes: dict[str, int] = {}
+        self._launches = 0
+
+    @property
+    def wanted_files(self) -> dict[str, ArtifactRef]:
+        """Files that the wanted stages need, by digest."""
+        orders = self._desired.stages if self._desired else ()
+        return {ref.digest: ref for order in orders for ref in converge.files_of(order)}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no worker is left."""
+        return not any(stage.worker for stage in self._stages.values())
+
+    @property
+    def counters(self) -> tuple[StageCounters, ...]:
+        """The newest counters of each stage."""
+        found = [stage.status.counters for stage in self._stages.values() if stage.status]
+        return tuple(counters for counters in found if counters is not None)
+
+    def want(self, desired: Desired) -> None:
+        """From now on, this is what should run. The caller has checked and fenced it."""
+        self._desired = desired
+        self._have_bytes = {digest: have for digest, have in self._have_bytes.items() if digest in self.wanted_files}
+        for order in desired.stages:
+            stage = self._stages.setdefault(converge.key_of(order), _Stage(order))
+            stage.wanted = order
+            if stage.deaths_epoch != desired.epoch:
+                stage.deaths, stage.deaths_epoch = Deaths(), desired.epoch
+
+    def converge(self, now_s: float) -> None:
+        """Take the steps that are due."""
+        wanted = self._desired.stages if self._desired else ()
+        running = {key: _as_running(stage, now_s) for key, stage in self._stages.items()}
+        for stage in self._stages.values():
+            stage.fetching = False
+        for action in converge.actions(wanted, running, self._store.present):
+            if isinstance(action, Stop):
+                self._stop(self._stages[action.key], action.because)
+            elif isinstance(action, Adopt):
+                self._adopt(self._stages[action.key], action.order)
+            elif isinstance(action, Start):
+                self._start(self._stages[action.key], action.order, now_s)
+            else:
+                self._fetch(self._stages[action.key], action)
+        keys = {converge.key_of(order) for order in wanted}
+        for key in [key for key, stage in self._stages.items() if key not in keys and not stage.worker]:
+            del self._stages[key]
+
+    def relocate(self, url: str) -> None:
+        """The broker is elsewhere now: workers that talk to another address are started again."""
+        for stage in self._stages.values():
+            if stage.worker and stage.url != url:
+                self._stop(stage, "the broker moved")
+
+    def end_all(self) -> None:
+        """Want nothing any more."""
+        self._desired = None
+
+    def fetched(self, progress: Progress) -> None:
+        """Take news of the fetcher."""
+        self._have_bytes[progress.digest] = progress.have_bytes
+        for stage in self._stages.values():
+            if any(ref.digest == progress.digest for ref in converge.files_of(stage.wanted)):
+                stage.note = progress.note
+                if progress.failed:
+                    stage.fetch_failed[progress.digest] = progress.failed
+                else:
+                    stage.fetch_failed.pop(progress.digest, None)
+
+    def heard(self, event: Line | Ended, now_s: float) -> bool:
+        """Take news of a worker; False if it is none of ours."""
+        stage = next((stage for stage in self._stages.values() if stage.worker == event.worker), None)
+        if stage is None:
+            return False
+        if isinstance(event, Ended):
+            self._ended(stage, event, now_s)
+            return True
+        try:
+            status = read_line(event.text, Status)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            LOG.warning("worker %d: a line that is no status: %s", event.worker, error)
+            return True
+        if stage.status is None or stage.status.phase != status.phase:
+            LOG.info("%s: %s %s", _name(stage.wanted), status.phase, status.detail)
+        stage.status = status
+        return True
+
+    def reports(self, now_s: float) -> tuple[StageReport, ...]:
+        """What became of each stage, for the applied topic."""
+        return tuple(self._report(stage, now_s) for _, stage in sorted(self._stages.items()))
+
+    # Actions.
+
+    def _fetch(self, stage: _Stage, action: Fetch) -> None:
+        assert self._desired is not None
+        stage.fetching = True
+        base = self._desired.artifacts_url
+        self._fetcher.want(action.refs, lambda digest: self._url_of(base, digest))
+
+    def _start(self, stage: _Stage, order: StageOrder, now_s: float) -> None:
+        bench = self._bench
+        self._store.touch([ref.digest for ref in converge.files_of(order)])
+        self._launches += 1
+        login = self._login(f"{order.deployment}-{order.stage}-{self._launches}")
+        assignment = Assignment(
+            device=bench.device,
+            site=bench.site,
+            order=order,
+            graph_path=str(self._store.path_of(order.graph.digest)),
+            weight_paths=tuple(str(self._store.path_of(ref.digest)) for ref in order.weights),
+            login=login,
+            threads=bench.threads,
+            speed=bench.speed,
+            memory_limit_bytes=bench.memory_limit_bytes,
+        )
+        stage.status = None
+        stage.fetch_failed.clear()
+        try:
+            stage.worker = self._launcher.launch(WORKER_MODULE, line_of(assignment), bench.threads)
+        except OSError as error:
+            stage.deaths.died(now_s)
+            stage.note = f"no worker could be started: {error.strerror}"
+            LOG.error("%s: %s", _name(order), stage.note)
+            return
+        stage.order, stage.url, stage.note = order, login.url, ""
+        LOG.info("%s: worker %d started", _name(order), stage.worker)
+
+    def _adopt(self, stage: _Stage, order: StageOrder) -> None:
+        LOG.info("%s: takes epoch %d without loading again", _name(order), order.epoch)
+        self._launcher.tell(stage.worker, line_of(Tell(adopt=converge.light(order))))
+        stage.order = order
+
+    def _stop(self, stage: _Stage, because: str) -> None:
+        if not stage.ending:
+            LOG.info("%s: ends: %s", _name(stage.wanted), because)
+            stage.ending = True
+            self._launcher.end(stage.worker)
+
+    def _ended(self, stage: _Stage, event: Ended, now_s: float) -> None:
+        status = stage.status
+        if not event.asked:
+            # The first time, files are checked again and the stage is given another chance.
+            final = status is not None and status.phase == "failed" and status.final
+            curable = not final or stage.deaths.total == 0
+            said = status.detail if status is not None and status.phase == "failed" else ""
+            stage.note = said or event.words
+            stage.deaths.died(now_s, curable=curable)
+            LOG.error("%s: worker died: %s", _name(stage.wanted), stage.note)
+            if final and stage.order is not None:
+                for ref in converge.files_of(stage.order):
+                    self._store.forget(ref.digest)
+        stage.worker, stage.order, stage.status, stage.ending = 0, None, None, False
+
+    def _report(self, stage: _Stage, now_s: float) -> StageReport:
+        order, status = stage.wanted, stage.status
+        files = converge.files_of(order)
+        present = self._store.present
+        to_fetch = sum(ref.size_bytes for ref in files)
+        have = sum(
+            ref.size_bytes if ref.digest in present else min(ref.size_bytes, self._have_bytes.get(ref.digest, 0))
+            for ref in files
+        )
+        phase, detail = _phase_of(stage, now_s)
+        return StageReport(
+            deployment=order.deployment,
+            epoch=stage.order.epoch if stage.order else order.epoch,
+            stage=order.stage,
+            phase=phase,
+            detail=detail[:4096],
+            fetched_bytes=have,
+            to_fetch_bytes=to_fetch,
+            held_bytes=status.held_bytes if status else 0,
+            resident_bytes=status.resident_bytes if status else 0,
+            restarts=stage.deaths.total,
+        )
+
+
+def _as_running(stage: _Stage, now_s: float) -> Running:
+    if stage.worker:
+        return Running(stage.order, stage.ending)
+    if stage.deaths.gave_up:
+        return Running(None, hold=Hold.GIVEN_UP)
+    return Running(None, hold=Hold.RESTING if now_s < stage.deaths.until_s else Hold.NONE)
+
+
+def _phase_of(stage: _Stage, now_s: float) -> tuple[converge.Phase, str]:
+    """The phase that the coordinator is told, and why."""
+    status = stage.status
+    if stage.ending:
+        return "stopping", ""
+    if stage.worker:
+        if status is None or status.phase == "failed":
+            return "loading", ""
+        ready = status.phase == "ready" and stage.order is not None and status.epoch == stage.order.epoch
+        return ("ready", status.engine) if ready else ("loading", status.detail)
+    if stage.fetch_failed:
+        return "failed", next(iter(stage.fetch_failed.values()))
+    if stage.fetching:
+        return "fetching", stage.note
+    if stage.deaths.gave_up:
+        return "failed", stage.note
+    if now_s < stage.deaths.until_s:
+        return "waiting", f"starts again soon; {stage.note}"
+    return "waiting", stage.note
+
+
+def _name(order: StageOrder) -> str:
+    return f"stage {order.stage} of {order.deployment} (epoch {order.epoch})"

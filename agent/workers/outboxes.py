@@ -1,0 +1,71 @@
+"""Where a stage's parcels go: the next stage, and the requesters, each with a credit-controlled outbox."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+from wire.channel import Outbox
+from wire.frames import Parcel
+from wire.messages import InboxAddress
+from wire.transport import Transport
+
+MAX_REQUESTERS: Final = 64
+"""Requesters that are answered at one time; the longest silent one is forgotten, and may come again."""
+
+
+class Outboxes:
+    """The `Sender` of a stage, over one transport."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        next_inbox: InboxAddress,
+        make: Callable[[Transport, str], Outbox] = Outbox,
+    ) -> None:
+        self._transport = transport
+        self._make = make
+        self._next_topic = next_inbox.topic
+        self._next = make(transport, next_inbox.topic)
+        self._requesters: OrderedDict[str, Outbox] = OrderedDict()
+        self._closed_frames = 0
+
+    @property
+    def next_backlog_bytes(self) -> int:
+        return self._next.backlog_bytes
+
+    @property
+    def frames(self) -> int:
+        """Frames sent since the start."""
+        return self._closed_frames + self._next.frames + sum(box.frames for box in self._requesters.values())
+
+    def to_next(self, parcel: Parcel) -> None:
+        self._next.send(parcel)
+
+    def to_requester(self, topic: str, parcel: Parcel) -> None:
+        box = self._requesters.get(topic)
+        if box is None:
+            box = self._requesters[topic] = self._make(self._transport, topic)
+            if len(self._requesters) > MAX_REQUESTERS:
+                self._retire(self._requesters.popitem(last=False)[1])
+        else:
+            self._requesters.move_to_end(topic)
+        box.send(parcel)
+
+    def redirect(self, next_inbox: InboxAddress) -> None:
+        """Send to another next stage from now on."""
+        if next_inbox.topic != self._next_topic:
+            self._retire(self._next)
+            self._next_topic = next_inbox.topic
+            self._next = self._make(self._transport, next_inbox.topic)
+
+    def tick(self) -> None:
+        """Ask again for credit where something waits for it."""
+        self._next.tick()
+        for box in self._requesters.values():
+            box.tick()
+
+    def _retire(self, box: Outbox) -> None:
+        self._closed_frames += box.frames
+        box.close()

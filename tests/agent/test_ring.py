@@ -1,0 +1,388 @@
+"""Stages in a ring, with engines that add numbers, joined in memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.workers.ring import StageWork, chunks_of
+from agent.workers.stretch import Stretch
+from models.sampling import draw
+from tests.agent.fakes import DEVICE, SITE, FakeEngine, inbox, order_of
+from wire import topics
+from wire.channel import Backlogged
+from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
+from wire.messages import InboxAddress, RequestMeta, Sampling, StageError
+
+REPLY = InboxAddress(topic=topics.INBOX.on(SITE, "requester-1", "0"))
+
+
+@dataclass
+class Given:
+    """Stands for wire.channel.Delivery."""
+
+    parcel: Parcel
+
+
+class EverySecond(Stretch):
+    """Each step takes one second."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, 1)
+
+    def end(self) -> float:
+        return 1.0
+
+
+@dataclass
+class Ring:
+    """All stages of a deployment in one process; parcels cross in order, one at a time."""
+
+    stages: int = 3
+    fail_at: dict[int, int] = field(default_factory=dict)
+    changes: dict[str, object] = field(default_factory=dict)
+    stretch: Stretch = field(default_factory=lambda: Stretch(1.0, 1))
+
+    def __post_init__(self) -> None:
+        self.orders = [order_of(n, self.stages, **self.changes) for n in range(self.stages)]
+        self.engines = [FakeEngine(o, fail_at=self.fail_at.get(o.stage, -1)) for o in self.orders]
+        self.queues: list[deque[Parcel]] = [deque() for _ in self.orders]
+        self.answers: list[Parcel] = []
+        self.returned = 0
+        self.passed = 0
+        self.blocked: set[int] = set()
+        self.works = [self._work(n) for n in range(self.stages)]
+
+    def _work(self, number: int) -> StageWork:
+        ring = self
+
+        class Sender:
+            next_backlog_bytes = 0
+
+            def to_next(self, parcel: Parcel) -> None:
+                if number in ring.blocked:
+                    raise Backlogged("the next stage takes nothing")
+                ring.queues[(number + 1) % ring.stages].append(copied(parcel))
+
+            def to_requester(self, topic: str, parcel: Parcel) -> None:
+                assert topic == REPLY.topic
+                ring.answers.append(copied(parcel))
+
+        def done(delivery: Given) -> None:
+            ring.returned += 1
+
+        return StageWork(self.orders[number], self.engines[number], Sender(), done, draw, self.stretch, SITE, DEVICE)
+
+    def ask(self, ids: list[int], request: int = 7, **changes: object) -> None:
+        self.queues[0].append(prompt(ids, request, **changes))
+
+    def run(self, steps: int = 2000) -> None:
+        """Until nothing moves."""
+        for _ in range(steps):
+            moved = False
+            for number, work in enumerate(self.works):
+                if self.queues[number]:
+                    self.passed += 1
+                    work.accept(Given(self.queues[number].popleft()), 0.0)  # type: ignore[arg-type]
+                    moved = True
+                moved = work.work(0.0) or moved
+            if not moved:
+                return
+        raise AssertionError("the ring does not come to rest")
+
+    def tokens(self, request: int = 7) -> list[int]:
+        found = [p for p in self.answers if p.request == request and p.kind is Kind.TOKENS]
+        assert [p.position for p in found] == list(range(found[0].position, found[0].position + len(found)))
+        return [int(p.tensor.array()[0]) for p in found]  # type: ignore[union-attr]
+
+    def errors(self) -> list[StageError]:
+        return [msgspec.json.decode(p.meta, type=StageError) for p in self.answers if p.kind is Kind.ERROR]
+
+    @property
+    def idle(self) -> bool:
+        return all(work.live == 0 and not engine.rows for work, engine in zip(self.works, self.engines, strict=True))
+
+
+def copied(parcel: Parcel) -> Parcel:
+    """As the wire does: an engine's buffer is overwritten by its next step."""
+    if parcel.tensor is None:
+        return parcel
+    tensor = Tensor.of(parcel.tensor.array().copy())
+    return Parcel(parcel.kind, parcel.epoch, parcel.request, parcel.position, parcel.flags, tensor, parcel.meta)
+
+
+def meta_of(prompt_tokens: int, **changes: object) -> bytes:
+    fields: dict[str, object] = {
+        "reply": REPLY, "sampling": Sampling(), "prompt_tokens": prompt_tokens, "max_new_tokens": 5,
+    }  # fmt: skip
+    return msgspec.json.encode(RequestMeta(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def prompt(ids: list[int], request: int = 7, epoch: int = 1, **changes: object) -> Parcel:
+    tensor = Tensor.of(np.array(ids, dtype=np.int32))
+    return Parcel(Kind.TOKENS, epoch, request, 0, 0, tensor, meta_of(len(ids), **changes))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_a_prompt_gives_its_tokens_and_leaves_nothing_behind(stages: int) -> None:
+    ring = Ring(stages)
+    ring.ask([3, 1, 4, 1, 5, 9, 2, 6, 5])
+    ring.run()
+    first = (5 + stages) % 32
+    assert ring.tokens() == [(first + n * stages) % 32 for n in range(5)]
+    assert ring.answers[-1].final and not any(p.final for p in ring.answers[:-1])
+    assert ring.idle
+
+
+def test_all_stages_see_the_same_chunks_and_none_has_one_row() -> None:
+    ring = Ring(3)
+    ring.ask(list(range(9)))
+    ring.run()
+    for engine in ring.engines:
+        assert [rows for _, _, rows in engine.steps] == [4, 3, 2, 1, 1, 1, 1]
+
+
+def test_a_prompt_of_one_token_is_one_step() -> None:
+    ring = Ring(2)
+    ring.ask([8])
+    ring.run()
+    assert ring.tokens()[0] == 10
+    assert [rows for _, _, rows in ring.engines[1].steps] == [1, 1, 1, 1, 1]
+
+
+def test_a_stop_token_is_given_and_is_the_last() -> None:
+    ring = Ring(1)
+    ring.ask([5, 6], stop_ids=(9,))
+    ring.run()
+    assert ring.tokens() == [7, 8, 9] and ring.answers[-1].final and ring.idle
+
+
+def test_an_answer_ends_where_the_context_is_full() -> None:
+    ring = Ring(2, changes={"context_tokens": 8})
+    ring.ask([1, 2, 3, 4, 5], max_new_tokens=100)
+    ring.run()
+    assert len(ring.tokens()) == 4 and ring.answers[-1].final and ring.idle
+
+
+def test_answers_under_way_go_on_while_a_long_prompt_enters() -> None:
+    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8}, stretch=EverySecond())
+    ring.ask([1, 2], request=1, max_new_tokens=30)
+    ring.works[0].accept(Given(ring.queues[0].popleft()), 0.0)  # type: ignore[arg-type]
+    for _ in range(5):
+        ring.works[0].work(0.0)
+    ring.ask([3] * 64, request=2)
+    ring.run()
+    steps = ring.engines[0].steps[5:]
+    assert [rows for _, _, rows in steps[:16]] == [8, 1] * 8
+    assert len(ring.tokens(1)) == 30 and len(ring.tokens(2)) == 5
+
+
+def test_a_third_request_is_told_that_the_stage_is_busy() -> None:
+    ring = Ring(3)
+    for request in (1, 2, 3):
+        ring.ask([1, 2, 3], request=request)
+    ring.run()
+    assert [error.code for error in ring.errors()] == ["busy"]
+    assert len(ring.tokens(1)) == len(ring.tokens(2)) == 5 and ring.idle
+
+
+def test_a_busy_stage_in_the_middle_frees_the_stages_before_it() -> None:
+    ring = Ring(3)
+    ring.engines[1].rows = {0: 0, 1: 0}
+    ring.ask([1, 2, 3, 4, 5, 6, 7])
+    ring.run()
+    assert [(error.code, error.stage) for error in ring.errors()] == [("busy", 1)]
+    assert ring.works[0].live == 0 and not ring.engines[0].rows and not ring.engines[2].rows
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_an_engine_that_fails_ends_its_request_everywhere(stage: int, at: int) -> None:
+    ring = Ring(3, fail_at={stage: at})
+    ring.ask([1, 2, 3, 4, 5, 6])
+    ring.run()
+    assert [(error.code, error.stage) for error in ring.errors()] == [("engine", stage)]
+    assert ring.idle
+    ring.ask([9, 9], request=8)
+    ring.run()
+    assert len(ring.tokens(8)) == 5
+
+
+def test_a_cancel_frees_every_stage() -> None:
+    ring = Ring(3)
+    ring.ask([1, 2, 3], max_new_tokens=60)
+    for _ in range(4):
+        for number, work in enumerate(ring.works):
+            if ring.queues[number]:
+                work.accept(Given(ring.queues[number].popleft()), 0.0)  # type: ignore[arg-type]
+            work.work(0.0)
+    assert not ring.idle
+    ring.queues[0].append(Parcel(Kind.CLOSE, 1, 7))
+    ring.run()
+    assert ring.idle and not ring.errors()
+
+
+def test_a_finished_request_costs_one_close_per_other_stage() -> None:
+    ring = Ring(4)
+    ring.ask([1, 2], max_new_tokens=1)
+    ring.run()
+    assert ring.passed == 1 + 3 + 3  # the prompt, its hidden states, and the closes: not one more
+
+
+def test_a_close_for_an_unknown_request_does_not_circle() -> None:
+    ring = Ring(3)
+    ring.queues[0].append(Parcel(Kind.CLOSE, 1, 99))
+    ring.queues[1].append(Parcel(Kind.CLOSE, 1, 99, 2**32 - 1))
+    ring.run()
+    assert ring.passed <= 5
+
+
+def test_too_long_a_prompt_is_refused_by_name() -> None:
+    ring = Ring(2)
+    ring.ask([1] * 65)
+    ring.run()
+    assert [error.code for error in ring.errors()] == ["too-long"] and "64" in ring.errors()[0].text
+
+
+@pytest.mark.parametrize("ids", [[1, 32], [-1, 1], [2**30]])
+def test_tokens_beyond_the_vocabulary_never_reach_the_engine(ids: list[int]) -> None:
+    ring = Ring(1)
+    ring.ask(ids)
+    ring.run()
+    assert [error.code for error in ring.errors()] == ["protocol"]
+    assert ring.engines[0].steps == [] and ring.idle
+
+
+def test_rows_that_leave_a_gap_end_the_request() -> None:
+    ring = Ring(2)
+    ring.ask([1, 2, 3], max_new_tokens=60)
+    ring.works[0].accept(Given(ring.queues[0].popleft()), 0.0)  # type: ignore[arg-type]
+    ring.works[0].work(0.0)
+    ring.works[1].accept(Given(ring.queues[1].popleft()), 0.0)  # type: ignore[arg-type]
+    hidden = Tensor.of(np.zeros((1, 8), np.float32))
+    ring.queues[1].append(Parcel(Kind.HIDDEN, 1, 7, 5, 0, hidden))
+    ring.run()
+    assert [error.code for error in ring.errors()] == ["protocol"] and ring.idle
+
+
+def test_parcels_of_another_epoch_are_dropped_and_counted() -> None:
+    ring = Ring(1)
+    ring.queues[0].append(prompt([1, 2], epoch=0))
+    ring.queues[0].append(prompt([1, 2], epoch=2))
+    ring.run()
+    assert ring.works[0].tally.stale == 2 and not ring.answers and ring.returned == 2
+
+
+def test_a_new_epoch_drops_what_ran_and_serves_what_comes() -> None:
+    ring = Ring(1)
+    ring.ask([1, 2], max_new_tokens=50)
+    ring.run(steps=3000)
+    ring.ask([1, 2], request=8, max_new_tokens=50)
+    ring.works[0].accept(Given(ring.queues[0].popleft()), 0.0)  # type: ignore[arg-type]
+    ring.works[0].adopt(msgspec.structs.replace(ring.orders[0], epoch=2))
+    assert ring.works[0].live == 0 and not ring.works[0].runnable
+    ring.queues[0].append(prompt([1, 2], request=9, epoch=2))
+    ring.run()
+    assert len(ring.tokens(9)) == 5
+
+
+def test_the_same_request_again_begins_anew() -> None:
+    ring = Ring(2)
+    ring.ask([1, 2, 3], max_new_tokens=60)
+    ring.works[0].accept(Given(ring.queues[0].popleft()), 0.0)  # type: ignore[arg-type]
+    ring.ask([1, 2, 3])
+    ring.run()
+    assert ring.tokens() == [(3 + 2 + 2 * n) % 32 for n in range(5)] and ring.idle
+
+
+def test_an_idle_request_gives_its_slot_back() -> None:
+    ring = Ring(2)
+    ring.works[1].accept(hidden_with_meta(idle_timeout_s=10.0), 100.0)
+    ring.works[1].work(100.0)
+    ring.works[1].tick(109.0)
+    assert ring.works[1].live == 1
+    ring.works[1].tick(111.0)
+    assert ring.works[1].live == 0 and ring.works[1].tally.idle == 1
+
+
+def hidden_with_meta(**changes: object) -> Given:
+    tensor = Tensor.of(np.zeros((2, 8), np.float32))
+    return Given(Parcel(Kind.HIDDEN, 1, 7, 0, 0, tensor, meta_of(9, **changes)))
+
+
+def test_no_request_makes_a_stage_publish_outside_the_inboxes_of_its_site() -> None:
+    for topic in (
+        "edgelam/v1/lab/dev/pi5/desired",
+        "edgelam/v1/other/act/chat/0/in",
+        "edgelam/v1/lab/act/+/0/in",
+        "edgelam/v1/lab/act/chat/#/in",
+        "edgelam/v1/lab/act//0/in",
+    ):
+        ring = Ring(1)
+        ring.ask([1, 2], reply=InboxAddress(topic=topic))
+        ring.run()
+        assert ring.answers == [] and ring.idle and ring.works[0].tally.refused == 1
+
+
+def test_a_next_stage_that_takes_nothing_is_said_to_the_requester() -> None:
+    ring = Ring(2)
+    ring.blocked.add(0)
+    ring.ask([1, 2])
+    ring.run()
+    assert [error.code for error in ring.errors()] == ["deadline"] and ring.idle
+
+
+def test_every_parcel_gives_its_credit_back_once() -> None:
+    ring = Ring(3)
+    for request in range(4):
+        ring.ask([1, 2, 3, 4, 5], request=request)
+        ring.run()
+    assert ring.returned == ring.passed
+
+
+@given(st.integers(1, 300), st.integers(2, 40))
+def test_chunks_cover_a_prompt_in_order_without_a_lonely_row(count: int, chunk: int) -> None:
+    pieces = chunks_of(count, chunk)
+    assert [row for start, end in pieces for row in range(start, end)] == list(range(count))
+    sizes = [end - start for start, end in pieces]
+    assert max(sizes) <= max(chunk, 3) and (count == 1 or min(sizes) >= 2)
+
+
+KINDS = st.sampled_from(list(Kind))
+TENSORS = st.sampled_from([
+    None,
+    Tensor.of(np.zeros((2, 8), np.float32)),
+    Tensor.of(np.zeros((1, 8), np.float16)),
+    Tensor.of(np.zeros((1, 7), np.float32)),
+    Tensor.of(np.array([1, 2], np.int32)),
+    Tensor.of(np.array([40], np.int32)),
+    Tensor.of(np.zeros((1, 2, 2), np.int32)),
+])  # fmt: skip
+METAS = st.sampled_from([b"", b"{}", b"\xff", meta_of(2), meta_of(9), meta_of(131072), b"[" * 500])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(
+    st.tuples(st.integers(0, 2), KINDS, st.integers(0, 2), st.integers(0, 3), st.integers(0, 70), TENSORS, METAS),
+    max_size=40,
+))  # fmt: skip
+def test_no_parcel_breaks_a_ring_or_leaks_a_slot(parcels: list[tuple]) -> None:  # type: ignore[type-arg]
+    ring = Ring(3)
+    for stage, kind, epoch, request, position, tensor, meta in parcels:
+        ring.queues[stage].append(Parcel(kind, epoch, request, position, FLAG_FINAL, tensor, meta))
+    ring.run()
+    assert ring.returned == ring.passed
+    for work in ring.works:
+        work.tick(1e6)
+        work.drop_all()
+    assert ring.idle
+    ring.ask([1, 2, 3], request=50)
+    ring.run()
+    assert len(ring.tokens(50)) == 5
+    assert inbox(0).topic == ring.orders[0].inbox.topic
