@@ -115,7 +115,7 @@ class Broker(ABC):
 
     def start(self) -> None:
         """Start and wait until it listens; raise Unreachable with its last words if it doesn't."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.port = _free_port(self.host, self.port)
         self._launch()
 
@@ -220,14 +220,14 @@ class MosquittoBroker(Broker):
         return self.directory / "database"
 
     def _user(self) -> str:
-        """Whom mosquitto becomes when root starts it: its own user, unless that one can't reach a database it must
-        write (a directory under /root, say)."""
+        """Whom mosquitto becomes when root starts it: its own user, unless that one can't reach passwords or database
+        (in a directory under /root, say), which it opens after it has changed."""
         account = _account("mosquitto") or _account("nobody")
         if account is None:
             return "root"
         reachable = all(parent.stat().st_mode & 0o001 for parent in self.directory.resolve().parents)
         reachable = reachable and bool(self.directory.stat().st_mode & 0o001)
-        return account.pw_name if reachable or not self._persistence else "root"
+        return account.pw_name if reachable or not (self._persistence or self._credentials) else "root"
 
     def _command(self) -> list[str]:
         if self._credentials:
@@ -260,7 +260,10 @@ class MosquittoBroker(Broker):
 
 
 class EmbeddedBroker(Broker):
-    """amqtt in a Python process: needs nothing but pip, costs what EMBEDDED_COST says. MQTT 3.1.1, no persistence."""
+    """amqtt in a Python process: needs nothing but pip, costs what EMBEDDED_COST says.
+
+    MQTT 3.1.1, no persistence, no caps on what it queues, and two clients with one id are both left connected.
+    """
 
     @property
     def name(self) -> str:
@@ -357,4 +360,6 @@ def _listens(url: str) -> bool:
 def _exit_words(code: int | None) -> str:
     if code is None:
         return "no answer in time"
-    return f"signal {code - 128}" if code > 128 else f"exit code {code}"
+    if code < 0 or code > 128:
+        return f"signal {-code if code < 0 else code - 128}"
+    return f"exit code {code}"

@@ -21,7 +21,15 @@ exec 3<&0 </dev/null
 "$@" 3<&- &
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null' TERM INT HUP
-{ read -r _ <&3; kill -TERM "$child"; sleep 3; kill -KILL "$child"; } >/dev/null 2>&1 &
+{
+    read -r _ <&3
+    kill -TERM "$child"
+    for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+        sleep 0.1
+        kill -0 "$child" || exit
+    done
+    kill -KILL "$child"
+} >/dev/null 2>&1 &
 watcher=$!
 exec 3<&-
 while :; do
@@ -59,7 +67,7 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; 128 + n after signal n, as shells say it."""
+        """None while it runs; 128 + n after signal n, as shells say it, or -n if the shell got it as well."""
         return self._process.poll()
 
     def last_words(self) -> str:
