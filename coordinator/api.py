@@ -6,6 +6,7 @@
     GET  /v1/notices                latest notices
     GET  /v1/models                 catalog and what is prepared
     POST /v1/plan                   DeployRequest -> plan and its explanation (NDJSON: status lines, then the plan)
+    POST /v1/measure                DeployRequest -> waits until all boards have measured the model's modules (NDJSON)
     POST /v1/deployments            DeployRequest -> put in force (NDJSON)
     DELETE /v1/deployments/{name}
     POST /v1/generate               GenerateRequest -> NDJSON stream of events
@@ -26,7 +27,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
-from models.catalog import entries
 from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -41,6 +41,7 @@ from coordinator.operations import Operations
 from coordinator.planning.explain import explain
 from coordinator.service import Coordinator
 from coordinator.view import device_rows, status_row
+from models.catalog import entries
 from wire.errors import EdgelamError, ExitCode, Refused, UsageError
 from wire.ids import is_digest
 
@@ -163,6 +164,14 @@ class Api:
 
         return _lines(_with_progress(work))
 
+    async def measure(self, request: Request) -> Response:
+        wanted = await _body(request, DeployRequest)
+
+        async def work(progress: Callable[[str], None]) -> dict[str, Any]:
+            return {"event": "measured", "unmeasured": await self.operations.measure(wanted, progress)}
+
+        return _lines(_with_progress(work))
+
     async def deploy(self, request: Request) -> Response:
         wanted = await _body(request, DeployRequest)
 
@@ -198,6 +207,7 @@ class Api:
             route("/v1/notices", self.notices),
             route("/v1/models", self.models),
             route("/v1/plan", self.plan, "POST"),
+            route("/v1/measure", self.measure, "POST"),
             route("/v1/deployments", self.deploy, "POST"),
             route("/v1/deployments/{name}", self.undeploy, "DELETE"),
             route("/v1/generate", self.generate, "POST"),

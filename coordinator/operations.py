@@ -69,6 +69,11 @@ class Operations:
         if fresh:
             coordinator.offer_kit(Kit(artifacts_url=coordinator.artifacts_url, modules=tuple(self._kit.values())))
 
+    async def measure(self, request: DeployRequest, progress: Progress) -> list[str]:
+        """Have every online device measure the model's modules; give the devices that have not in time."""
+        prepared = await self.prepare(request.model, request.precision, progress)
+        return await self._await_boards(request, prepared, progress)
+
     async def plan(self, request: DeployRequest, progress: Progress) -> tuple[Plan, Prepared, list[Candidate]]:
         """Plan a model on the devices that are online and measured; waits for measurements that are under way."""
         if request.objective not in OBJECTIVES:
@@ -114,8 +119,8 @@ class Operations:
                 found.append(Candidate(device=device, profile=profile, usable_memory_bytes=max(0, usable)))
         return found
 
-    async def _await_boards(self, request: DeployRequest, prepared: Prepared, progress: Progress) -> None:
-        """Wait until every online device has measured the model's modules, or can't."""
+    async def _await_boards(self, request: DeployRequest, prepared: Prepared, progress: Progress) -> list[str]:
+        """Wait until every online device has measured the model's modules; give those that have not in time."""
         coordinator = self._coordinator
         if (
             not await coordinator.changes.wait(
@@ -143,6 +148,7 @@ class Operations:
 
         if not await coordinator.changes.wait(done, MEASURE_TIMEOUT_S):
             progress(f"going on without the measurements of {', '.join(pending())}")
+        return pending()
 
     async def ensure(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
         """Give a deployment that answers `request` and is ready: the one in force, or a new one."""

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import uvicorn
 from msgspec import Struct
-from wire.broker import Broker, start_broker
 
 from coordinator.api import make_app
 from coordinator.config import (
@@ -32,6 +31,7 @@ from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
+from wire.broker import Broker, Credential, start_broker
 from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties
 from wire.errors import EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import checked_name, new_boot_id
@@ -182,10 +182,12 @@ class Runner:
             return options.broker_url, f"given: {options.broker_url}"
         port = free_port(options.listen, options.mqtt_port, DEFAULT_MQTT_PORT)
         self.broker = start_broker(
-            options.state / "broker", options.listen, port, {BROKER_USER: self.key} if self.key else None
+            options.state / "broker",
+            options.listen,
+            port,
+            (Credential(BROKER_USER, self.key),) if self.key else (),
         )
-        host = "127.0.0.1" if options.listen == "0.0.0.0" else options.listen
-        return f"mqtt://{host}:{port}", self.broker.because
+        return self.broker.url, f"{self.broker.name}: {self.broker.because}"
 
     async def _await_broker(self, transport: Transport, url: str) -> None:
         assert self.coordinator is not None
@@ -249,9 +251,10 @@ class Runner:
             await asyncio.sleep(WATCH_PERIOD_S)
             self.coordinator.tick()
             if self.broker is not None:
-                event = self.broker.watch()
-                if event:
-                    self.coordinator.note("broker-restarted", "warning", event, "nothing: state is published again")
+                happened = await asyncio.to_thread(self.broker.poll)
+                if happened:
+                    LOG.warning("%s", happened)
+                    self.coordinator.note("broker-ended", "warning", happened, "nothing: all state is published again")
 
     async def _prepare_models(self, operations: Operations) -> None:
         for model in self.options.models:

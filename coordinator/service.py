@@ -22,7 +22,10 @@ from coordinator.fleet import (
     AppliedArrived,
     Device,
     Fleet,
+    FleetEvent,
     InfoArrived,
+    LinkDown,
+    LinkUp,
     MdnsGone,
     MdnsSeen,
     Presence,
@@ -126,6 +129,8 @@ class Coordinator:
 
     def _on_link(self, up: bool, reason: str) -> None:
         self.broker_up = up
+        now_s = time.monotonic()
+        self._feed(LinkUp(now_s) if up else LinkDown(now_s))
         if up:
             self._publish_all()
         else:
@@ -148,7 +153,7 @@ class Coordinator:
         if event is not None:
             self._feed(event)
 
-    def _fleet_event(self, row: topics.Topic, name: str, topic: str, payload: bytes) -> object | None:
+    def _fleet_event(self, row: topics.Topic, name: str, topic: str, payload: bytes) -> FleetEvent | None:
         now_s = time.monotonic()
         if row is topics.STATE:
             return StateArrived(name, messages.decode(payload, DeviceState, topic), now_s)
@@ -170,7 +175,7 @@ class Coordinator:
         if not any(notice.code == "bad-message" and topic in notice.text for notice in self.notices):
             self.note("bad-message", "warning", error.message, "check that all boards run the same edgelam version")
 
-    def _feed(self, event: object) -> None:
+    def _feed(self, event: FleetEvent) -> None:
         was_online = set(self.online())
         self.fleet, notices = self.fleet.after(event)
         for notice in notices:
