@@ -81,8 +81,10 @@ class Records:
         self.epoch = self._read_epoch()
 
     def close(self) -> None:
-        """Let go of the folder."""
-        os.close(self._lock)
+        """Let go of the folder. Idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def advance_epoch(self, epoch: int) -> None:
         """Remember `epoch` before acting upon it. Raise OSError: then nothing may be done."""

@@ -405,7 +405,7 @@ class Service:
 
     def _login(self, client: str) -> BrokerLogin:
         key = self.config.site_key
-        username = self.config.name if key else ""
+        username = SITE_USER if key else ""
         client_id = f"{self.config.name}-{self.boot}-{client}"
         return BrokerLogin(url=self._url, client_id=client_id, username=username, password=key)
 

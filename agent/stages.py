@@ -49,7 +49,9 @@ class _Stage:
     deaths_epoch: int = -1
     fetching: bool = False
     fetch_failed: dict[str, str] = field(default_factory=dict)
+    fetch_note: str = ""
     note: str = ""
+    """What went wrong last with a worker."""
     status: Status | None = None
 
 
@@ -137,7 +139,7 @@ class Stages:
         self._have_bytes[progress.digest] = progress.have_bytes
         for stage in self._stages.values():
             if any(ref.digest == progress.digest for ref in converge.files_of(stage.wanted)):
-                stage.note = progress.note
+                stage.fetch_note = progress.note
                 if progress.failed:
                     stage.fetch_failed[progress.digest] = progress.failed
                 else:
@@ -272,7 +274,7 @@ def _phase_of(stage: _Stage, now_s: float) -> tuple[converge.Phase, str]:
     if stage.fetch_failed:
         return "failed", next(iter(stage.fetch_failed.values()))
     if stage.fetching:
-        return "fetching", stage.note
+        return "fetching", stage.fetch_note
     if stage.deaths.gave_up:
         return "failed", stage.note
     if now_s < stage.deaths.until_s:

@@ -1,0 +1,310 @@
+"""The pure parts: settings, claims to a name, convergence, restarts, orders, names of deaths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent import converge
+from agent.claim import ECHO_TIMEOUT_S, LISTEN_S, Claim, Verdict
+from agent.config import SETTINGS, HostPort, Via, broker_url, host_port, legal_name, load, size_bytes, via
+from agent.converge import Adopt, Fetch, Hold, Running, Start, Stop, actions
+from agent.fetch import artifact_url
+from agent.finder import whereabouts
+from agent.restarts import Deaths
+from agent.telemetry import Pulse
+from agent.workers.clock import Clocks
+from agent.workers.deaths import oom_kills, words_for
+from agent.workers.stretch import Stretch
+from coordinator.config import DEFAULT_MQTT_PORT, DEFAULT_SITE
+from tests.agent.fakes import order_of
+from wire.advertisement import Found
+from wire.errors import UsageError
+from wire.ids import is_name
+from wire.messages import DeviceState
+
+# Settings.
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "agent.json"
+    file.write_text('{"name": "from-file", "site": "from-file", "threads": 3}')
+    environment = {"HOME": str(tmp_path), "EDGELAM_CONFIG": str(file), "EDGELAM_NAME": "from-env"}
+    config = load({"name": None, "site": "from-flag"}, environment)
+    assert (config.site, config.name, config.threads, config.emulate_speed) == ("from-flag", "from-env", 3, 1.0)
+    assert config.state_dir == tmp_path / ".local/state/edgelam/agent"
+
+
+def test_every_setting_has_a_variable_and_a_field() -> None:
+    fields = load({}, {"HOME": "/nonexistent"}).__struct_fields__
+    assert {setting.field for setting in SETTINGS} == set(fields)
+    assert [setting.variable for setting in SETTINGS if setting.flag == "state-dir"] == ["EDGELAM_STATE_DIR"]
+
+
+def test_systemd_and_the_user_say_where_state_and_cache_are(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path)}
+    assert load({}, {**home, "STATE_DIRECTORY": "/var/lib/edgelam"}).state_dir == Path("/var/lib/edgelam")
+    assert load({}, {**home, "EDGELAM_CACHE": "/c", "EDGELAM_STATE": "/s"}).cache_dir == Path("/c")
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("name", "Pi5"), ("site", "a.b"), ("broker", "http://x"), ("broker", "mqtt://x:99999"), ("cache-limit", "much"),
+        ("via", "ftp=x:1"), ("via", "mqtt=x"), ("emulate-speed", "0"), ("emulate-speed", "1.5"), ("threads", "-1"),
+        ("site-key-file", "/nonexistent"), ("log-level", "loud"), ("config", "/nonexistent"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_the_users_mistake_and_named(flag: str, text: str) -> None:
+    with pytest.raises(UsageError):
+        load({flag: text}, {"HOME": "/nonexistent"})
+
+
+def test_sizes_and_addresses_are_read_as_people_write_them() -> None:
+    assert [size_bytes(text) for text in ("512MB", "1.5G", "20 GiB", "7")] == [512 << 20, 3 << 29, 20 << 30, 7]
+    assert host_port("[::1]:5") == HostPort("::1", 5) and str(HostPort("::1", 5)) == "[::1]:5"
+    assert broker_url("10.0.0.5") == "mqtt://10.0.0.5:8570" and broker_url("mqtt://h:1/") == "mqtt://h:1"
+    assert via("mqtt=a:1,http=b:2") == Via(HostPort("a", 1), HostPort("b", 2))
+
+
+def test_defaults_are_the_coordinators() -> None:
+    from agent import config
+
+    assert (config.DEFAULT_SITE, config.DEFAULT_MQTT_PORT) == (DEFAULT_SITE, DEFAULT_MQTT_PORT)
+
+
+@given(st.text(max_size=80))
+def test_any_host_name_becomes_a_legal_device_name(hostname: str) -> None:
+    assert is_name(legal_name(hostname))
+
+
+# Claims.
+
+
+def state(boot: str, since: float = 1.0, what: str = "online") -> DeviceState:
+    return DeviceState(state=what, boot=boot, since_unix=since)  # type: ignore[arg-type]
+
+
+def test_a_name_nobody_uses_is_ours_at_the_echo() -> None:
+    claim = Claim("us", 5.0, 0.0)
+    assert claim.verdict(0.1) is Verdict.WAIT
+    claim.heartbeat_seen("us", 0.1)
+    assert claim.verdict(0.1) is Verdict.FREE
+
+
+def test_without_an_echo_the_name_is_ours_after_a_while() -> None:
+    assert Claim("us", 5.0, 0.0).verdict(ECHO_TIMEOUT_S) is Verdict.FREE
+
+
+def test_an_online_state_whose_boot_is_heard_is_anothers() -> None:
+    claim = Claim("us", 5.0, 0.0)
+    claim.state_seen(state("them"), 0.1)
+    claim.heartbeat_seen("us", 0.1)
+    assert claim.verdict(1.0) is Verdict.WAIT
+    claim.heartbeat_seen("them", 1.1)
+    assert claim.verdict(1.1) is Verdict.TAKEN and claim.rival == "them"
+
+
+def test_an_online_state_whose_boot_is_silent_is_taken_over() -> None:
+    claim = Claim("us", 5.0, 0.0)
+    claim.state_seen(state("them"), 0.1)
+    assert claim.verdict(LISTEN_S) is Verdict.WAIT
+    assert claim.verdict(0.1 + LISTEN_S) is Verdict.FREE
+
+
+@pytest.mark.parametrize(("ours", "theirs", "stays"), [(1.0, 2.0, True), (2.0, 1.0, False)])
+def test_of_two_that_claimed_at_once_the_earlier_stays(ours: float, theirs: float, stays: bool) -> None:
+    claim = Claim("us", ours, 0.0)
+    claim.heartbeat_seen("us", 0.0)
+    assert claim.verdict(0.0) is Verdict.FREE
+    claim.state_seen(state("them", theirs), 1.0)
+    claim.heartbeat_seen("them", 1.0)
+    assert (claim.verdict(1.0) is Verdict.WAIT) is stays
+
+
+@given(st.floats(0, 1e9), st.floats(0, 1e9), st.text("0123456789abcdef", min_size=1, max_size=4))
+def test_of_two_agents_exactly_one_gives_way(since_a: float, since_b: float, boot: str) -> None:
+    a, b = Claim(boot, since_a, 0.0), Claim(boot + "0", since_b, 0.0)
+    for claim, other, since in ((a, boot + "0", since_b), (b, boot, since_a)):
+        claim.verdict(ECHO_TIMEOUT_S)
+        claim.state_seen(state(other, since), 3.0)
+        claim.heartbeat_seen(other, 3.0)
+    assert {a.verdict(3.0), b.verdict(3.0)} == {Verdict.WAIT, Verdict.TAKEN}
+
+
+def test_a_last_will_alone_never_drives_a_living_agent_away() -> None:
+    claim = Claim("us", 5.0, 0.0)
+    claim.heartbeat_seen("us", 0.0)
+    claim.verdict(0.0)
+    claim.state_seen(state("them", 1.0, "offline"), 1.0)
+    claim.heartbeat_seen("them", 1.0)
+    assert claim.verdict(9.0) is Verdict.WAIT
+
+
+# Convergence.
+
+GRAPH, WEIGHTS = order_of().graph.digest, order_of().weights[0].digest
+ALL = {GRAPH, WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "running", "present", "expected"),
+    [
+        ([], Running(order_of()), ALL, [Stop]),
+        ([order_of(epoch=2, slots=9)], Running(order_of()), ALL, [Stop]),
+        ([order_of(epoch=2)], Running(order_of()), ALL, [Adopt]),
+        ([order_of()], Running(order_of()), set(), []),
+        ([order_of(slots=9)], Running(order_of(), ending=True), ALL, []),
+        ([order_of()], None, {GRAPH}, [Fetch]),
+        ([order_of()], Running(None, hold=Hold.RESTING), ALL, []),
+        ([order_of()], Running(None, hold=Hold.GIVEN_UP), ALL, []),
+        ([order_of()], None, ALL, [Start]),
+        ([], Running(None), ALL, []),
+    ],
+)
+def test_each_situation_has_its_action(wanted, running, present, expected) -> None:  # type: ignore[no-untyped-def]
+    now = {} if running is None else {("chat", 0): running}
+    assert [type(action) for action in actions(wanted, now, present)] == expected
+
+
+ORDERS = st.builds(
+    lambda stage, epoch, slots: order_of(stage, 4, epoch, slots=slots),
+    st.integers(0, 3), st.integers(1, 3), st.integers(1, 2),
+)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(ORDERS, max_size=4, unique_by=lambda o: o.stage), st.lists(ORDERS, max_size=4, unique_by=lambda o: o.stage)
+)
+def test_whatever_runs_what_is_wanted_comes_to_run(before: list, wanted: list) -> None:  # type: ignore[type-arg]
+    running = {converge.key_of(order): Running(order) for order in before}
+    present: set[str] = set()
+    for _ in range(6):
+        given_actions = actions(wanted, running, present)
+        if not given_actions:
+            break
+        for action in given_actions:
+            if isinstance(action, Stop):
+                del running[action.key]
+            elif isinstance(action, Fetch):
+                present |= {ref.digest for ref in action.refs}
+            else:
+                running[action.key] = Running(action.order)
+    assert {key: now.order for key, now in running.items()} == {converge.key_of(o): o for o in wanted}
+
+
+def test_stops_come_before_anything_else() -> None:
+    found = actions([order_of(0, 2)], {("chat", 1): Running(order_of(1, 2))}, ALL)
+    assert [type(action) for action in found] == [Stop, Start]
+
+
+# Restarts and deaths.
+
+
+def test_pauses_double_and_the_fifth_death_in_five_minutes_is_the_last() -> None:
+    deaths, at_s, pauses = Deaths(), 100.0, []
+    for _ in range(4):
+        deaths.died(at_s)
+        pauses.append(deaths.until_s - at_s)
+        assert not deaths.gave_up
+        at_s = deaths.until_s
+    deaths.died(at_s)
+    assert pauses == [1, 2, 4, 8] and deaths.gave_up and deaths.total == 5
+
+
+def test_deaths_long_ago_are_forgiven() -> None:
+    deaths = Deaths()
+    for day in range(20):
+        deaths.died(day * 400.0)
+    assert not deaths.gave_up and deaths.until_s == 19 * 400.0 + 1
+
+
+def test_deaths_are_named_by_signal_code_and_memory(tmp_path: Path) -> None:
+    assert words_for(-9, [], 3, 4) == "killed by the kernel: out of memory"
+    assert words_for(-9, [], 3, 3) == "killed by SIGKILL" and words_for(-9, [], None, 3) == "killed by SIGKILL"
+    assert words_for(-11, ["boom"], 0, 1) == "killed by SIGSEGV; it said: boom"
+    assert words_for(1, ["a", "b", "c", "d"], 0, 0) == "ended with exit code 1; it said: b | c | d"
+    assert oom_kills(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/vmstat").write_text("nr_free 5\noom_kill 7\n")
+    assert oom_kills(tmp_path) == 7
+
+
+# Stretching, heartbeat, addresses.
+
+
+class Time:
+    """A clock that moves only when told."""
+
+    def __init__(self) -> None:
+        self.wall_s = self.busy_s = 0.0
+        self.slept: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.wall_s += seconds + 0.0001  # as sleeps are: a little late
+
+    def step(self, stretch: Stretch, busy_s: float, waited_s: float = 0.0) -> float:
+        stretch.begin()
+        self.busy_s += busy_s
+        self.wall_s += busy_s + waited_s
+        return stretch.end()
+
+
+def stretched(speed: float, threads: int = 1) -> tuple[Time, Stretch]:
+    now = Time()
+    return now, Stretch(speed, threads, Clocks(lambda: now.wall_s, lambda: now.busy_s), now.sleep)
+
+
+def test_a_quarter_of_the_speed_takes_four_times_as_long_also_over_many_steps() -> None:
+    now, stretch = stretched(0.25)
+    total_s = sum(now.step(stretch, 0.001) for _ in range(1000))
+    assert total_s == pytest.approx(4.0, rel=0.001)
+
+
+def test_full_speed_never_sleeps() -> None:
+    now, stretch = stretched(1.0)
+    assert now.step(stretch, 0.5) == 0.5 and now.slept == []
+
+
+def test_waiting_for_a_core_is_not_stretched() -> None:
+    now, stretch = stretched(0.5)
+    assert now.step(stretch, 0.010, waited_s=0.005) == pytest.approx(0.020, abs=0.0002)
+    assert now.step(stretch, 0.010, waited_s=0.050) == pytest.approx(0.060, abs=0.0002)
+
+
+def test_with_many_threads_wall_time_is_stretched() -> None:
+    now, stretch = stretched(0.5, threads=4)
+    assert now.step(stretch, 0.0, waited_s=0.010) == pytest.approx(0.020, abs=0.0002)
+
+
+def test_a_heartbeat_counts_processor_time_and_memory_of_all_processes(tmp_path: Path) -> None:
+    folder = tmp_path / "proc/7"
+    folder.mkdir(parents=True)
+    (folder / "statm").write_text("100 25 1 1 0 1 0")
+    pulse = Pulse("b", 1000, tmp_path)
+    for ticks in (100, 150):
+        (folder / "stat").write_text(f"7 (a ) b) S {' '.join(['0'] * 10)} {ticks} 0 0 0")
+        beat = pulse.beat(ticks / 50, (7, 99999), None, ())
+    assert beat.cpu_fraction == pytest.approx(0.5) and beat.memory_used_bytes == 25 * 4096 and beat.seq == 2
+
+
+def test_artifacts_are_fetched_from_where_the_device_can_reach_them() -> None:
+    assert artifact_url("http://c:8571", "sha256:aa", None, "b") == "http://c:8571/v1/artifacts/sha256:aa"
+    assert artifact_url("http://0.0.0.0:8571/", "d", None, "fe80::1") == "http://[fe80::1]:8571/v1/artifacts/d"
+    assert artifact_url("https://c/x", "d", HostPort("t", 9), "b") == "https://t:9/x/v1/artifacts/d"
+    with pytest.raises(ValueError, match="only http"):
+        artifact_url("file:///etc", "d", None, "b")
+
+
+def test_a_tunnel_is_dialled_instead_of_what_was_found() -> None:
+    found = Found(
+        role="coordinator", site="lab", name="coordinator", boot="ab", addresses=("10.0.0.1", "fe80::1%eth0"),
+        port=8570, protocol=1, properties={},
+    )  # fmt: skip
+    assert whereabouts(found, None).urls == ("mqtt://10.0.0.1:8570", "mqtt://[fe80::1%eth0]:8570")
+    assert whereabouts(found, HostPort("127.0.0.1", 7)).urls == ("mqtt://127.0.0.1:7",)

@@ -1,0 +1,280 @@
+"""The supervisor over a MemoryBroker, with workers that exist on paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent import lifecycle
+from agent.lifecycle import State
+from agent.service import Service
+from agent.workers.pipe import Status
+from tests.agent.fakes import DEVICE, SITE, FakeLauncher, Lab, desired_of, order_of
+from wire import topics
+from wire.errors import Refused
+from wire.messages import Applied, Command, DeviceInfo, DeviceState, Reply, Telemetry, decode, encode
+
+
+@pytest.fixture
+def lab(tmp_path: Path):  # type: ignore[no-untyped-def]
+    lab = Lab(tmp_path)
+    yield lab
+    lab.close()
+
+
+def serving(lab: Lab, launcher: FakeLauncher | None = None, **changes: object) -> Service:
+    service = lab.agent(launcher, **changes)
+    lab.turn(lambda: service.state is State.SERVING)
+    return service
+
+
+def applied(lab: Lab) -> Applied:
+    found = lab.retained(topics.APPLIED, Applied)
+    assert isinstance(found, Applied)
+    return found
+
+
+def phases(lab: Lab) -> list[tuple[int, str]]:
+    return [(report.epoch, report.phase) for report in applied(lab).stages]
+
+
+def running(lab: Lab, launcher: FakeLauncher, epoch: int = 1, **changes: object) -> Service:
+    """An agent that holds one stage."""
+    service = serving(lab, launcher, **changes)
+    lab.store(service, b"graph", b"weights")
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=epoch), epoch=epoch), DEVICE)
+    lab.turn(lambda: phases(lab) == [(epoch, "ready")])
+    return service
+
+
+def test_a_started_agent_says_all_that_is_retained(lab: Lab) -> None:
+    service = serving(lab)
+    lab.turn(lambda: lab.retained(topics.STATE, DeviceState) is not None)
+    state, info = lab.retained(topics.STATE, DeviceState), lab.retained(topics.INFO, DeviceInfo)
+    assert isinstance(state, DeviceState) and state.state == "online" and state.boot == service.boot
+    assert isinstance(info, DeviceInfo) and info.cores > 0 and info.memory_bytes > 0
+    assert applied(lab).stages == ()
+
+
+def test_heartbeats_carry_the_boot_and_a_rising_number(lab: Lab) -> None:
+    service = serving(lab)
+    topic = topics.TELEMETRY.on(SITE, DEVICE)
+    lab.turn(lambda: len(lab.seen.get(topic, [])) >= 3)
+    beats = [decode(data, Telemetry, "test") for data in lab.seen[topic]]
+    assert {beat.boot for beat in beats} == {service.boot}
+    assert [beat.seq for beat in beats] == sorted({beat.seq for beat in beats})
+
+
+def test_an_order_becomes_a_worker_and_then_a_report(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    service = running(lab, launcher)
+    [worker] = launcher.stage_workers
+    assignment = launcher.assignments[worker]
+    assert assignment.order.stage == 0 and Path(assignment.graph_path).read_bytes() == b"graph"  # type: ignore[union-attr]
+    assert service.boot in assignment.login.client_id  # type: ignore[union-attr]
+
+
+def test_the_same_order_again_changes_nothing(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    said = len(lab.seen[topics.APPLIED.on(SITE, DEVICE)])
+    lab.publish(topics.DESIRED, desired_of(order_of()), DEVICE)
+    lab.turn(lambda: lab.services[0]._control.session.transport.bytes_received > 0)  # type: ignore[union-attr]
+    for _ in range(20):
+        lab.services[0].step(0.001)
+    lab.coordinator.poll(0)
+    assert launcher.stage_workers == [1] and launcher.told[1] == []
+    assert len(lab.seen[topics.APPLIED.on(SITE, DEVICE)]) == said
+
+
+def test_a_new_epoch_of_the_same_stage_is_adopted_without_loading_again(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=2), epoch=2), DEVICE)
+    lab.turn(lambda: phases(lab) == [(2, "ready")])
+    assert launcher.stage_workers == [1]
+    [told] = launcher.told[1]
+    assert told.adopt is not None and told.adopt.epoch == 2 and told.adopt.weights == ()
+
+
+def test_other_blocks_mean_another_worker(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=2, end_block=3), epoch=2), DEVICE)
+    lab.turn(lambda: phases(lab) == [(2, "ready")])
+    assert launcher.stage_workers == [2]
+
+
+def test_an_empty_order_ends_all_stages(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    lab.publish(topics.DESIRED, desired_of(epoch=2), DEVICE)
+    lab.turn(lambda: applied(lab).epoch == 2 and not applied(lab).stages)
+    assert launcher.stage_workers == []
+
+
+def test_an_older_epoch_is_ignored_also_after_a_restart(lab: Lab) -> None:
+    first = running(lab, FakeLauncher(), epoch=5)
+    lab.broker.stop()
+    lab.broker.start()
+    first.stop()
+    lab.turn(lambda: first.state is State.STOPPED)
+    first.close()
+    launcher = FakeLauncher()
+    second = serving(lab, launcher)
+    lab.turn(lab.up)
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=4), epoch=4), DEVICE)
+    lab.turn(lambda: second.stale_orders == 1)
+    assert launcher.stage_workers == [] and applied(lab).epoch == 5
+
+
+def test_orders_that_make_no_sense_are_refused_with_a_notice(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    serving(lab, launcher)
+    bad = order_of(inbox=order_of().inbox.__class__(topic="edgelam/v1/lab/dev/pi5/desired"))
+    for message in (desired_of(order_of(), device="other"), desired_of(order_of(), order_of()), desired_of(bad)):
+        before = len(lab.seen.get(topics.EVENT.on(SITE, DEVICE), []))
+        lab.publish(topics.DESIRED, message, DEVICE)
+        lab.turn(lambda: len(lab.seen.get(topics.EVENT.on(SITE, DEVICE), [])) > before)  # noqa: B023
+    assert launcher.stage_workers == []
+
+
+def test_a_killed_worker_is_started_again_and_the_reason_is_told(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    launcher.kill(1, "killed by the kernel: out of memory")
+    lab.turn(lambda: "out of memory" in applied(lab).stages[0].detail)
+    assert applied(lab).stages[0].phase == "waiting"
+    lab.turn(lambda: phases(lab) == [(1, "ready")])
+    assert launcher.stage_workers == [2] and applied(lab).stages[0].restarts == 1
+
+
+def test_an_engine_that_cannot_load_is_given_one_more_chance_and_then_waits_for_a_new_epoch(lab: Lab) -> None:
+    launcher = FakeLauncher(ready=False)
+    service = serving(lab, launcher)
+    lab.store(service, b"graph", b"weights")
+    lab.publish(topics.DESIRED, desired_of(order_of()), DEVICE)
+    for worker in (1, 2):
+        lab.turn(lambda: launcher.stage_workers == [worker])  # noqa: B023
+        launcher.say(worker, Status(phase="failed", epoch=1, detail="no such kernel", final=True))
+        launcher.kill(worker, "ended with exit code 1")
+    lab.turn(lambda: phases(lab) == [(1, "failed")])
+    assert applied(lab).stages[0].detail == "no such kernel"
+    launcher.ready = True
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=2), epoch=2), DEVICE)
+    lab.turn(lambda: phases(lab) == [(2, "ready")])
+
+
+def test_a_broker_that_loses_everything_is_told_everything_again(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    lab.broker.stop()
+    lab.turn(lambda: not lab.services[0]._control.session.up)  # type: ignore[union-attr]
+    assert lab.broker.retained == {}
+    lab.broker.start()
+    wanted = {topic.on(SITE, DEVICE) for topic in (topics.STATE, topics.INFO, topics.APPLIED)}
+    lab.turn(lambda: wanted <= set(lab.broker.retained))
+    assert launcher.stage_workers == [1], "workers keep running while the broker is away"
+
+
+def test_a_stopped_agent_leaves_no_worker_and_says_offline(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    service = running(lab, launcher)
+    service.stop()
+    lab.turn(lambda: service.state is State.STOPPED)
+    state = lab.retained(topics.STATE, DeviceState)
+    assert isinstance(state, DeviceState) and state.state == "offline" and state.reason == "stopped"
+    assert launcher.stage_workers == [] and applied(lab).stages == ()
+
+
+def test_a_vanished_agent_is_offline_by_its_will(lab: Lab) -> None:
+    service = serving(lab)
+    lab.transports[-1].vanish()
+    lab.coordinator.poll(0)
+    state = lab.retained(topics.STATE, DeviceState)
+    assert isinstance(state, DeviceState) and (state.state, state.boot) == ("offline", service.boot)
+
+
+def test_a_second_agent_of_the_same_name_is_refused_and_the_first_stays(lab: Lab) -> None:
+    first = serving(lab)
+    second = lab.agent(host="b")
+    lab.turn(lambda: second.state is State.STOPPED)
+    with pytest.raises(Refused, match="already running"):
+        second.run()
+    assert first.state is State.SERVING
+    state = lab.retained(topics.STATE, DeviceState)
+    assert isinstance(state, DeviceState) and (state.state, state.boot) == ("online", first.boot)
+
+
+def test_the_state_of_a_dead_agent_is_taken_over(lab: Lab) -> None:
+    ghost = DeviceState(state="online", boot="abc", since_unix=1.0)
+    lab.publish(topics.STATE, ghost, DEVICE)
+    service = lab.agent()
+    lab.turn(lambda: service.state is State.SERVING)
+    state = lab.retained(topics.STATE, DeviceState)
+    assert isinstance(state, DeviceState) and state.boot == service.boot
+
+
+def test_an_old_boots_last_will_does_not_stand(lab: Lab) -> None:
+    service = serving(lab)
+    lab.publish(topics.STATE, DeviceState(state="offline", boot="abc", since_unix=1.0), DEVICE)
+
+    def restored() -> bool:
+        state = lab.retained(topics.STATE, DeviceState)
+        return isinstance(state, DeviceState) and state.boot == service.boot
+
+    lab.turn(restored)
+
+
+def test_two_agents_on_one_state_folder_are_refused(lab: Lab) -> None:
+    lab.agent()
+    with pytest.raises(Refused, match="another agent"):
+        lab.agent()
+
+
+def test_unknown_commands_are_answered_and_strange_reply_topics_are_not(lab: Lab) -> None:
+    serving(lab)
+    reply = topics.REPLY.on(SITE, "coordinator", "explode")
+    lab.publish(topics.COMMAND, Command(id="1", reply_topic=reply), DEVICE, "explode")
+    lab.turn(lambda: reply in lab.seen)
+    answer = decode(lab.seen[reply][0], Reply, "test")
+    assert not answer.ok and "explode" in answer.error
+    desired = topics.DESIRED.on(SITE, "other")
+    lab.publish(topics.COMMAND, Command(id="2", reply_topic=desired), DEVICE, "explode")
+    for _ in range(10):
+        lab.services[0].step(0.001)
+    lab.coordinator.poll(0)
+    assert desired not in lab.seen
+
+
+def test_a_full_disk_refuses_the_order_instead_of_forgetting_the_epoch(lab: Lab, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    launcher = FakeLauncher()
+    serving(lab, launcher)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agent.records.write_atomically", full)
+    lab.publish(topics.DESIRED, desired_of(order_of()), DEVICE)
+    lab.turn(lambda: b"state-not-saved" in b"".join(lab.seen.get(topics.EVENT.on(SITE, DEVICE), [])))
+    assert launcher.stage_workers == []
+
+
+def test_every_step_of_the_table_leads_somewhere_and_others_are_named() -> None:
+    for (state, event), step in lifecycle.NEXT.items():
+        assert lifecycle.handle(state, event) is step
+    with pytest.raises(lifecycle.UnexpectedEvent, match="while stopped"):
+        lifecycle.handle(State.STOPPED, lifecycle.Event.MEASURE)
+    reached, frontier = {State.SEARCHING}, [State.SEARCHING]
+    while frontier:
+        state = frontier.pop()
+        for (at, _), step in lifecycle.NEXT.items():
+            if at is state and step.state not in reached:
+                reached.add(step.state)
+                frontier.append(step.state)
+    assert reached == set(State)
+
+
+def test_the_largest_order_fits_a_control_message() -> None:
+    assert len(encode(desired_of(*(order_of(stage, 8) for stage in range(8))))) < 20_000
