@@ -34,7 +34,7 @@ from hwprofiles.reading import Reading
 from hwprofiles.survey import Survey, survey
 from wire import topics
 from wire.errors import Refused
-from wire.ids import new_boot_id
+from wire.ids import SITE_USER, new_boot_id
 from wire.limits import HEARTBEAT_PERIOD_S
 from wire.messages import Applied, Command, Desired, DeviceInfo, DeviceState, Event, Kit, Reply, Telemetry
 

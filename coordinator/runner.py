@@ -34,13 +34,12 @@ from models.cache import cache_dir
 from wire.broker import Broker, Credential, start_broker
 from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties
 from wire.errors import EdgelamError, Refused, Unreachable, UsageError
-from wire.ids import checked_name, new_boot_id
+from wire.ids import SITE_USER, checked_name, new_boot_id
 from wire.limits import CONTROL_KEEPALIVE_S
 from wire.mqtt import MqttTransport
 from wire.transport import Transport
 
 LOG = logging.getLogger("edgelam.up")
-BROKER_USER = "edgelam"
 BROKER_WAIT_S = 10.0
 WATCH_PERIOD_S = 1.0
 
@@ -141,7 +140,7 @@ class Runner:
             url,
             f"edgelam-coordinator-{self.boot}",
             keepalive_s=CONTROL_KEEPALIVE_S,
-            username=BROKER_USER if self.key else "",
+            username=SITE_USER if self.key else "",
             password=self.key,
         )
         self.http_port = free_port(options.listen, options.http_port, DEFAULT_HTTP_PORT)
@@ -185,7 +184,7 @@ class Runner:
             options.state / "broker",
             options.listen,
             port,
-            (Credential(BROKER_USER, self.key),) if self.key else (),
+            (Credential(SITE_USER, self.key),) if self.key else (),
         )
         return self.broker.url, f"{self.broker.name}: {self.broker.because}"
 

@@ -7,6 +7,9 @@ import secrets
 
 from wire.errors import UsageError
 
+SITE_USER = "edgelam"
+"""The one user name of a site's broker; its password is the site key."""
+
 _NAME = re.compile(r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")
 _DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
 

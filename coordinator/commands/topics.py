@@ -12,7 +12,7 @@ from coordinator.screens.table import table
 from coordinator.screens.wiretap import describe, row
 from wire import topics as wire_topics
 from wire.errors import Unreachable
-from wire.ids import new_boot_id
+from wire.ids import SITE_USER, new_boot_id
 from wire.limits import DATA_KEEPALIVE_S
 from wire.mqtt import MqttTransport
 from wire.transport import Inbound, Link
@@ -60,7 +60,7 @@ def tail(
         broker or status["mqtt_url"],
         f"edgelam-tail-{new_boot_id()}",
         keepalive_s=DATA_KEEPALIVE_S,
-        username="edgelam" if key else "",
+        username=SITE_USER if key else "",
         password=key,
     )
     shown = 0

@@ -42,7 +42,7 @@ def share_text(priced: Priced, run: Run) -> str:
 
 
 def stage_reason(priced: Priced, run: Run) -> str:
-    """'pi4: 3 of 30 blocks: 4.1 times slower per block than orin; memory would allow 22'."""
+    """'pi4: 3 of 30 blocks: 4.1 times slower per block than orin; memory would allow 22 blocks'."""
     cost = priced.costs[run.device]
     fastest = min(priced.costs, key=lambda other: (block_s(priced, other), other.device))
     own_s, least_s = block_s(priced, cost), block_s(priced, fastest)
@@ -67,7 +67,7 @@ def _room_text(priced: Priced, run: Run) -> str:
     else:
         most = count_blocks(priced, int(np.flatnonzero(fits[:, length]).min()), length)
     if most > count_blocks(priced, run.first, run.end):
-        return f"memory would allow {most}"
+        return f"memory would allow {most} blocks"
     if count_blocks(priced, run.first, run.end) == priced.graph.blocks:
         return "holds all blocks"
     cost = priced.costs[run.device]
