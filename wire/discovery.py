@@ -79,16 +79,16 @@ class _Radio:
         self.addresses: tuple[str, ...] = ()
         self.problem = "not started"
 
-    def follow(self) -> bool:
-        """Open, move or close so as to use the addresses of now; True if something changed."""
-        present = host_addresses()
+    def wanted(self) -> tuple[str, ...]:
+        """The addresses that are to be used now."""
+        if self._interfaces is None:
+            return tuple(entry.address for entry in host_addresses())
         # Named addresses need not exist yet: they are used once they do. 127.0.0.0/8 always does.
         known = {entry.address for addresses in psutil.net_if_addrs().values() for entry in addresses}
-        wanted = (
-            tuple(entry.address for entry in present)
-            if self._interfaces is None
-            else tuple(text for text in self._interfaces if text in known or ipaddress.ip_address(text).is_loopback)
-        )
+        return tuple(text for text in self._interfaces if text in known or ipaddress.ip_address(text).is_loopback)
+
+    def follow(self, wanted: tuple[str, ...]) -> bool:
+        """Open, move or close so as to use these addresses; True if something changed."""
         if wanted == self.addresses and (self.zeroconf is not None or not wanted):
             self.problem = self.problem if wanted else "this host has no address yet"
             return False
@@ -187,13 +187,22 @@ class Advertiser:
 
     def _advance(self) -> None:
         """Bring what is advertised in line with addresses and properties of now."""
-        self._radio.follow()
+        addresses = self._radio.wanted()
+        if self._registered is not None and self._radio.zeroconf is not None and addresses:
+            # Before it moves: zeroconf announces on a new interface what was registered last, and whoever hears
+            # an old address there (127.0.0.1, say) dials it.
+            self._publish(self._radio.zeroconf, addresses)
+        self._radio.follow(addresses)
         zeroconf = self._radio.zeroconf
         if zeroconf is None:
             self._registered = None
             self._problem = self._radio.problem
             return
-        wanted = (self._radio.addresses, self._record)
+        self._publish(zeroconf, addresses)
+
+    def _publish(self, zeroconf: Zeroconf, addresses: tuple[str, ...]) -> None:
+        """Register, or update what is registered, if it is not this already."""
+        wanted = (addresses, self._record)
         if self._registered is None:
             info = self._info(f"{self._label}.{SERVICE_TYPE}", wanted)
             zeroconf.register_service(info, allow_name_change=True)
@@ -302,7 +311,7 @@ class Browser:
 
     def _follow(self) -> None:
         before = self._radio.zeroconf
-        changed = self._radio.follow()
+        changed = self._radio.follow(self._radio.wanted())
         zeroconf = self._radio.zeroconf
         if not changed and zeroconf is before:
             return
@@ -353,6 +362,9 @@ class Browser:
     def _take_info(self, name: str, info: ServiceInfo) -> None:
         networks = [entry.network for entry in host_addresses()]
         addresses = info.parsed_scoped_addresses(IPVersion.V4Only) + info.parsed_scoped_addresses(IPVersion.V6Only)
+        if not any(ipaddress.ip_address(own).is_loopback for own in self._radio.addresses):
+            # Nobody else's loopback address is of use to us, and nobody shall make us dial our own.
+            addresses = [text for text in addresses if not ipaddress.ip_address(text).is_loopback]
         try:
             found = read_record(info.properties, nearest_first(addresses, networks), info.port)
         except PeerError as error:
