@@ -1,7 +1,7 @@
 """Make an offline bundle: all that a board needs to install edgelam without network.
 
     make bundle BUNDLE='--python 3.11 --machine aarch64'      (Raspberry Pi OS bookworm)
-    scp -r dist/edgelam-0.1.0-agent-cp311-aarch64 pi: && ssh pi sudo edgelam-0.1.0-agent-cp311-aarch64/install.sh --offline ...
+    scp -r dist/edgelam-0.1.0-agent-cp311-aarch64 pi:bundle && ssh pi sudo bundle/install.sh --offline bundle
 
 The bundle holds the project's wheel, every wheel that it needs on that Python and machine, install.sh, the units and
 SHA256SUMS, which install.sh checks. Nothing is built but the project itself, which is pure Python.
@@ -90,7 +90,7 @@ def fetch(wanted: list[str], folder: Path, python: str, machine: str, constraint
     )  # fmt: skip
 
 
-def close_over(folder: Path, project: Path, extra: str, python: str, machine: str) -> None:
+def close_over(folder: Path, extra: str, python: str, machine: str) -> None:
     """Fetch wheels until every requirement of every wheel in `folder` is met there."""
     environment = target_environment(python, machine)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
@@ -133,7 +133,7 @@ def main() -> int:
         folder.mkdir(mode=0o755)
         project = build_project(folder)
         extra = "coordinator" if given.role == "coordinator" else ""
-        close_over(folder, project, extra, given.python, given.machine)
+        close_over(folder, extra, given.python, given.machine)
         shutil.copy(ROOT / "install.sh", folder)
         shutil.copytree(ROOT / "systemd", folder / "systemd")
         write_sums(folder)

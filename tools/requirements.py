@@ -21,7 +21,7 @@ _OWN_EXTRA = re.compile(r"^edgelam\[([a-z,]+)\]$")
 
 
 def requirements(pyproject: dict[str, Any], extra: str) -> list[str]:
-    """Give build, base and extra requirements, sorted, without the project itself; raise KeyError for an unknown extra."""
+    """Give build, base and extra requirements, sorted, the project itself left out; KeyError for an unknown extra."""
     project = pyproject["project"]
     found = {*pyproject["build-system"]["requires"], *project["dependencies"]}
     waiting = [] if extra == "base" else [extra]
