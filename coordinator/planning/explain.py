@@ -130,7 +130,8 @@ def _changes(plan: Plan, graph: Graph, candidates: Sequence[Candidate]) -> list[
     asked = [*used, *(device for device in devices if device not in used)][:MAX_ASKED]
     lines += filter(None, (_with_memory(question, now, device) for device in asked))
     lines += filter(None, (_with_link(question, now, device) for device in asked))
-    lines += [_without(question, now, device) for device in used[:MAX_ASKED]]
+    if len(devices) > now.priced.request.boards_at_least:
+        lines += [_without(question, now, device) for device in used[:MAX_ASKED]]
     return lines
 
 

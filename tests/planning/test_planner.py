@@ -262,10 +262,17 @@ def test_the_explanation_says_how_much_more_memory_would_help_and_is_right() -> 
     )
 
 
-def test_the_explanation_names_the_last_board_that_can_hold_the_model() -> None:
+def test_the_explanation_of_a_single_board_asks_nothing_that_has_no_answer() -> None:
     candidates = [board("only", 1.0)]
     lines = explain(plan(candidates), graph(), candidates)
-    assert "  without only there is no plan" in lines
+    assert not any("without only" in line for line in lines)
+    assert "  compute binds: 100% of a token's time, 0% is spent in hops" in lines
+
+
+def test_the_explanation_names_the_boards_that_a_plan_can_not_do_without() -> None:
+    candidates = [board(name, 1.0, 180 * MB) for name in ("a", "b", "c")]
+    lines = explain(plan(candidates), graph(), candidates)
+    assert "  without a there is no plan" in lines
 
 
 def test_links_bind_when_hops_take_most_of_the_time() -> None:
