@@ -198,7 +198,6 @@ def exact(costs: Costs) -> Found:
                 table[d] = costs.join(costs.stage[d][None, :, :], onward[:, None, :]).min(axis=2)
             else:
                 table[d] = costs.join(costs.stage[d][None, :, length], costs.hop[d, :, length][:, None])
-                table[d, d] = np.inf
                 table[d, d, 0] = costs.stage[d, 0, length]
         best[used] = table
     return _ExactFound(costs, best)
