@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from agent.config import SETTINGS, AgentConfig, load
 from wire.errors import EdgelamError, ExitCode, UsageError, render
+from wire.ids import SITE_USER
 from wire.version import VERSION
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _outside(config: AgentConfig) -> Outside:
     from wire.transport import Transport, Will
 
     def connect(url: str, client_id: str, will: Will) -> Transport:
-        username = config.name if config.site_key else ""
+        username = SITE_USER if config.site_key else ""
         return MqttTransport(
             url, client_id, keepalive_s=CONTROL_KEEPALIVE_S, will=will, username=username, password=config.site_key
         )

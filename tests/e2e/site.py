@@ -1,0 +1,126 @@
+"""A whole site of real processes for tests: coordinator, broker, agents, workers; and a tiny model to run on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from coordinator.client import Client
+from coordinator.inference.requests import GenerateRequest
+from testbed import commands
+from testbed.boards import BoardSpec
+from testbed.site import CoordinatorProcess
+from tests.models.tiny import random_tensors, tiny_config, write_gguf
+
+
+class Site:
+    """A running site. `run` gives the last event of a request; `cli` runs the command line against it."""
+
+    def __init__(self, folder: Path, coordinator: CoordinatorProcess, address: dict[str, Any]) -> None:
+        self.folder = folder
+        self.coordinator = coordinator
+        self.address = address
+        self.testbed: commands.Testbed | None = None
+
+    @property
+    def boards(self) -> commands.Testbed:
+        assert self.testbed is not None
+        return self.testbed
+
+    def client(self) -> Client:
+        return Client(self.address["http_url"])
+
+    def get(self, path: str) -> Any:
+        with self.client() as there:
+            return there.get(path)
+
+    def run(self, model: str, boards: int, **changes: Any) -> dict[str, Any]:
+        """One request over exactly so many boards."""
+        fields: dict[str, Any] = {
+            "prompt": "hello world",
+            "raw": True,
+            "max_tokens": 8,
+            "context_tokens": 128,
+            "ignore_stop": True,
+            "boards_at_least": boards,
+            "boards_at_most": boards,
+            "stall_timeout_s": 20.0,
+        }
+        with self.client() as there:
+            request = GenerateRequest(model=model, **{**fields, **changes})
+            return there.last("/v1/generate", request, lambda _text: None)
+
+    def cli(self, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "coordinator.cli", *arguments],
+            env={**os.environ, "EDGELAM_STATE": str(self.folder), "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    def states(self) -> dict[str, str]:
+        return {row["device"]: row["state"] for row in self.get("/v1/devices")["devices"]}
+
+    def await_states(self, expected: dict[str, str], timeout_s: float = 30.0) -> None:
+        """Wait until the coordinator sees the devices so; fail with what it sees."""
+        deadline_s = time.monotonic() + timeout_s
+        while (seen := self.states()) != expected:
+            assert time.monotonic() < deadline_s, f"expected {expected}, seen {seen}"
+            time.sleep(0.1)
+
+    def restart_coordinator(self) -> None:
+        self.address = self.coordinator.start()
+
+
+def board_names(count: int) -> list[str]:
+    return [f"board{number}" for number in range(1, count + 1)]
+
+
+@contextmanager
+def running_site(folder: Path, boards: int, arguments: tuple[str, ...] = ()) -> Iterator[Site]:
+    """A coordinator and equal boards without shaped links, all found over mDNS on loopback."""
+    name = f"t{os.getpid()}-{os.urandom(3).hex()}"
+    coordinator = CoordinatorProcess(folder, name, arguments)
+    address = coordinator.start()
+    site = Site(folder, coordinator, address)
+    try:
+        specs = tuple(BoardSpec(name=board, memory_bytes=1 << 30) for board in board_names(boards))
+        site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
+        site.await_states(dict.fromkeys(board_names(boards), "online"))
+        yield site
+    except BaseException:
+        print(coordinator.log_end(60))
+        for log in sorted((folder / "testbed").glob("logs/*")):
+            print(log, "\n".join(log.read_text(errors="replace").splitlines()[-25:]), sep="\n")
+        raise
+    finally:
+        if site.testbed is not None:
+            site.testbed.down()
+        coordinator.stop()
+
+
+def write_tiny_model(folder: Path, seed: int = 0) -> Path:
+    config = tiny_config("llama")
+    return write_gguf(folder / f"tiny{seed}.gguf", config, random_tensors(config, seed), "F32")
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Processes whose command line or environment names `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if str(folder) in words and process.pid != os.getpid():
+            found.append(process)
+    return found
