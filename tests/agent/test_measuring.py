@@ -1,0 +1,193 @@
+"""Taking the device's measure: when, of what, and what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.lifecycle import State
+from agent.workers.pipe import Measured, MeasureNote, MeasureTask
+from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, ModuleTiming, Profile, Samples
+from hwprofiles.reading import Failed, Reading
+from tests.agent.fakes import DEVICE, SITE, FakeLauncher, Lab, ref_of
+from wire import topics
+from wire.messages import Command, DeviceState, Kit, KitModule, Reply, decode
+
+GRAPH = b"the graph of a block"
+RUN = Samples(samples_s=(0.001,) * 12, warmup=3, stopped_because="enough")
+
+
+def module(key: str = "block", graph: bytes = GRAPH) -> KitModule:
+    return KitModule(key=key, kind="block", graphs=((1, ref_of(graph)),), hidden=8, vocabulary=32, wire_dtype="f32")
+
+
+def kit(*modules: KitModule) -> Kit:
+    return Kit(artifacts_url="http://127.0.0.1:1", modules=modules)
+
+
+def measured(task: MeasureTask, **changes: object) -> Measured:
+    found = tuple(
+        ModuleMeasurement(
+            key=item.module.key, kind="block", engine="onnxruntime", threads=task.threads,
+            timings=(ModuleTiming(phase="decode", tokens=1, context=16, stack=1, samples=RUN),),
+            resident_bytes=1, base_bytes=1,
+        )
+        for item in task.modules
+    )  # fmt: skip
+    link = LinkMeasurement(
+        broker=task.login.url if task.login else "", round_trip_payload_bytes=1200, round_trip=RUN,
+        goodput_payload_bytes=512, goodput_chunk_bytes=64, goodput=RUN,
+    )  # fmt: skip
+    fields: dict[str, object] = {
+        "modules": found, "failed": {}, "link": link, "allow_spinning": False,
+        "engines_loaded": {"onnxruntime": "onnxruntime 1 CPUExecutionProvider"} if found else {},
+    }  # fmt: skip
+    return Measured(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def lab(tmp_path: Path):  # type: ignore[no-untyped-def]
+    lab = Lab(tmp_path)
+    yield lab
+    lab.close()
+
+
+def obedient(**changes: object) -> FakeLauncher:
+    """Measuring workers that answer at once and end."""
+    launcher = FakeLauncher()
+
+    def answer(worker: int, task: MeasureTask) -> None:
+        launcher.say(worker, MeasureNote(note="at it"))
+        launcher.say(worker, measured(task, **changes))
+        launcher.kill(worker, "ended with exit code 0")
+
+    launcher.on_measure = answer
+    return launcher
+
+
+def profile(lab: Lab) -> Profile | None:
+    found = lab.retained(topics.PROFILE, Profile)
+    assert found is None or isinstance(found, Profile)
+    return found
+
+
+def start(lab: Lab, launcher: FakeLauncher, *modules: KitModule, **changes: object):  # type: ignore[no-untyped-def]
+    service = lab.agent(launcher, **changes)
+    lab.store(service, GRAPH)
+    lab.turn(lambda: service.state is State.SERVING)
+    lab.publish(topics.KIT, kit(*modules))
+    return service
+
+
+def tasks(launcher: FakeLauncher) -> list[MeasureTask]:
+    return [task for task in launcher.assignments.values() if isinstance(task, MeasureTask)]
+
+
+def test_a_kit_is_measured_and_the_profile_published_and_kept(lab: Lab) -> None:
+    launcher = obedient()
+    service = start(lab, launcher, module("a"), module("b"))
+    lab.turn(lambda: profile(lab) is not None)
+    found = profile(lab)
+    assert found is not None and [m.key for m in found.modules] == ["a", "b"]
+    assert isinstance(found.link, LinkMeasurement) and found.source == "live"
+    assert found.engines["onnxruntime"] == Reading(
+        "onnxruntime 1 CPUExecutionProvider", "loaded by the measuring worker"
+    )
+    assert (service.config.state_dir / "profile.json").exists() and service.measured
+    said = [decode(data, DeviceState, "").state for data in lab.seen[topics.STATE.on(SITE, DEVICE)]]
+    assert "busy" in said and said[-1] == "online"
+
+
+def test_only_what_is_new_in_a_kit_is_measured(lab: Lab) -> None:
+    launcher = obedient()
+    start(lab, launcher, module("a"))
+    lab.turn(lambda: profile(lab) is not None)
+    lab.publish(topics.KIT, kit(module("a"), module("b")))
+    lab.turn(lambda: len(profile(lab).modules) == 2)  # type: ignore[union-attr]
+    assert [[item.module.key for item in task.modules] for task in tasks(launcher)] == [["a"], ["b"]]
+
+
+def test_a_restart_needs_no_measuring(lab: Lab) -> None:
+    first = start(lab, obedient(), module("a"))
+    lab.turn(lambda: first.measured)
+    first.stop()
+    lab.turn(lambda: first.state is State.STOPPED)
+    first.close()
+    lab.broker.stop()
+    lab.broker.start()
+    launcher = obedient()
+    second = lab.agent(launcher)
+    lab.turn(lambda: second.state is State.SERVING and profile(lab) is not None)
+    lab.publish(topics.KIT, kit(module("a")))
+    lab.turn(lambda: second.measured)
+    assert tasks(launcher) == []
+
+
+@pytest.mark.parametrize("changes", [{"emulate_speed": 0.5}, {"emulate_memory_bytes": 10**8}, {"threads": 7}])
+def test_a_changed_device_is_measured_again(lab: Lab, changes: dict[str, object]) -> None:
+    first = start(lab, obedient(), module("a"))
+    lab.turn(lambda: first.measured)
+    first.stop()
+    lab.turn(lambda: first.state is State.STOPPED)
+    first.close()
+    launcher = obedient()
+    second = start(lab, launcher, module("a"), **changes)
+    lab.turn(lambda: second.measured)
+    assert len(tasks(launcher)) == 1
+    found = profile(lab)
+    assert found is not None and found.source == ("live" if "threads" in changes else "emulated")
+
+
+def test_a_module_that_fails_is_told_and_not_tried_for_ever(lab: Lab) -> None:
+    launcher = obedient(modules=(), failed={"a": "no kernel for it"})
+    service = start(lab, launcher, module("a"))
+    lab.turn(lambda: service.measured)
+    lab.turn(lambda: b"no kernel for it" in b"".join(lab.seen.get(topics.EVENT.on(SITE, DEVICE), [])))
+    assert len(tasks(launcher)) == 1
+    lab.publish(topics.KIT, kit(module("a", b"another graph")))
+    lab.turn(lambda: not service.measured)
+
+
+def test_a_measuring_worker_that_dies_is_told_and_the_device_is_online_again(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    launcher.on_measure = lambda worker, task: launcher.kill(worker, "killed by SIGSEGV")
+    service = start(lab, launcher, module("a"))
+    lab.turn(lambda: b"SIGSEGV" in b"".join(lab.seen.get(topics.EVENT.on(SITE, DEVICE), [])))
+    lab.turn(lambda: service.state is State.SERVING)
+
+
+def ask(lab: Lab, verb: str) -> Reply:
+    reply = topics.REPLY.on(SITE, "coordinator", verb)
+    lab.publish(topics.COMMAND, Command(id="q1", reply_topic=reply), DEVICE, verb)
+    lab.turn(lambda: reply in lab.seen)
+    return decode(lab.seen[reply][-1], Reply, "test")
+
+
+def test_measure_on_command_measures_the_whole_kit_again(lab: Lab) -> None:
+    launcher = obedient()
+    service = start(lab, launcher, module("a"), module("b"))
+    lab.turn(lambda: service.measured)
+    answer = ask(lab, "measure")
+    assert answer.ok and answer.id == "q1" and answer.result["measured"] == ["a", "b"]
+    assert len(tasks(launcher)) == 2
+
+
+def test_probe_link_on_command_gives_the_link(lab: Lab) -> None:
+    service = start(lab, obedient(), module("a"))
+    lab.turn(lambda: service.measured)
+    answer = ask(lab, "probe-link")
+    assert answer.ok and answer.result["link"]["broker"] == "mqtt://memory:1"
+
+
+def test_a_link_that_cannot_be_measured_is_an_error_with_the_reason(lab: Lab) -> None:
+    start(lab, obedient(link=Failed("no answer within 10 s")), module("a"))
+    lab.turn(lambda: profile(lab) is not None)
+    answer = ask(lab, "probe-link")
+    assert not answer.ok and answer.error == "no answer within 10 s"
+
+
+def test_measure_without_a_kit_is_refused(lab: Lab) -> None:
+    service = lab.agent(obedient())
+    lab.turn(lambda: service.state is State.SERVING)
+    assert "no kit" in ask(lab, "measure").error
