@@ -249,7 +249,7 @@ def test_a_folder_with_something_else_in_it_is_not_touched(echo: Echo, tmp_path:
 
 def test_the_coordinator_is_found_over_mdns_and_its_absence_is_said(echo: Echo, folder: Path) -> None:
     site = f"t{new_boot_id()}"
-    asked = options(echo, folder, BoardSpec(name="one", link=FREE), site=site, coordinator="", find_timeout_s=1.0)
+    asked = options(echo, folder, BoardSpec(name="one", link=FREE), site=site, coordinator="", find_timeout_s=0.5)
     with pytest.raises(Unreachable, match=site):
         up(asked)
     assert not folder.exists()
