@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.peers.transport import LENGTH, RECEIPT, WHOLE, read_exactly
 from benchmarks.report import Figure, at_most, emit, machine
-from benchmarks.transport_peers import LENGTH, RECEIPT, WHOLE, read_exactly
 from wire.broker import Broker, EmbeddedBroker, start_broker
 from wire.channel import Inbox, Outbox
 from wire.frames import Kind, Parcel, Tensor
@@ -48,7 +48,7 @@ TIMEOUT_S = 60.0
 
 
 @contextlib.contextmanager
-def peer(*arguments: str, module: str = "benchmarks.transport_peers") -> Iterator[str]:
+def peer(*arguments: str, module: str = "benchmarks.peers.transport") -> Iterator[str]:
     """Run a peer process; give the line it prints when it is ready. It ends with this context."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

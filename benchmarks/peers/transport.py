@@ -1,14 +1,15 @@
 """The other processes of the transport benchmark: an MQTT echo, a TCP echo and a TCP relay.
 
-    python -m benchmarks.transport_peers mqtt-echo URL TOPIC REPLY_TOPIC CHUNK_BYTES
-    python -m benchmarks.transport_peers tcp-echo
-    python -m benchmarks.transport_peers tcp-relay HOST:PORT
+    python -m benchmarks.peers.transport mqtt-echo URL TOPIC REPLY_TOPIC CHUNK_BYTES
+    python -m benchmarks.peers.transport tcp-echo
+    python -m benchmarks.peers.transport tcp-relay HOST:PORT
 
 Each prints one line when it is ready (the TCP ones their port) and ends with its standard input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -97,7 +98,8 @@ def main() -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_input, daemon=True).start()
-    {"mqtt-echo": mqtt_echo, "tcp-echo": tcp_echo, "tcp-relay": tcp_relay}[sys.argv[1]](*sys.argv[2:])
+    with contextlib.suppress(ConnectionError):  # the benchmark is over
+        {"mqtt-echo": mqtt_echo, "tcp-echo": tcp_echo, "tcp-relay": tcp_relay}[sys.argv[1]](*sys.argv[2:])
 
 
 if __name__ == "__main__":
