@@ -70,6 +70,7 @@ _ROWS: Final = (
         "split the boards over two sites",
     ),
     Row("broker-lost", "warning", "the broker at {url} is gone ({reason})", "wait: reconnecting"),
+    Row("broker-ended", "warning", "{what}", "nothing: all retained state is published again"),
     Row("bad-message", "warning", "{reason}", "check that all boards run the same edgelam version"),
 )
 

@@ -15,7 +15,7 @@ from models.build.stage import build_stage_graph
 from coordinator.deployments import deployment_name, held_elsewhere, make_orders, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.planning.plan import Plan, PlannedStage
-from coordinator.planning.planner import Candidate, PlanRequest, make_plan, worth_moving
+from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, make_plan, repriced, worth_moving
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared, Shelf
 from wire import topics
@@ -179,9 +179,9 @@ class Operations:
             return await self._deploy(request, progress)
 
     async def _deploy(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
-        plan, prepared, _ = await self.plan(request, progress)
+        plan, prepared, candidates = await self.plan(request, progress)
         running = self._usable(request)
-        if running is not None and not worth_moving(running.plan, plan):
+        if running is not None and not await asyncio.to_thread(_worth_moving, running.plan, plan, prepared, candidates):
             await self._await_ready(running, progress)
             return running, prepared
         record = await self._put_in_force(request, plan, prepared)
@@ -240,6 +240,15 @@ class Operations:
                 names = ", ".join(record.name for record in self._coordinator.records()) or "none"
                 raise UsageError(f"no deployment {name!r}", try_=f"deployments in force: {names}")
             self._coordinator.take_out_of_force(name)
+
+
+def _worth_moving(running: Plan, plan: Plan, prepared: Prepared, candidates: list[Candidate]) -> bool:
+    """Compare the new plan with the running placement at today's figures."""
+    try:
+        today = repriced(running, prepared.packed.graph, candidates)
+    except Infeasible:
+        return True
+    return bool(worth_moving(today, plan))
 
 
 def _with_epoch(plan: Plan, epoch: int) -> Plan:

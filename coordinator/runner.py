@@ -27,6 +27,7 @@ from coordinator.config import (
 )
 from coordinator.hub import Hub
 from coordinator.inference.serve import Serving
+from coordinator.notices import notice
 from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
@@ -253,7 +254,7 @@ class Runner:
                 happened = await asyncio.to_thread(self.broker.poll)
                 if happened:
                     LOG.warning("%s", happened)
-                    self.coordinator.note("broker-ended", "warning", happened, "nothing: all state is published again")
+                    self.coordinator.note(notice("broker-ended", what=happened))
 
     async def _prepare_models(self, operations: Operations) -> None:
         for model in self.options.models:

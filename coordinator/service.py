@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -36,7 +35,7 @@ from coordinator.fleet import (
 )
 from coordinator.hub import Hub
 from coordinator.journal import DeploymentRecord, Journal
-from coordinator.notices import Notice
+from coordinator.notices import Notice, notice
 from hwprofiles.profile import Profile
 from wire import messages, topics
 from wire.discovery import Found
@@ -45,7 +44,6 @@ from wire.frames import Parcel
 from wire.limits import MAX_CONTROL_BYTES
 from wire.messages import Applied, DeviceInfo, DeviceState, Event, Kit, Telemetry
 
-Level = Literal["info", "warning", "error"]
 MAX_NOTICES = 200
 EPOCH_JUMP_LIMIT = 1 << 40
 """An applied epoch beyond this is garbage or malice, and must not push ours out of range."""
@@ -134,9 +132,7 @@ class Coordinator:
         if up:
             self._publish_all()
         else:
-            self.note(
-                "broker-lost", "warning", f"the broker at {self.mqtt_url} is gone ({reason})", "wait: reconnecting"
-            )
+            self.note(notice("broker-lost", url=self.mqtt_url, reason=reason))
         self.changes.ring()
 
     def _on_message(self, topic: str, payload: bytes) -> None:
@@ -172,14 +168,14 @@ class Coordinator:
 
     def _refuse(self, error: PeerError, topic: str) -> None:
         self.refused_messages += 1
-        if not any(notice.code == "bad-message" and topic in notice.text for notice in self.notices):
-            self.note("bad-message", "warning", error.message, "check that all boards run the same edgelam version")
+        if not any(event.code == "bad-message" and topic in event.text for event in self.notices):
+            self.note(notice("bad-message", reason=error.message))
 
     def _feed(self, event: FleetEvent) -> None:
         was_online = set(self.online())
         self.fleet, notices = self.fleet.after(event)
-        for notice in notices:
-            self._take_notice(notice)
+        for said in notices:
+            self.note(said)
         for name in was_online - set(self.online()):
             self._device_lost(name)
         self.changes.ring()
@@ -202,12 +198,18 @@ class Coordinator:
     def tick(self) -> None:
         self._feed(Tick(time.monotonic()))
 
-    def _take_notice(self, notice: Notice) -> None:
-        self.note(notice.code, notice.level, notice.text, notice.try_)
-
-    def note(self, code: str, level: Level, text: str, try_: str) -> None:
+    def note(self, said: Notice) -> None:
         """Keep a notice for people."""
-        self.notices.append(Event(who="coordinator", code=code, level=level, text=text, try_=try_, at_unix=time.time()))
+        self.notices.append(
+            Event(
+                who="coordinator",
+                code=said.code,
+                level=said.level,
+                text=said.text,
+                try_=said.try_,
+                at_unix=time.time(),
+            )
+        )
 
     # What is in force.
 

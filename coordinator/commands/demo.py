@@ -101,7 +101,7 @@ def _show(there: Client, boards: int, prompt: str, max_tokens: int, precision: s
     """Devices, plan, answer, figures."""
 
     def online() -> bool:
-        return sum(row["state"] == "online" for row in there.get("/v1/devices")["devices"]) >= boards
+        return [row["state"] for row in there.get("/v1/devices")["devices"]].count("online") >= boards
 
     until(online, ONLINE_TIMEOUT_S, f"all {boards} boards online")
     started_s = time.monotonic()
@@ -112,11 +112,16 @@ def _show(there: Client, boards: int, prompt: str, max_tokens: int, precision: s
     )
     verdict = f"left to itself, the planner says: {free['because']}"
     request = GenerateRequest(
-        model=MODEL, prompt=prompt, max_tokens=max_tokens, precision=precision, boards_at_least=boards
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        precision=precision,
+        objective="throughput",
+        boards_at_least=boards,
     )
-    asked = DeployRequest(model=MODEL, precision=precision, boards_at_least=boards)
+    asked = DeployRequest(model=MODEL, precision=precision, objective="throughput", boards_at_least=boards)
     plan = there.last("/v1/plan", asked, status_line)["plan"]
-    _say("4. the plan from these measurements, over all boards as a demo should", plan_text(plan), "", verdict)
+    _say("4. the plan from these measurements: all boards, the slowest stage as fast as can be", plan_text(plan), "", verdict)
     write_text(f"\n5. {prompt}\n")
     end = follow(there.stream("/v1/generate", request), show=True)
     _say("6. what was predicted, and what was measured", stages_text(end))
