@@ -1,0 +1,212 @@
+"""Decode through the whole path, beside the bare onnxruntime loop in the same run.
+
+    control      the whole model in one process: session.run in a loop, nothing else
+    1 board      client, broker, one stage
+    N boards     the same model cut over N boards of equal speed, links not shaped
+
+Rounds are interleaved, since machines are noisy; figures are medians over rounds and ratios are within the run. The
+bound of N boards is the control's compute plus N measured hops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from models.build.stage import build_stage_graph
+from models.engine.onnx import OnnxStage
+
+from benchmarks.report import Figure, emit
+from coordinator.client import Client
+from coordinator.inference.requests import GenerateRequest
+from models.build.pack import pack
+from models.cache import cache_dir
+from models.catalog import resolve
+from models.engine.base import StageSpec
+from models.fetch import fetch
+from models.formats.checkpoint import open_checkpoint
+from testbed import commands
+from testbed.boards import preset
+from testbed.site import CoordinatorProcess, until
+
+MODEL = "smollm2"
+PROMPT = "Write three sentences about the sea and the people who live by it."
+CONTEXT_TOKENS = 512
+REFERENCE_BYTES = 220_000
+"""What llama.cpp's RPC moves per token for this model: most of it logits."""
+
+
+def control(precision: str, tokens: int, prompt_tokens: int) -> None:
+    """Child process: decode `tokens` tokens with the whole model, one thread; print seconds per token per line in."""
+    checkpoint = open_checkpoint(resolve(MODEL, cache_dir()), cache_dir())
+    packed = pack(checkpoint, precision, "f32" if precision == "f32" else "f16", cache_dir())
+    graph = packed.graph
+    data = build_stage_graph(
+        packed.config, precision, graph.wire_dtype, first_block=0, end_block=graph.blocks, embedding=True, head=True
+    )
+    spec = StageSpec(
+        embedding=True,
+        head=True,
+        first_block=0,
+        end_block=graph.blocks,
+        hidden=graph.hidden,
+        vocabulary=graph.vocabulary,
+        wire_dtype=graph.wire_dtype,
+        context_tokens=CONTEXT_TOKENS,
+        slots=1,
+        threads=1,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "whole.onnx"
+        path.write_bytes(data)
+        engine = OnnxStage.load(path, list(packed.files.values()), spec)
+    slot = engine.open()
+    prompt = np.arange(1, prompt_tokens + 1, dtype=np.int64)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        logits = engine.step(slot, prompt, 0)
+        started_s = time.perf_counter()
+        for position in range(prompt_tokens, prompt_tokens + tokens):
+            token = np.array([int(logits.argmax())], dtype=np.int64)
+            logits = engine.step(slot, token, position)
+        print((time.perf_counter() - started_s) / tokens, flush=True)
+
+
+class Control:
+    """The child that runs `control`."""
+
+    def __init__(self, precision: str, tokens: int, prompt_tokens: int) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.inference", "--control", str(prompt_tokens), "--tokens", str(tokens),
+             "--precision", precision],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._read()
+
+    def _read(self) -> str:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError("the control process ended early")
+        return line.strip()
+
+    def token_s(self) -> float:
+        assert self._child.stdin is not None
+        self._child.stdin.write("go\n")
+        self._child.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait(10)
+
+
+def ask(there: Client, boards: int, precision: str, tokens: int) -> dict[str, Any]:
+    request = GenerateRequest(
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=tokens + 1,
+        ignore_stop=True,
+        precision=precision,
+        context_tokens=CONTEXT_TOKENS,
+        boards_at_least=boards,
+        boards_at_most=boards,
+    )
+    return there.last("/v1/generate", request, lambda text: print(f"... {text}", file=sys.stderr))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; gives medians and the last answer per number of boards."""
+    counts = [1, options.boards]
+    token_s: dict[Any, list[float]] = {count: [] for count in (*counts, "control")}
+    answers: dict[int, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        state = Path(folder)
+        site = f"bench-{os.getpid()}"
+        coordinator = CoordinatorProcess(state, site, ["--model", MODEL, "--precision", options.precision])
+        address = coordinator.start()
+        bare = None
+        try:
+            specs = preset("equal", options.boards, options.link)
+            with (
+                commands.up(commands.UpOptions(site=site, boards=specs, state_dir=state / "testbed")),
+                Client(address["http_url"]) as there,
+            ):
+                until(
+                    lambda: (
+                        len([d for d in there.get("/v1/devices")["devices"] if d["state"] == "online"])
+                        == options.boards
+                    ),
+                    60.0,
+                    "all boards online",
+                )
+                first = ask(there, 1, options.precision, 8)
+                bare = Control(options.precision, options.tokens, first["prompt_tokens"])
+                for _ in range(options.rounds):
+                    for count in counts:
+                        ask(there, count, options.precision, 8)
+                        token_s["control"].append(bare.token_s())
+                        answers[count] = ask(there, count, options.precision, options.tokens)
+                        token_s[count].append(answers[count]["token_s"])
+        finally:
+            if bare is not None:
+                bare.close()
+            coordinator.stop()
+    return {"token_s": {key: median(values) for key, values in token_s.items()}, "answers": answers, "raw": token_s}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--boards", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--link", default="none", choices=["none", "ethernet", "wifi"])
+    parser.add_argument("--control", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.control:
+        control(options.precision, options.tokens, options.control)
+        return
+    fetch(MODEL, cache_dir(), lambda text: print(f"... {text}", file=sys.stderr))
+    found = measure(options)
+    bare_s, one_s, many_s = (found["token_s"][key] for key in ("control", 1, options.boards))
+    split = found["answers"][options.boards]
+    hop = split["stages"][0]["sent_bytes_per_token"]
+    shaped = options.link != "none"
+    figures = [
+        Figure("bare onnxruntime loop", 1 / bare_s, "tokens/s", None, None),
+        Figure("one board, whole path", 1 / one_s, "tokens/s", None, None),
+        Figure(f"{options.boards} boards", 1 / many_s, "tokens/s", None, None),
+        Figure("one board / bare loop", bare_s / one_s, "ratio", ">= 0.9", None if shaped else bare_s / one_s >= 0.9),
+        Figure(
+            f"{options.boards} boards / bare loop",
+            bare_s / many_s,
+            "ratio",
+            ">= 0.75",
+            None if shaped else bare_s / many_s >= 0.75,
+        ),
+        Figure("bytes per token per hop", hop, "bytes", "= formula", hop == split["stages"][0]["formula_bytes"]),
+        Figure("hop / llama.cpp RPC bytes", hop / REFERENCE_BYTES, "ratio", "< 0.01", hop / REFERENCE_BYTES < 0.01),
+        Figure(
+            "predicted / measured time per token",
+            split["predicted_token_s"] / many_s,
+            "ratio",
+            "0.75 to 1.25",
+            0.75 <= split["predicted_token_s"] / many_s <= 1.25,
+        ),
+        Figure("time to first token, split", split["time_to_first_token_s"], "s", None, None),
+    ]
+    emit("inference", {**vars(options), "raw_token_s": {str(k): v for k, v in found["raw"].items()}}, figures)
+
+
+if __name__ == "__main__":
+    main()
