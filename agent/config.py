@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from wire.errors import UsageError
 from wire.ids import checked_name
+from wire.units import bytes_text
 
 DEFAULT_SITE: Final = "home"
 """The site of a coordinator that was given no other name."""
@@ -75,7 +76,7 @@ class AgentConfig(Struct, frozen=True, kw_only=True):
         if self.emulate_speed < 1.0:
             parts.append(f"speed {self.emulate_speed:g}")
         if self.emulate_memory_bytes:
-            parts.append(f"memory {self.emulate_memory_bytes} bytes")
+            parts.append(f"memory {bytes_text(self.emulate_memory_bytes)}")
         return ", ".join(parts)
 
 

@@ -237,7 +237,8 @@ class StageWork:
             if tensor.dtype is not Dtype.I32 or len(tensor.shape) != 1:
                 return None, f"token ids as {tensor.dtype.name} {tensor.shape}, they are I32 [n]"
             ids = tensor.array()
-            if int(ids.min()) < 0 or int(ids.max()) >= self.order.vocabulary:
+            least, most = (int(ids[0]),) * 2 if len(ids) == 1 else (int(ids.min()), int(ids.max()))
+            if least < 0 or most >= self.order.vocabulary:
                 return None, f"a token id is not in 0 to {self.order.vocabulary - 1}"
             if len(ids) > 1 and not parcel.meta:
                 return None, "more than one token without meta"

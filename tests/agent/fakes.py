@@ -202,11 +202,21 @@ class Lab:
         self.coordinator.poll(0)
         self.services: list[Service] = []
         self.transports: list[MemoryTransport] = []
+        self.brokers: dict[str, MemoryBroker] = {}
+        """Brokers at other addresses than the usual one."""
+        self.dialled: list[str] = []
 
     def _note(self, inbound: object) -> None:
         self.seen.setdefault(inbound.topic, []).append(bytes(inbound.payload))  # type: ignore[attr-defined]
 
-    def agent(self, launcher: FakeLauncher | None = None, *, host: str = "a", **changes: object) -> Service:
+    def agent(
+        self,
+        launcher: FakeLauncher | None = None,
+        *,
+        host: str = "a",
+        find: Callable[..., object] = nobody,
+        **changes: object,
+    ) -> Service:
         fields: dict[str, object] = {
             "site": SITE,
             "name": DEVICE,
@@ -217,14 +227,16 @@ class Lab:
         config = AgentConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
         def connect(url: str, client_id: str, will: object) -> MemoryTransport:
-            transport = MemoryTransport(self.broker, client_id, will=will)  # type: ignore[arg-type]
+            self.dialled.append(url)
+            broker = self.brokers.get(url, self.broker)
+            transport = MemoryTransport(broker, client_id, will=will)  # type: ignore[arg-type]
             self.transports.append(transport)
             return transport
 
         outside = Outside(
             connect=connect,
             launcher=launcher or FakeLauncher(),
-            find=nobody,  # type: ignore[arg-type]
+            find=find,  # type: ignore[arg-type]
             notifier=Notifier({}),
         )
         service = Service(config, outside)
