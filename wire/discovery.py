@@ -20,8 +20,8 @@ from typing import Final, Literal, NamedTuple
 
 import psutil
 from msgspec import Struct
+from zeroconf import DNSQuestionType, IPVersion, ServiceBrowser, ServiceInfo, ServiceListener, Zeroconf
 from zeroconf import Error as ZeroconfError
-from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceListener, Zeroconf
 
 from wire import limits
 from wire.addresses import checked_interfaces, host_addresses, nearest_first
@@ -318,7 +318,11 @@ class Browser:
         # A new browser asks at once on all interfaces; one that is kept would ask on a new interface in an hour.
         self._stop_browsing()
         if zeroconf is not None:
-            self._browsing = ServiceBrowser(zeroconf, SERVICE_TYPE, listener=_Listener(self._note))
+            # Questions for multicast answers: a unicast answer reaches one of the programs of this host that share
+            # the port, mostly not the one that asked, and the next question is a second later.
+            self._browsing = ServiceBrowser(
+                zeroconf, SERVICE_TYPE, listener=_Listener(self._note), question_type=DNSQuestionType.QM
+            )
 
     def _stop_browsing(self) -> None:
         browsing, self._browsing = self._browsing, None
@@ -333,10 +337,8 @@ class Browser:
                 self._on_gone(known)
         elif change.kind == "seen":
             self._resolve(change.name)
-        else:
-            self._resolving.discard(change.name)
-            if change.info is not None:
-                self._take_info(change.name, change.info)
+        elif change.info is not None:
+            self._take_info(change.name, change.info)
 
     def _resolve(self, name: str) -> None:
         """Ask for SRV, TXT and addresses of an instance without waiting; the answer comes back as a change."""
@@ -353,10 +355,11 @@ class Browser:
         self._resolving.add(name)
 
         def done(answer: Future[bool]) -> None:
+            self._resolving.discard(name)
             complete = not answer.cancelled() and answer.exception() is None and answer.result()
             self._note(_Change("resolved", name, info if complete else None))
 
-        request = info.async_request(zeroconf, RESOLVE_TIMEOUT_S * 1000)
+        request = info.async_request(zeroconf, RESOLVE_TIMEOUT_S * 1000, DNSQuestionType.QM)
         asyncio.run_coroutine_threadsafe(request, zeroconf.loop).add_done_callback(done)
 
     def _take_info(self, name: str, info: ServiceInfo) -> None:
