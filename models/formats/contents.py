@@ -92,6 +92,10 @@ class Checkpoint(Protocol):
     def bos_id(self) -> int | None: ...
 
     @property
+    def eos_id(self) -> int | None:
+        """The token that chat templates mean by eos_token."""
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
 

@@ -148,6 +148,10 @@ class GgufCheckpoint:
     def bos_id(self) -> int | None:
         return self._keys.token("tokenizer.ggml.bos_token_id")
 
+    @property
+    def eos_id(self) -> int | None:
+        return self._keys.token("tokenizer.ggml.eos_token_id")
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         named = (self._keys.token(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))

@@ -55,8 +55,16 @@ class _NamedTemplate(Struct, frozen=True):
     template: str
 
 
+class _Content(Struct, frozen=True):
+    """A token as older tokenizer_config.json files spell it."""
+
+    content: str
+
+
 class _TokenizerConfig(Struct, frozen=True):
     chat_template: str | list[_NamedTemplate] | None = None
+    bos_token: str | _Content | None = None
+    eos_token: str | _Content | None = None
 
 
 class _AddedToken(Struct, frozen=True):
@@ -140,7 +148,7 @@ class SafetensorsCheckpoint:
         text = _optional(beside)
         if text is not None:
             return _utf8(beside, text)
-        template = _read(self.path / "tokenizer_config.json", _TokenizerConfig, _TokenizerConfig()).chat_template
+        template = self._tokenizer_config.chat_template
         if isinstance(template, list):
             named = {one.name: one.template for one in template}
             return named.get("default")
@@ -148,7 +156,25 @@ class SafetensorsCheckpoint:
 
     @property
     def bos_id(self) -> int | None:
-        return self._settings.bos_token_id
+        return self._token(self._tokenizer_config.bos_token, self._settings.bos_token_id)
+
+    @property
+    def eos_id(self) -> int | None:
+        told = self._settings.eos_token_id
+        return self._token(self._tokenizer_config.eos_token, _first(told))
+
+    def _token(self, text: str | _Content | None, otherwise: int | None) -> int | None:
+        """The tokenizer's own word for a token, as an id; else what config.json says."""
+        wanted = text.content if isinstance(text, _Content) else text
+        return next((token.id for token in self._added if token.content == wanted), otherwise)
+
+    @cached_property
+    def _added(self) -> list[_AddedToken]:
+        return _read(self.path / "tokenizer.json", _TokenizerFile, _TokenizerFile()).added_tokens
+
+    @cached_property
+    def _tokenizer_config(self) -> _TokenizerConfig:
+        return _read(self.path / "tokenizer_config.json", _TokenizerConfig, _TokenizerConfig())
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -158,8 +184,7 @@ class SafetensorsCheckpoint:
             _read(self.path / "generation_config.json", _Generation, _Generation()).eos_token_id,
         ):
             stops |= set(told) if isinstance(told, list) else set() if told is None else {told}
-        added = _read(self.path / "tokenizer.json", _TokenizerFile, _TokenizerFile()).added_tokens
-        return frozenset(stops | {token.id for token in added if token.content in STOP_TOKENS})
+        return frozenset(stops | {token.id for token in self._added if token.content in STOP_TOKENS})
 
     def has(self, name: str) -> bool:
         return name in self._stored and not (name == "head" and self.config.tied_embeddings)
@@ -210,3 +235,9 @@ def _utf8(path: Path, content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise CorruptData(f"{path}: not UTF-8 text") from error
+
+
+def _first(told: int | list[int] | None) -> int | None:
+    if isinstance(told, list):
+        return told[0] if told else None
+    return told
