@@ -69,7 +69,7 @@ class HfConfig(Struct, frozen=True):
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    quantization_config: msgspec.Raw | None = None
+    quantization_config: dict[str, object] | None = None
 
 
 class _Architectures(Struct, frozen=True):
@@ -95,7 +95,7 @@ def llama_config(path: Path, settings: HfConfig) -> LlamaConfig:
         "attention_bias": settings.attention_bias and family != "qwen2",
         "mlp_bias": settings.mlp_bias,
         f"partial_rotary_factor {settings.partial_rotary_factor}": settings.partial_rotary_factor not in (None, 1.0),
-        "quantised weights (quantization_config)": settings.quantization_config not in (None, msgspec.Raw(b"null")),
+        "quantised weights (quantization_config)": settings.quantization_config is not None,
     }
     for what, present in wants.items():
         if present:
