@@ -199,19 +199,20 @@ def _snapshot(name: str, wanted: HubName, folder: Path, patterns: list[str]) -> 
             ignore_patterns=IN_FOLDERS,
             endpoint=endpoint,
         )
-    except errors.GatedRepoError as error:
-        raise Refused(f"{name}: its licence must be accepted first", try_="accept it, then set HF_TOKEN") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UsageError(
-            f"{name}: no such repository or revision at {endpoint or 'huggingface.co'}", try_="check the spelling"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise Unreachable(f"{name}: {_first_line(error)}", try_="try again later") from error
     except (httpx.HTTPError, OSError, errors.OfflineModeIsEnabled) as error:
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+        if isinstance(cause, errors.GatedRepoError):
+            raise Refused(f"{name}: its licence must be accepted first", try_="accept it, then set HF_TOKEN") from error
+        status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else 0
+        if status in (401, 403, 404):  # the hub says 401 for a repository that doesn't exist or is private
+            raise UsageError(
+                f"{name}: no such repository or revision at {endpoint or 'huggingface.co'}, or it is private",
+                try_="check the spelling; HF_TOKEN opens private ones",
+            ) from error
         raise Unreachable(
-            f"{name}: {_first_line(error)}", try_="check network and HF_ENDPOINT, or give the path of a checkpoint"
+            f"{name}: {_first_line(cause)}", try_="check network and HF_ENDPOINT, or give the path of a checkpoint"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
