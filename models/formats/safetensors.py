@@ -73,6 +73,11 @@ class SafetensorsFile:
         self.metadata = metadata
         self._data = data
 
+    @property
+    def pages(self) -> mmap.mmap:
+        """The mapped file, for whoever has to advise the kernel about its pages."""
+        return self._data
+
     def view(self, name: str) -> Array:
         """Give a tensor as a read-only view. BF16 comes as its uint16 bits. Raises KeyError."""
         info = self.tensors[name]

@@ -1,0 +1,323 @@
+"""A stage as an ONNX graph without weights, out of onnxruntime's own fused operators.
+
+Inputs and outputs, with n rows of one request and `context` rows of room:
+    tokens       int64 [1, n]                        stages with the embedding; else
+    hidden       wire dtype [1, n, hidden]
+    last_row     int32 [1]                           position of the last row given
+    rows         int32 []                            last_row + 1
+    rope.cos     float32 [context, head_dim / 2]     rope.sin alike: the engine computes them once
+    kv.{i}.key   float32 [1, kv_heads, context, head_dim], and kv.{i}.value; the same buffers are the outputs
+    hidden.out   wire dtype [1, n, hidden]           what goes to the next stage; with a head: of the last block
+    logits       float32 [1, vocabulary]             stages with the head: of the last row only
+Stages without blocks have none of last_row, rows, rope and kv. Weights are declared as external data: the engine
+supplies them by name from mapped files, so they are in memory once.
+
+A cut changes no bit. The residual stream takes the wire dtype and comes back (Add, Cast, Cast) at every block boundary,
+cut or not, and behind the embedding; engines must run the graph as it is written, without fusing over these casts.
+With 4 and 8 bit weights activations are rounded to 8 bit, and a difference in a last bit would become another word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from models.build.layout import (
+    block_weights,
+    checked_precision,
+    checked_wire_dtype,
+    head_matrix,
+    matrix_size,
+    matrix_weights,
+    table_precision,
+    table_weights,
+)
+from models.build.quantise import BLOCK, ZERO_POINT_8BIT, blocks_in
+from models.engine.manifest import KEY, Precision, StageManifest, WeightInfo, WireDtype
+from models.families.config import LlamaConfig
+from wire.errors import UsageError
+
+CONTRIB: Final = "com.microsoft"
+
+OPSET: Final = 18
+"""The oldest with all standard operators used here (Split with num_outputs was not there before)."""
+
+IR_VERSION: Final = 10
+"""What onnxruntime 1.23 reads; the last one for Python 3.10 boards."""
+
+ACCURACY_LEVEL: Final = 4
+"""MatMulNBits rounds activations to 8 bit blockwise and multiplies whole numbers: without it 4 bit is 3 times slower."""
+
+_WIRE_TYPES: Final = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_WEIGHT_TYPES: Final = {"f32": TensorProto.FLOAT, "u8": TensorProto.UINT8}
+
+
+def build_stage_graph(
+    config: LlamaConfig,
+    precision: str,
+    wire_dtype: str,
+    *,
+    first_block: int,
+    end_block: int,
+    embedding: bool,
+    head: bool,
+) -> bytes:
+    """Give the ONNX model of blocks [first_block, end_block), with the embedding before and the head behind if wanted.
+
+    Equal arguments give equal bytes. Raises UsageError for an unknown precision or dtype and for blocks that the model
+    hasn't; a stage without anything is such a case.
+    """
+    if not 0 <= first_block <= end_block <= config.blocks or not (embedding or head or end_block > first_block):
+        raise UsageError(f"no stage of blocks {first_block} to {end_block} in a model of {config.blocks} blocks")
+    parts = _Parts(config, checked_precision(precision), checked_wire_dtype(wire_dtype))
+    residual = parts.embedding() if embedding else parts.given_hidden()
+    if end_block > first_block:
+        parts.declare_attention_inputs()
+    for index in range(first_block, end_block):
+        residual = parts.block(index, residual)
+    parts.finish(residual, head=head, given=not embedding and end_block == first_block)
+    manifest = StageManifest(
+        precision=parts.precision,
+        wire_dtype=parts.wire_dtype,
+        embedding=embedding,
+        head=head,
+        first_block=first_block,
+        end_block=end_block,
+        config=config,
+        weights=tuple(parts.weights.values()),
+    )
+    return parts.graph.serialised(manifest)
+
+
+class _Graph:
+    """Nodes, values and initialisers of an ONNX graph under construction; names are unique and deterministic."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def node(
+        self, operator: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: object
+    ) -> None:
+        name = f"{len(self._nodes)}.{operator}"
+        self._nodes.append(helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
+
+    def value(self, operator: str, inputs: Sequence[str], domain: str = "", **attributes: object) -> str:
+        """Append a node with one output and give the output's name."""
+        output = f"{len(self._nodes)}.{operator.lower()}"
+        self.node(operator, inputs, [output], domain, **attributes)
+        return output
+
+    def rename(self, value: str, name: str) -> None:
+        """Give the value another name, where it is made and where it is used."""
+        for node in self._nodes:
+            node.input[:] = [name if given == value else given for given in node.input]
+            node.output[:] = [name if made == value else made for made in node.output]
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: int, shape: Sequence[int | str]) -> None:
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+
+    def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
+        self._initializers[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def external(self, info: WeightInfo) -> str:
+        """Declare a weight that the engine supplies."""
+        tensor = TensorProto(name=info.name, data_type=_WEIGHT_TYPES[info.dtype], dims=info.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="supplied-by-the-engine")
+        self._initializers[info.name] = tensor
+        return info.name
+
+    def serialised(self, manifest: StageManifest) -> bytes:
+        graph = helper.make_graph(self._nodes, "stage", self._inputs, self._outputs, list(self._initializers.values()))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgelam")
+        helper.set_model_props(model, {KEY: msgspec.json.encode(manifest).decode()})
+        data: bytes = model.SerializeToString(deterministic=True)
+        return data
+
+
+class _Parts:
+    """The parts of a Llama, appended to a graph."""
+
+    def __init__(self, config: LlamaConfig, precision: Precision, wire_dtype: WireDtype) -> None:
+        self.config = config
+        self.precision = precision
+        self.wire_dtype = wire_dtype
+        self.graph = _Graph()
+        self.weights: dict[str, WeightInfo] = {}
+        self._wire_type = _WIRE_TYPES[wire_dtype]
+
+    def given_hidden(self) -> str:
+        """Give the input 'hidden', still in wire dtype."""
+        return self.graph.input("hidden", self._wire_type, [1, "n", self.config.hidden])
+
+    def embedding(self) -> str:
+        """Look the tokens up; give hidden states in wire dtype."""
+        tokens = self.graph.input("tokens", TensorProto.INT64, [1, "n"])
+        names = self._declare(table_weights("embedding", self.config, self.precision))
+        rows = self.graph.value("Gather", [names[0], tokens])
+        if table_precision(self.precision) == "f32":
+            return self._to_wire(rows)
+        zero = self.graph.constant("code_zero", np.array(ZERO_POINT_8BIT, np.float32))
+        blocks = blocks_in(self.config.hidden)
+        by_row = self._shape("scales_by_row", self.config.vocabulary, blocks)
+        scales = self.graph.value("Gather", [self.graph.value("Reshape", [names[1], by_row]), tokens])
+        column = self.graph.value("Unsqueeze", [scales, self._shape("last_axis", -1)])
+        codes = self.graph.value("Sub", [self.graph.value("Cast", [rows], to=TensorProto.FLOAT), zero])
+        values = self.graph.value("Mul", [codes, column])
+        flat = self.graph.value("Reshape", [values, self._shape("padded_rows", 1, -1, blocks * BLOCK)])
+        if self.config.hidden % BLOCK:
+            end = self._shape("hidden_end", self.config.hidden)
+            flat = self.graph.value("Slice", [flat, self._shape("start", 0), end, self._shape("last_axis", -1)])
+        return self._to_wire(flat)
+
+    def declare_attention_inputs(self) -> None:
+        self.graph.input("last_row", TensorProto.INT32, [1])
+        self.graph.input("rows", TensorProto.INT32, [])
+        for name in ("rope.cos", "rope.sin"):
+            self.graph.input(name, TensorProto.FLOAT, ["context", self.config.head_dim // 2])
+
+    def block(self, index: int, residual: str) -> str:
+        """Append a block; residual stream in wire dtype in and out."""
+        prefix = f"block.{index}."
+        for info in block_weights(self.config, index, self.precision):
+            self._declare([info])
+        before = self._from_wire(residual)
+        normed = self._norm(before, f"{prefix}attention_norm")
+        attended = self._product(self._attention(index, normed), prefix, "o")
+        # One node gives both the sum and its norm; it stays inside the block, so no cut can fall on it.
+        normed, middle = f"{prefix}normed", f"{prefix}middle"
+        self.graph.node(
+            "SkipSimplifiedLayerNormalization",
+            [before, attended, f"{prefix}ffn_norm"],
+            [normed, "", "", middle],
+            CONTRIB,
+            epsilon=self.config.rms_eps,
+        )
+        gate = self._product(normed, prefix, "gate")
+        up = self._product(normed, prefix, "up")
+        # QuickGelu with alpha 1 is x * sigmoid(x), SiLU, in one node.
+        gated = self.graph.value("Mul", [self.graph.value("QuickGelu", [gate], CONTRIB, alpha=1.0), up])
+        added = self._product(gated, prefix, "down")
+        return self._to_wire(self.graph.value("Add", [middle, added]))
+
+    def finish(self, residual: str, *, head: bool, given: bool) -> None:
+        """Name the outputs; `given` says that the residual stream is the graph's own input."""
+        if not given:
+            self.graph.rename(residual, "hidden.out")
+            residual = "hidden.out"
+            self.graph.output("hidden.out", self._wire_type, [1, "n", self.config.hidden])
+        if not head:
+            return
+        last = self.graph.constant("last", np.array(-1, np.int64))
+        row = self._from_wire(self.graph.value("Gather", [residual, last], axis=1))
+        self._declare([WeightInfo("final_norm", "f32", (self.config.hidden,))])
+        normed = self._norm(row, "final_norm")
+        matrix = head_matrix(self.config)
+        names = self._declare(table_weights(matrix, self.config, self.precision))
+        if table_precision(self.precision) == "f32":
+            self.graph.node("Gemm", [normed, names[0]], ["logits"], transB=1)
+        else:
+            self._product_of_codes(normed, matrix, names, 8, ["logits"])
+        self.graph.output("logits", TensorProto.FLOAT, [1, self.config.vocabulary])
+
+    def _attention(self, index: int, normed: str) -> str:
+        """Rotate, append to the KV buffers, attend: [1, n, hidden] -> [1, n, heads * head_dim]."""
+        config, prefix = self.config, f"block.{index}."
+        stacked = self._product(normed, prefix, "qkv")
+        if config.qkv_bias:
+            stacked = self.graph.value("Add", [stacked, f"{prefix}qkv_bias"])
+        # Without norms in between, the operator takes the stacked product and splits it itself.
+        query, key, value = self._normed_heads(stacked, prefix) if config.qk_norm else (stacked, "", "")
+        buffers = [f"kv.{index}.key", f"kv.{index}.value"]
+        shape: list[int | str] = [1, config.kv_heads, "context", config.head_dim]
+        for name in buffers:
+            self.graph.input(name, TensorProto.FLOAT, shape)
+            self.graph.output(f"{name}.out", TensorProto.FLOAT, shape)
+        attended = f"{prefix}attended"
+        self.graph.node(
+            "GroupQueryAttention",
+            [query, key, value, *buffers, "last_row", "rows", "rope.cos", "rope.sin"],
+            [attended, *(f"{name}.out" for name in buffers)],
+            CONTRIB,
+            num_heads=config.heads,
+            kv_num_heads=config.kv_heads,
+            do_rotary=1,
+            rotary_interleaved=int(config.rope_interleaved),
+        )
+        return attended
+
+    def _normed_heads(self, stacked: str, prefix: str) -> tuple[str, str, str]:
+        """Split q, k and v, and norm each head of q and of k (Qwen3)."""
+        config = self.config
+        parts = [f"{prefix}{letter}" for letter in "qkv"]
+        widths = self._shape("qkv_widths", config.q_width, config.kv_width, config.kv_width)
+        self.graph.node("Split", [stacked, widths], parts, axis=-1)
+        normed = []
+        for letter, part, width in (("q", parts[0], config.q_width), ("k", parts[1], config.kv_width)):
+            by_head = self._shape(f"{letter}_by_head", 1, -1, width // config.head_dim, config.head_dim)
+            heads = self._norm(self.graph.value("Reshape", [part, by_head]), f"{prefix}{letter}_norm")
+            normed.append(self.graph.value("Reshape", [heads, self._shape(f"{letter}_flat", 1, -1, width)]))
+        return normed[0], normed[1], parts[2]
+
+    def _norm(self, values: str, weight: str) -> str:
+        return self.graph.value(
+            "SimplifiedLayerNormalization", [values, weight], axis=-1, epsilon=self.config.rms_eps, stash_type=1
+        )
+
+    def _product(self, values: str, prefix: str, matrix: str) -> str:
+        """Multiply with a matrix of a block, whose weights are declared."""
+        name = f"{prefix}{matrix}"
+        if self.precision == "f32":
+            return self.graph.value("MatMul", [values, f"{name}.weight"])
+        names = [info.name for info in matrix_weights(name, *matrix_size(self.config, matrix), self.precision)]
+        product = f"{name}.product"
+        self._product_of_codes(values, matrix, names, 4 if self.precision == "int4" else 8, [product])
+        return product
+
+    def _product_of_codes(
+        self, values: str, matrix: str, names: Sequence[str], bits: int, outputs: Sequence[str]
+    ) -> None:
+        out, columns = matrix_size(self.config, matrix)
+        self.graph.node(
+            "MatMulNBits",
+            [values, *names],
+            outputs,
+            CONTRIB,
+            K=columns,
+            N=out,
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def _to_wire(self, values: str) -> str:
+        return values if self.wire_dtype == "f32" else self.graph.value("Cast", [values], to=self._wire_type)
+
+    def _from_wire(self, values: str) -> str:
+        return values if self.wire_dtype == "f32" else self.graph.value("Cast", [values], to=TensorProto.FLOAT)
+
+    def _shape(self, name: str, *dims: int) -> str:
+        return self.graph.constant(name, np.array(dims, np.int64))
+
+    def _declare(self, weights: Sequence[WeightInfo]) -> list[str]:
+        """Declare weights once, however many parts use them (tied embedding and head); give their names."""
+        for info in weights:
+            if info.name not in self.weights:
+                self.weights[info.name] = info
+                self.graph.external(info)
+        return [info.name for info in weights]

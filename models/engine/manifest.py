@@ -1,0 +1,133 @@
+"""What a stage's graph file says about itself, readable without an ONNX library and before anything is loaded.
+
+The builder writes a StageManifest as JSON into the ONNX model's metadata; the engine must know which weights a graph
+wants before onnxruntime opens it, and a board has no ONNX library. Only the few protobuf fields on the way there are
+read: ModelProto.metadata_props (14), a list of (key, value) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from models.engine.base import EngineFailed, StageSpec
+from models.families.config import MAX_BLOCKS, LlamaConfig
+from wire.errors import EdgelamError
+from wire.limits import MAX_DIM, MAX_RANK
+
+KEY: Final = "edgelam.stage"
+FORMAT: Final = "edgelam.stage/1"
+
+MAX_GRAPH_BYTES: Final = 64 * 1024 * 1024
+"""A graph holds no weights: 126 blocks make about 0.3 MB."""
+
+_METADATA_FIELD: Final = 14
+_KEY_FIELD: Final = 1
+_VALUE_FIELD: Final = 2
+
+Precision = Literal["f32", "int8", "int4"]
+WireDtype = Literal["f32", "f16", "bf16"]
+Dim = Annotated[int, Meta(ge=1, le=MAX_DIM)]
+
+
+class WeightInfo(Struct, frozen=True, array_like=True):
+    """One tensor that the engine must supply."""
+
+    name: str
+    dtype: Literal["f32", "u8"]
+    shape: Annotated[tuple[Dim, ...], Meta(min_length=1, max_length=MAX_RANK)]
+
+    @property
+    def size_bytes(self) -> int:
+        count = 4 if self.dtype == "f32" else 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+class StageManifest(Struct, frozen=True, kw_only=True):
+    """Blocks are [first_block, end_block); `weights` in the order of the graph."""
+
+    format: Literal["edgelam.stage/1"] = FORMAT
+    precision: Precision
+    wire_dtype: WireDtype
+    embedding: bool
+    head: bool
+    first_block: Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
+    end_block: Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
+    config: LlamaConfig
+    weights: Annotated[tuple[WeightInfo, ...], Meta(max_length=MAX_BLOCKS * 32)]
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first_block, self.end_block)
+
+    def check(self, spec: StageSpec, where: str) -> None:
+        """Raise EngineFailed if the graph is not the stage that was ordered."""
+        ordered = (
+            ("embedding", self.embedding, spec.embedding),
+            ("head", self.head, spec.head),
+            ("blocks", len(self.blocks), spec.end_block - spec.first_block),
+            ("first block", self.first_block, spec.first_block),
+            ("hidden", self.config.hidden, spec.hidden),
+            ("vocabulary", self.config.vocabulary, spec.vocabulary),
+            ("wire dtype", self.wire_dtype, spec.wire_dtype),
+        )
+        for name, found, expected in ordered:
+            if found != expected:
+                raise EngineFailed(f"{where}: {name} is {found}, the order says {expected}")
+
+
+def read_manifest(graph: bytes, where: str) -> StageManifest:
+    """Give the manifest inside an ONNX model; raise EngineFailed (with `where`) if there is none or it is damaged."""
+    try:
+        for field, value in _fields(memoryview(graph)):
+            if field == _METADATA_FIELD:
+                pair = {key: bytes(text) for key, text in _fields(value)}
+                if pair.get(_KEY_FIELD) == KEY.encode():
+                    return msgspec.json.decode(pair.get(_VALUE_FIELD, b""), type=StageManifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, EdgelamError) as error:
+        raise EngineFailed(f"{where}: damaged stage graph: {error}") from error
+    raise EngineFailed(f"{where}: not a stage graph of edgelam", try_="install the same edgelam version everywhere")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Give (number, bytes) of each length-delimited field of a protobuf message; skip the others.
+
+    Raises ValueError where the bytes are no message.
+    """
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(message, at)
+            continue
+        if kind == 2:
+            size, at = _varint(message, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind} at byte {at}")
+        if at + size > len(message):
+            raise ValueError(f"a field of {size} bytes at byte {at} of {len(message)}")
+        if kind == 2:
+            yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    """Give (value, next position); raise ValueError at the end of the bytes or beyond 64 bits."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            raise ValueError("cut off inside a number")
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError(f"a number without end at byte {at}")

@@ -1,0 +1,295 @@
+"""Stages on onnxruntime: weights mapped once, KV cache in place, one call per step.
+
+A step must cost what the operators cost, so everything a step needs is bound beforehand: a slot keeps one binding for
+single rows (decode) and one for the last other number of rows (prefill), and a step writes the rows and two numbers
+into buffers that are bound already. The graph is run as it is written, without graph optimisations: a fusion across
+the boundary of two blocks would change bits with the cut (models.build.stage), and fused operators are in it already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as _binding
+
+from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
+from models.engine.manifest import MAX_GRAPH_BYTES, StageManifest, read_manifest
+from models.engine.memory import Weights, kv_buffers, make_weights, map_weights, rope_tables
+
+PROVIDER: Final = "CPUExecutionProvider"
+
+_BFLOAT16: Final = 16
+"""TensorProto.BFLOAT16; numpy has no such dtype, the bits travel as uint16."""
+
+_FAILURES: Final = (
+    *(getattr(_binding, name) for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile")),
+    *(getattr(_binding, name) for name in ("NotImplemented", "RuntimeException", "EPFail", "NoModel", "ModelLoaded")),
+    RuntimeError,
+    MemoryError,
+)
+
+_WIRE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+}
+
+_SPECIAL_BITS: Final[Mapping[str, np.unsignedinteger[Any]]] = {
+    "f32": np.uint32(0x7F80_0000),
+    "f16": np.uint16(0x7C00),
+    "bf16": np.uint16(0x7F80),
+}
+"""As which integers to look at hidden states, and the exponent bits that are all set in infinities and NaNs only."""
+
+
+class OnnxStage:
+    """A stage loaded into one onnxruntime session. See `models.engine.base.StageEngine`."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, manifest: StageManifest, weights: Weights, spec: StageSpec
+    ) -> None:
+        self._session = session
+        self._manifest = manifest
+        self._weights = weights
+        self._spec = spec
+        self._tables = [_value(table) for table in _tables(manifest, spec)]
+        self._slots: list[_Slot | None] = [None] * spec.slots
+        self._rows: dict[int, _Rows] = {}
+        self._name = f"onnxruntime {onnxruntime.__version__} {session.get_providers()[0]}"
+
+    @classmethod
+    def load(cls, graph_path: Path, weight_paths: Iterable[Path], spec: StageSpec) -> OnnxStage:
+        """Load a graph and the files that hold its weights; more tensors than the stage needs do no harm.
+
+        Raises EngineFailed (not our graph, another stage than ordered, weights missing or of the wrong shape, or what
+        onnxruntime says), CorruptData (a damaged file), Refused (a context the model can't do).
+        """
+        graph, manifest = _read_graph(graph_path, spec)
+        manifest.config.check_context(spec.context_tokens)
+        return cls._start(graph, manifest, map_weights(manifest, weight_paths), spec, graph_path)
+
+    @classmethod
+    def load_synthetic(cls, graph_path: Path, spec: StageSpec, seed: int) -> OnnxStage:
+        """Load a graph with weights made up here, for measuring: time does not depend on their values."""
+        graph, manifest = _read_graph(graph_path, spec)
+        try:
+            weights = make_weights(manifest, graph_path.parent, seed)
+        except OSError as error:
+            raise EngineFailed(
+                f"no room for weights to measure with in {graph_path.parent}: {error.strerror}"
+            ) from error
+        return cls._start(graph, manifest, weights, spec, graph_path)
+
+    @classmethod
+    def _start(
+        cls, graph: bytes, manifest: StageManifest, weights: Weights, spec: StageSpec, graph_path: Path
+    ) -> OnnxStage:
+        options = _options(spec.threads)
+        supplied = [_value(tensor) for tensor in weights.tensors.values()]
+        try:
+            options.add_external_initializers(list(weights.tensors), supplied)
+            session = onnxruntime.InferenceSession(graph, options, providers=[PROVIDER])
+        except _FAILURES as error:
+            raise EngineFailed(f"onnxruntime {onnxruntime.__version__}: {graph_path.name}: {error}") from error
+        if session.get_providers() != [PROVIDER]:
+            raise EngineFailed(f"onnxruntime chose {session.get_providers()}, asked for {PROVIDER}")
+        weights.forget_pages()
+        return cls(session, manifest, weights, spec)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def manifest(self) -> StageManifest:
+        return self._manifest
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights, rope tables, KV buffers of the slots in use (in full), buffers of rows."""
+        slots = sum(slot.size_bytes for slot in self._slots if slot is not None)
+        rows = sum(rows.size_bytes for rows in self._rows.values())
+        tables = sum(int(np.prod(table.shape())) * 4 for table in self._tables)
+        return self._weights.size_bytes + slots + rows + tables
+
+    def open(self) -> int:
+        for number, slot in enumerate(self._slots):
+            if slot is None:
+                self._slots[number] = _Slot(self._manifest, self._spec.context_tokens)
+                return number
+        raise NoSlot(f"all {self._spec.slots} slots are taken", try_="try again when a request has ended")
+
+    def close(self, slot: int) -> None:
+        self._opened(slot)
+        self._slots[slot] = None
+
+    def step(self, slot: int, given: Array, position: int) -> Array:
+        opened = self._opened(slot)
+        count = given.shape[0]
+        end = position + count
+        if end > self._spec.context_tokens:
+            raise ContextFull(f"{end} tokens in a context of {self._spec.context_tokens}")
+        if not 0 <= position <= opened.rows or count == 0:
+            raise EngineFailed(f"step of {count} rows at position {position} after {opened.rows} rows")
+        rows = self._rows.get(count) or self._new_rows(count)
+        binding = opened.bindings.get(count) or self._bind(opened, rows)
+        if given.shape != rows.given.shape[1:] or given.dtype != rows.given.dtype:
+            raise EngineFailed(
+                f"given {given.dtype} {list(given.shape)}, expected {rows.given.dtype} {list(rows.given.shape[1:])}"
+            )
+        rows.given[0] = given
+        rows.last_row[0] = end - 1
+        rows.end[()] = end
+        self._check_given(rows)
+        # What lies behind `position` is overwritten from here on; if the step fails the slot ends there.
+        opened.rows = position
+        try:
+            self._session.run_with_iobinding(binding)
+        except _FAILURES as error:
+            raise EngineFailed(f"{self._name}: {error}") from error
+        if rows.hidden is not None and _has_special(rows.hidden_bits, self._spec.wire_dtype):
+            raise self._overflow("the stage's output")
+        opened.rows = end
+        return rows.logits if rows.logits is not None else rows.output
+
+    def _opened(self, slot: int) -> _Slot:
+        found = self._slots[slot] if 0 <= slot < len(self._slots) else None
+        if found is None:
+            raise EngineFailed(f"slot {slot} is not open")
+        return found
+
+    def _check_given(self, rows: _Rows) -> None:
+        """A stage of a head alone has no hidden states of its own to look at, and its product may hide a NaN."""
+        if self._manifest.embedding:
+            vocabulary = self._spec.vocabulary
+            least, most = int(rows.given.min()), int(rows.given.max())
+            if least < 0 or most >= vocabulary:
+                raise EngineFailed(f"token ids {least} to {most} in a vocabulary of {vocabulary}")
+        elif rows.hidden is None and _has_special(rows.given_bits, self._spec.wire_dtype):
+            raise self._overflow("the hidden states given")
+
+    def _overflow(self, what: str) -> EngineFailed:
+        return EngineFailed(
+            f"{what} left the range of {self._spec.wire_dtype}",
+            try_="deploy with wire dtype bf16" if self._spec.wire_dtype == "f16" else "check the checkpoint",
+        )
+
+    def _new_rows(self, count: int) -> _Rows:
+        """Keep buffers for single rows and for one other number: chunks of a prompt but the last are of one size."""
+        for other in [kept for kept in self._rows if kept not in (1, count)] if count != 1 else []:
+            del self._rows[other]
+            for slot in self._slots:
+                if slot is not None:
+                    slot.bindings.pop(other, None)
+        self._rows[count] = _Rows(self._manifest, count)
+        return self._rows[count]
+
+    def _bind(self, slot: _Slot, rows: _Rows) -> Any:
+        binding = self._session.io_binding()
+        given = "tokens" if self._manifest.embedding else "hidden"
+        binding.bind_ortvalue_input(given, _value(rows.given, self._wire_of(rows.given)))
+        if self._manifest.blocks:
+            binding.bind_ortvalue_input("last_row", _value(rows.last_row))
+            binding.bind_ortvalue_input("rows", _value(rows.end))
+            for name, table in zip(("rope.cos", "rope.sin"), self._tables, strict=True):
+                binding.bind_ortvalue_input(name, table)
+        if rows.hidden is not None:
+            binding.bind_ortvalue_output("hidden.out", _value(rows.hidden, self._wire_of(rows.hidden)))
+        if rows.logits is not None:
+            binding.bind_ortvalue_output("logits", _value(rows.logits[None]))
+        for name, buffer in slot.buffers.items():
+            value = _value(buffer)
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(f"{name}.out", value)
+        slot.bindings[rows.count] = binding
+        return binding
+
+    def _wire_of(self, array: Array) -> str:
+        return "bf16" if array.dtype == np.uint16 else ""
+
+
+class _Rows:
+    """Buffers for steps of one number of rows, shared by all slots: a result is valid until the next step."""
+
+    def __init__(self, manifest: StageManifest, count: int) -> None:
+        wire, hidden = manifest.wire_dtype, manifest.config.hidden
+        bits = _SPECIAL_BITS[wire].dtype
+        self.count = count
+        self.given: Array = (
+            np.zeros((1, count), np.int64) if manifest.embedding else np.zeros((1, count, hidden), _WIRE_DTYPES[wire])
+        )
+        self.given_bits = self.given.view(bits)
+        self.last_row = np.zeros(1, np.int32)
+        self.end = np.zeros((), np.int32)
+        self.hidden: Array | None = None
+        if manifest.embedding or manifest.blocks:
+            self.hidden = np.zeros((1, count, hidden), _WIRE_DTYPES[wire])
+            self.hidden_bits = self.hidden.view(bits)
+            self.output: Array = self.hidden[0]
+        self.logits = np.zeros(manifest.config.vocabulary, np.float32) if manifest.head else None
+
+    @property
+    def size_bytes(self) -> int:
+        arrays = (self.given, self.hidden, self.logits)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+class _Slot:
+    """One request's KV buffers and the bindings to them."""
+
+    def __init__(self, manifest: StageManifest, context_tokens: int) -> None:
+        config = manifest.config
+        names = [f"kv.{index}.{part}" for index in manifest.blocks for part in ("key", "value")]
+        shape = (1, config.kv_heads, context_tokens, config.head_dim)
+        self.buffers = dict(zip(names, kv_buffers(len(names), shape), strict=True))
+        self.bindings: dict[int, Any] = {}
+        self.rows = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+def _read_graph(path: Path, spec: StageSpec) -> tuple[bytes, StageManifest]:
+    try:
+        if path.stat().st_size > MAX_GRAPH_BYTES:
+            raise EngineFailed(f"{path}: {path.stat().st_size} bytes are too many for a graph without weights")
+        graph = path.read_bytes()
+    except OSError as error:
+        raise EngineFailed(f"{path}: {error.strerror}") from error
+    manifest = read_manifest(graph, path.name)
+    manifest.check(spec, path.name)
+    return graph, manifest
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    # A pool that spins between steps takes the core from the transport, and a ring waits most of the time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _tables(manifest: StageManifest, spec: StageSpec) -> tuple[npt.NDArray[np.float32], ...]:
+    return rope_tables(manifest.config, spec.context_tokens) if manifest.blocks else ()
+
+
+def _value(array: Array, wire: str = "") -> Any:
+    """Give an onnxruntime value that shares the array's memory."""
+    if wire == "bf16":
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _has_special(bits: npt.NDArray[np.unsignedinteger[Any]], wire_dtype: str) -> bool:
+    exponent = _SPECIAL_BITS[wire_dtype]
+    return bool(((bits & exponent) == exponent).any())
