@@ -117,6 +117,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return super().is_safe_attribute(obj, attr, value) and (not callable(value) or attr in SAFE_METHODS)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Leave str.format to `is_safe_attribute`, which denies it: a format string can ask for any width."""
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.charge(__self._macro_chars)
         subject = getattr(__obj, "__self__", None)

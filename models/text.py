@@ -18,7 +18,7 @@ from typing import Final
 
 import tokenizers
 
-from models.chat import MAX_RENDERED_CHARS, ChatTemplate, Message
+from models.chat import MAX_RENDERED_CHARS, ChatTemplate, Message, check_messages
 from models.formats.contents import Checkpoint, TokenizerJson
 from models.vocabulary import Encoders, from_gguf, from_json
 from wire.errors import Refused, UsageError
@@ -110,10 +110,11 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Give the ids of a conversation. Only the template's special tokens are special."""
-        mark = next((mark for mark in NONCHARACTERS if not any(mark in m.get("content", "") for m in messages)), None)
+        check_messages(messages)
+        mark = next((mark for mark in NONCHARACTERS if not any(mark in m["content"] for m in messages)), None)
         if mark is None:
             raise UsageError("a conversation with all 32 noncharacters U+FDD0 to U+FDEF")
-        marked = [{**message, "content": self._marked(message.get("content", ""), mark)} for message in messages]
+        marked = [{**message, "content": self._marked(message["content"], mark)} for message in messages]
         text = self.render(marked, add_generation_prompt)
         if mark not in text or self._special is None:
             return self._encode(self._encoders.trusted, text, add_special=False)
@@ -128,7 +129,7 @@ class Tokenizer:
     def _marked(self, content: str, mark: str) -> str:
         """Put `mark` inside every special token that a user typed, and after the beginning of one at the end, which
         the template's next letters could complete."""
-        if self._special_start is None or not isinstance(content, str):
+        if self._special_start is None:
             return content
         broken = self._special_start.sub(rf"\1{mark}", content)
         longest = max(map(len, self._beginnings), default=0)
@@ -140,9 +141,10 @@ class Tokenizer:
         if len(text) > MAX_RENDERED_CHARS:
             raise UsageError(f"a text of {len(text)} characters: at most {MAX_RENDERED_CHARS} are taken")
         try:
-            ids: list[int] = encoder.encode(text, add_special_tokens=add_special).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"not Unicode text: {error.reason} at character {error.start}") from error
+        ids: list[int] = encoder.encode(text, add_special_tokens=add_special).ids
         if len(ids) > MAX_PROMPT_TOKENS:
             raise UsageError(f"a text of {len(ids)} tokens: at most {MAX_PROMPT_TOKENS} are taken")
         return ids
