@@ -1,7 +1,7 @@
 """Which tensors each module has at a precision: names, dtypes, shapes. Packer and graph builder both read this.
 
 Names are those of the checkpoint (`models.families.config.tensor_shapes`) with a suffix; q, k and v are stacked into
-one matrix 'qkv', since one product of three heights is faster than three. Norms and biases keep their names and float32.
+one matrix 'qkv', since one product of three heights is faster than three. Norms and biases keep their names.
 
     f32         '<matrix>.weight' float32 [in, out]; embedding and head [vocabulary, hidden]
     int8        '<matrix>.weight' uint8 [out, blocks, 32], '.scales' float32 [out * blocks]

@@ -39,7 +39,7 @@ from models.build.layout import (
     table_weights,
 )
 from models.build.quantise import BLOCK, ZERO_POINT_8BIT, blocks_in
-from models.engine.manifest import KEY, Precision, StageManifest, WeightInfo, WireDtype
+from models.engine.manifest import KEY, WEIGHTS_LOCATION, Precision, StageManifest, WeightInfo, WireDtype
 from models.families.config import LlamaConfig
 from wire.errors import UsageError
 
@@ -52,7 +52,7 @@ IR_VERSION: Final = 10
 """What onnxruntime 1.23 reads; the last one for Python 3.10 boards."""
 
 ACCURACY_LEVEL: Final = 4
-"""MatMulNBits rounds activations to 8 bit blockwise and multiplies whole numbers: without it 4 bit is 3 times slower."""
+"""MatMulNBits rounds activations to 8 bit blockwise and multiplies whole numbers; in floating point 4 bit is slow."""
 
 _WIRE_TYPES: Final = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _WEIGHT_TYPES: Final = {"f32": TensorProto.FLOAT, "u8": TensorProto.UINT8}
@@ -137,7 +137,7 @@ class _Graph:
         """Declare a weight that the engine supplies."""
         tensor = TensorProto(name=info.name, data_type=_WEIGHT_TYPES[info.dtype], dims=info.shape)
         tensor.data_location = TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="supplied-by-the-engine")
+        tensor.external_data.add(key="location", value=WEIGHTS_LOCATION)
         self._initializers[info.name] = tensor
         return info.name
 

@@ -21,6 +21,9 @@ from wire.limits import MAX_DIM, MAX_RANK
 KEY: Final = "edgelam.stage"
 FORMAT: Final = "edgelam.stage/1"
 
+WEIGHTS_LOCATION: Final = "supplied-by-the-engine"
+"""File name under which graphs declare their weights. Nothing is read from it, but onnxruntime wants it to exist."""
+
 MAX_GRAPH_BYTES: Final = 64 * 1024 * 1024
 """A graph holds no weights: 126 blocks make about 0.3 MB."""
 

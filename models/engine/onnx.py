@@ -8,6 +8,7 @@ the boundary of two blocks would change bits with the cut (models.build.stage), 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
 from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
-from models.engine.manifest import MAX_GRAPH_BYTES, StageManifest, read_manifest
+from models.engine.manifest import MAX_GRAPH_BYTES, WEIGHTS_LOCATION, StageManifest, read_manifest
 from models.engine.memory import Weights, kv_buffers, make_weights, map_weights, rope_tables
 
 PROVIDER: Final = "CPUExecutionProvider"
@@ -51,11 +52,17 @@ class OnnxStage:
     """A stage loaded into one onnxruntime session. See `models.engine.base.StageEngine`."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, manifest: StageManifest, weights: Weights, spec: StageSpec
+        self,
+        session: onnxruntime.InferenceSession,
+        manifest: StageManifest,
+        weights: Weights,
+        values: dict[str, Any],
+        spec: StageSpec,
     ) -> None:
         self._session = session
         self._manifest = manifest
         self._weights = weights
+        self._values = values
         self._spec = spec
         self._tables = [_value(table) for table in _tables(manifest, spec)]
         self._slots: list[_Slot | None] = [None] * spec.slots
@@ -90,16 +97,21 @@ class OnnxStage:
         cls, graph: bytes, manifest: StageManifest, weights: Weights, spec: StageSpec, graph_path: Path
     ) -> OnnxStage:
         options = _options(spec.threads)
-        supplied = [_value(tensor) for tensor in weights.tensors.values()]
+        # Shared initialisers are used where they lie; external ones (add_external_initializers) would be copied. The
+        # session keeps bare pointers to them: they must live as long as it does.
+        values = {name: _value(tensor) for name, tensor in weights.tensors.items()}
+        for name, value in values.items():
+            options.add_initializer(name, value)
         try:
-            options.add_external_initializers(list(weights.tensors), supplied)
-            session = onnxruntime.InferenceSession(graph, options, providers=[PROVIDER])
+            session = _session(graph, options)
         except _FAILURES as error:
             raise EngineFailed(f"onnxruntime {onnxruntime.__version__}: {graph_path.name}: {error}") from error
+        except OSError as error:
+            raise EngineFailed(f"no temporary folder for the stage's graph: {error.strerror}") from error
         if session.get_providers() != [PROVIDER]:
             raise EngineFailed(f"onnxruntime chose {session.get_providers()}, asked for {PROVIDER}")
         weights.forget_pages()
-        return cls(session, manifest, weights, spec)
+        return cls(session, manifest, weights, values, spec)
 
     @property
     def name(self) -> str:
@@ -277,6 +289,18 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     # A pool that spins between steps takes the core from the transport, and a ring waits most of the time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def _session(graph: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Open a graph beside an empty file of the name under which it declares its weights.
+
+    onnxruntime checks that such a file exists, and then takes the initialisers in `options` instead.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgelam-stage-") as folder:
+        path = Path(folder) / "stage.onnx"
+        path.write_bytes(graph)
+        (path.parent / WEIGHTS_LOCATION).touch()
+        return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
 
 
 def _tables(manifest: StageManifest, spec: StageSpec) -> tuple[npt.NDArray[np.float32], ...]:
