@@ -8,6 +8,7 @@ read: ModelProto.metadata_props (14), a list of (key, value) pairs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -82,6 +83,19 @@ class StageManifest(Struct, frozen=True, kw_only=True):
         for name, found, expected in ordered:
             if found != expected:
                 raise EngineFailed(f"{where}: {name} is {found}, the order says {expected}")
+
+
+def load_graph(path: Path, spec: StageSpec) -> tuple[bytes, StageManifest]:
+    """Read a graph file: its bytes and its manifest, checked against the order. Raises EngineFailed."""
+    try:
+        if path.stat().st_size > MAX_GRAPH_BYTES:
+            raise EngineFailed(f"{path}: {path.stat().st_size} bytes are too many for a graph without weights")
+        graph = path.read_bytes()
+    except OSError as error:
+        raise EngineFailed(f"{path}: {error.strerror}") from error
+    manifest = read_manifest(graph, path.name)
+    manifest.check(spec, path.name)
+    return graph, manifest
 
 
 def read_manifest(graph: bytes, where: str) -> StageManifest:

@@ -103,6 +103,8 @@ def make_weights(manifest: StageManifest, folder: Path, seed: int) -> Weights:
 def kv_buffers(count: int, shape: tuple[int, ...]) -> list[Floats]:
     """Give `count` float32 arrays of one shape. The kernel provides a page when it is first written."""
     each = -(-4 * int(np.prod(shape)) // KV_ALIGNMENT_BYTES) * KV_ALIGNMENT_BYTES
+    if count == 0:
+        return []
     pages = mmap.mmap(-1, each * count)
     return [
         np.frombuffer(pages, np.float32, int(np.prod(shape)), number * each).reshape(shape) for number in range(count)

@@ -19,7 +19,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
 from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
-from models.engine.manifest import MAX_GRAPH_BYTES, WEIGHTS_LOCATION, StageManifest, read_manifest
+from models.engine.manifest import WEIGHTS_LOCATION, StageManifest, load_graph
 from models.engine.memory import Weights, kv_buffers, make_weights, map_weights, rope_tables
 
 PROVIDER: Final = "CPUExecutionProvider"
@@ -76,14 +76,14 @@ class OnnxStage:
         Raises EngineFailed (not our graph, another stage than ordered, weights missing or of the wrong shape, or what
         onnxruntime says), CorruptData (a damaged file), Refused (a context the model can't do).
         """
-        graph, manifest = _read_graph(graph_path, spec)
+        graph, manifest = load_graph(graph_path, spec)
         manifest.config.check_context(spec.context_tokens)
         return cls._start(graph, manifest, map_weights(manifest, weight_paths), spec, graph_path)
 
     @classmethod
     def load_synthetic(cls, graph_path: Path, spec: StageSpec, seed: int) -> OnnxStage:
         """Load a graph with weights made up here, for measuring: time does not depend on their values."""
-        graph, manifest = _read_graph(graph_path, spec)
+        graph, manifest = load_graph(graph_path, spec)
         try:
             weights = make_weights(manifest, graph_path.parent, seed)
         except OSError as error:
@@ -265,18 +265,6 @@ class _Slot:
     @property
     def size_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
-
-
-def _read_graph(path: Path, spec: StageSpec) -> tuple[bytes, StageManifest]:
-    try:
-        if path.stat().st_size > MAX_GRAPH_BYTES:
-            raise EngineFailed(f"{path}: {path.stat().st_size} bytes are too many for a graph without weights")
-        graph = path.read_bytes()
-    except OSError as error:
-        raise EngineFailed(f"{path}: {error.strerror}") from error
-    manifest = read_manifest(graph, path.name)
-    manifest.check(spec, path.name)
-    return graph, manifest
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
