@@ -6,10 +6,9 @@ traceback; Ctrl-C ends at once and leaves nothing behind.
 
 from __future__ import annotations
 
-import os
 import sys
+from typing import Final
 
-import click
 import typer
 
 from coordinator.commands.common import write_text
@@ -18,7 +17,7 @@ from coordinator.commands.run import run
 from coordinator.commands.show import devices, plan
 from coordinator.commands.testbed import app as testbed_app
 from coordinator.commands.topics import app as topics_app
-from wire.errors import EdgelamError, ExitCode, render
+from wire.errors import EdgelamError, ExitCode, UsageError, render
 from wire.version import VERSION
 
 app = typer.Typer(
@@ -37,6 +36,10 @@ app.command()(run)
 app.add_typer(model_app, name="model")
 app.add_typer(testbed_app, name="testbed")
 app.add_typer(topics_app, name="topics")
+
+CommandLineError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
+"""What typer raises for a wrong command line: click's ClickException, of the click that typer uses. Recent versions
+carry one inside themselves, so importing click would name another class."""
 
 
 @app.command()
@@ -60,7 +63,9 @@ def main() -> None:
     """Entry point: run the command line, turn errors into two lines and an exit code."""
     _add_heavier_commands()
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="edgelam")
+        if code == ExitCode.INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else int(ExitCode.OK))
     except EdgelamError as error:
         print(render(error), file=sys.stderr)
@@ -68,13 +73,20 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("edgelam: interrupted", file=sys.stderr)
         sys.exit(int(ExitCode.INTERRUPTED))
-    except BrokenPipeError:
-        # The reader of our output went away: not an error of anyone. Keep the interpreter from flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(int(ExitCode.OK))
-    except click.ClickException as error:
-        error.show()
+    except CommandLineError as error:
+        _tell(error)
         sys.exit(int(ExitCode.USAGE))
+
+
+def _tell(error: Exception) -> None:
+    """Two lines for a wrong command line; the help where there was no command at all."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(str(error), file=sys.stderr)
+        return
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "edgelam"
+    words = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    print(render(UsageError(words, try_=f"{where} --help")), file=sys.stderr)
 
 
 if __name__ == "__main__":

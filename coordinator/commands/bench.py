@@ -10,7 +10,16 @@ import msgspec
 import typer
 
 from coordinator.client import Client
-from coordinator.commands.common import CoordinatorUrl, Json, SiteKeyFile, client, print_json, status_line, write_text
+from coordinator.commands.common import (
+    CoordinatorUrl,
+    Json,
+    SiteKeyFile,
+    client,
+    print_json,
+    status_line,
+    write_file,
+    write_text,
+)
 from coordinator.journal import DeployRequest
 from hwprofiles.profile import Profile
 from hwprofiles.report.render import markdown, plain
@@ -44,7 +53,7 @@ def bench(
         width = shutil.get_terminal_size((100, 24)).columns
         text = "\n\n".join(plain(profile, width) for profile in profiles)
     if output is not None:
-        output.write_text(text + "\n")
+        write_file(output, (text + "\n").encode())
     elif json:
         print_json(msgspec.Raw(text.encode()))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import msgspec
 import typer
 
 from coordinator.client import Client
-from wire.errors import UsageError
+from wire.errors import ExitCode, UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 CoordinatorUrl = Annotated[
@@ -30,9 +31,14 @@ def read_site_key(path: Path | None) -> str:
     if named is None:
         return ""
     try:
-        return named.read_text().strip()
+        key = named.read_text(encoding="ascii").strip()
     except OSError as error:
         raise UsageError(f"site key {named}: {error.strerror}", try_="check --site-key-file") from None
+    except UnicodeDecodeError:
+        key = ""
+    if not key.isprintable() or not key:
+        raise UsageError(f"site key {named}: not one line of ASCII text", try_="check --site-key-file")
+    return key
 
 
 def client(url: str | None, key_file: Path | None = None) -> Client:
@@ -41,17 +47,41 @@ def client(url: str | None, key_file: Path | None = None) -> Client:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
-    sys.stdout.flush()
+    _out(msgspec.json.encode(value).decode() + "\n")
 
 
 def status_line(text: str) -> None:
     """A line for people about what is going on; never on stdout."""
-    print(f"... {text}", file=sys.stderr, flush=True)
+    print(f"... {printable(text)}", file=sys.stderr, flush=True)
 
 
 def write_text(text: str, end: str = "\n") -> None:
     """Print on stdout whatever its encoding can do; the rest becomes '?'."""
     encoding = sys.stdout.encoding or "ascii"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + end)
-    sys.stdout.flush()
+    _out(printable(text).encode(encoding, "replace").decode(encoding) + end)
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: boards and models write some of what we print. Control characters
+    but line ends and tabs become '?'."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "?" for c in text)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that the user named; raise UsageError if that can't be done."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise UsageError(
+            f"can't write {path}: {(error.strerror or str(error)).lower()}", try_="another --output"
+        ) from None
+
+
+def _out(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away: nobody's error. Keep the interpreter from flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(int(ExitCode.OK)) from None

@@ -15,6 +15,7 @@ from coordinator.commands.common import (
     client,
     print_json,
     status_line,
+    write_file,
     write_text,
 )
 from coordinator.journal import DeployRequest
@@ -67,7 +68,7 @@ def plan(
         answer = there.last("/v1/plan", request, status_line)
     document = {"schema": "edgelam.plan/1", **answer["plan"]}
     if output is not None:
-        output.write_bytes(msgspec.json.format(msgspec.json.encode(document)))
+        write_file(output, msgspec.json.format(msgspec.json.encode(document)))
     if json:
         print_json(document)
     elif explain:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.client import Client
-from coordinator.commands.common import CoordinatorUrl, Json, SiteKeyFile, client, print_json, write_text
+from coordinator.commands.common import CoordinatorUrl, Json, SiteKeyFile, client, print_json, printable, write_text
 from coordinator.screens.top import (
     DEVICE_COLUMNS,
     Snapshot,
@@ -50,8 +50,8 @@ def drawing(now: Snapshot, before: Snapshot | None, width: int) -> Group:
         column = DEVICE_COLUMNS[index]
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=index == 0)
     for row in device_rows(now, before):
-        table.add_row(*(Text(row[index]) for index in chosen))
-    lines = [Text(line) for line in (*deployment_lines(now, before), *notice_lines(now))]
+        table.add_row(*(Text(printable(row[index])) for index in chosen))
+    lines = [Text(printable(line)) for line in (*deployment_lines(now, before), *notice_lines(now))]
     return Group(Text(headline(now), style="bold"), Text(""), table, Text(""), *lines, Text("Ctrl-C to leave"))
 
 
