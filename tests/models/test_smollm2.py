@@ -1,0 +1,74 @@
+"""The real model: the same answer as `transformers` in float32, and the same bits in one to four stages."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.build.pack import Packed, pack
+from models.cache import cache_dir
+from models.catalog import CATALOG
+from models.fetch import is_cached
+from models.formats.checkpoint import Checkpoint, open_checkpoint
+from tests.models.stages import WIRE_OF, Ring
+
+pytestmark = pytest.mark.download
+
+REFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "smollm2_reference.json").read_text())
+TOLERANCE = 1e-3
+CUTS: tuple[tuple[int, ...], ...] = ((13,), (10, 20), (9, 19, 28))
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    entry = CATALOG[0]
+    if not is_cached(entry, cache_dir()):
+        pytest.skip(f"{entry.name} is not in the cache: edgelam model fetch {entry.name}")
+    return open_checkpoint(entry.path(cache_dir()), cache_dir())
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Half a gigabyte of packed weights that shall not stay."""
+    with tempfile.TemporaryDirectory(prefix="edgelam-test-") as path:
+        yield Path(path)
+
+
+def packed_as(precision: str, checkpoint: Checkpoint, folder: Path) -> Packed:
+    return pack(checkpoint, precision, WIRE_OF[precision], folder)
+
+
+def test_float32_answers_what_transformers_answers(checkpoint: Checkpoint, folder: Path) -> None:
+    ring = Ring.of(packed_as("f32", checkpoint, folder), folder, (), context_tokens=128)
+    for case in REFERENCE["prompts"]:
+        ids = np.array(case["ids"], np.int64)
+        rows = {row["position"]: row for row in case["logits"]}
+        for position in [position for position in rows if position < len(ids) - 1]:
+            _agree(ring.step(ids[: position + 1], 0), rows[position])
+        tokens, logits = ring.generate(ids, len(case["tokens"]))
+        for position in [position for position in rows if position >= len(ids) - 1]:
+            _agree(logits[position - len(ids) + 1], rows[position])
+        assert tokens == case["tokens"], case["prompt"]
+
+
+def _agree(logits: Any, row: dict[str, Any]) -> None:
+    ids = row["top_ids"] + REFERENCE["fixed_ids"]
+    assert np.abs(logits[ids] - np.array(row["top_values"] + row["fixed_values"])).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8", "int4"])
+def test_one_to_four_stages_give_the_same_bits(precision: str, checkpoint: Checkpoint, folder: Path) -> None:
+    packed = packed_as(precision, checkpoint, folder)
+    prompt = np.array(REFERENCE["prompts"][0]["ids"], np.int64)
+    tokens, logits = Ring.of(packed, folder, (), context_tokens=128).generate(prompt, 8)
+    assert tokens == REFERENCE["prompts"][0]["tokens"][:8]
+    for cuts in CUTS:
+        cut_tokens, cut_logits = Ring.of(packed, folder, cuts, context_tokens=128).generate(prompt, 8)
+        assert cut_tokens == tokens
+        np.testing.assert_array_equal(np.array(cut_logits), np.array(logits))
