@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 from msgspec import Struct
 
-from coordinator.journal import DeploymentRecord, DeployRequest
+from coordinator.journal import DeploymentRecord
 from coordinator.planning.plan import Plan, PlannedStage
 from models.graph import Graph
 from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport
@@ -114,8 +114,19 @@ def _report_of(plan: Plan, stage: PlannedStage, applied: Applied | None) -> Stag
     return None
 
 
-def same_request(record: DeploymentRecord, request: DeployRequest) -> bool:
-    return record.request == request
+def ended_stages(before: Applied | None, now: Applied | None) -> tuple[StageReport, ...]:
+    """Reports of stages that were ready, and are not or were started again: what they held of requests is gone."""
+    restarts = {
+        (report.deployment, report.stage, report.epoch): report.restarts
+        for report in (before.stages if before else ())
+        if report.phase == "ready"
+    }
+    return tuple(
+        report
+        for report in (now.stages if now else ())
+        if (key := (report.deployment, report.stage, report.epoch)) in restarts
+        and (report.phase != "ready" or report.restarts > restarts[key])
+    )
 
 
 def held_elsewhere(records: Sequence[DeploymentRecord], deployment: str, device: str) -> int:

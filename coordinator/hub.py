@@ -27,6 +27,8 @@ LOG = logging.getLogger("edgelam.hub")
 POLL_S = 0.25
 TICK_S = 0.25
 MAX_OUTBOXES = 64
+MAX_UNREAD = 256
+"""Messages that may wait for the event loop: a flood then waits in the socket and at the broker, not in our memory."""
 
 
 class Hub:
@@ -49,6 +51,7 @@ class Hub:
         self._loop = loop
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outboxes: OrderedDict[str, Outbox] = OrderedDict()
+        self._unread = threading.Semaphore(MAX_UNREAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -74,6 +77,11 @@ class Hub:
     @property
     def up(self) -> bool:
         return self.transport.link is Link.UP
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs. One that ended unasked has printed why, and nothing will arrive any more."""
+        return self._thread is not None and self._thread.is_alive()
 
     def post(self, action: Callable[[], None]) -> None:
         """Run `action` in the hub's thread soon. Errors are logged there."""
@@ -107,12 +115,21 @@ class Hub:
         return box
 
     def _forward(self, message: Inbound) -> None:
-        self._soon(self.on_message, message.topic, bytes(message.payload))
+        """Hand a message to the loop; waits while MAX_UNREAD are there already."""
+        while not self._unread.acquire(timeout=POLL_S):
+            if self._stop.is_set():
+                return
+        self._soon(self._read, message)
+
+    def _read(self, message: Inbound) -> None:
+        self._unread.release()
+        self.on_message(message.topic, bytes(message.payload))
 
     def _soon(self, handler: Callable[..., None], *arguments: object) -> None:
-        # The loop may already be closed while the last messages arrive at shutdown.
-        if not self._loop.is_closed():
+        try:
             self._loop.call_soon_threadsafe(handler, *arguments)
+        except RuntimeError:
+            LOG.debug("a message after the event loop's end")
 
     def _run(self) -> None:
         inbox = Inbox(self.transport, self.reply_inbox.topic, window_bytes=CREDIT_WINDOW_BYTES)

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.planning.plan import Plan
-from wire.errors import CorruptData
+from wire.errors import CorruptData, UsageError
 from wire.messages import StageOrder
 
 SCHEMA = """
@@ -58,9 +58,14 @@ class Journal:
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> None:
-        """Open or create the file; raise CorruptData if it is no journal."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, isolation_level=None)
+        """Open or create the file; raise CorruptData if it is no journal, UsageError if it can't be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.path, isolation_level=None)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise UsageError(
+                f"{self.path}: can't be opened ({error})", try_="another state folder: --state, or $EDGELAM_STATE"
+            ) from None
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")

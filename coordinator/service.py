@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.artifacts import Artifacts
 from coordinator.changes import Changes
-from coordinator.deployments import desired_for
+from coordinator.deployments import desired_for, ended_stages
 from coordinator.fleet import (
     AppliedArrived,
     Device,
@@ -41,6 +41,7 @@ from wire import messages, topics
 from wire.discovery import Found
 from wire.errors import PeerError
 from wire.frames import Parcel
+from wire.ids import is_name
 from wire.limits import MAX_CONTROL_BYTES
 from wire.messages import Applied, DeviceInfo, DeviceState, Event, Kit, Telemetry
 
@@ -82,7 +83,9 @@ class Coordinator:
         self.artifacts.open()
         self._records = {record.name: record for record in self.journal.deployments()}
         self._ordered = {device for record in self._records.values() for device in record.orders}
-        self._desired_epoch = max((record.plan.epoch for record in self._records.values()), default=0)
+        # What was taken out of force shortly before a crash may not have been published: a fresh epoch makes devices
+        # look again. Stages keep the epoch of their plan, so nothing is loaded anew.
+        self._desired_epoch = self.journal.next_epoch()
         self.hub.on_message = self._on_message
         self.hub.on_parcel = self._forward_parcel
         self.hub.on_link = self._on_link
@@ -95,6 +98,11 @@ class Coordinator:
 
     def records(self) -> list[DeploymentRecord]:
         return list(self._records.values())
+
+    def in_force(self, record: DeploymentRecord) -> bool:
+        """Whether it is still this plan, of this epoch."""
+        now = self._records.get(record.name)
+        return now is not None and now.plan.epoch == record.plan.epoch
 
     def devices(self) -> list[Device]:
         return sorted(self.fleet.devices.values(), key=lambda device: device.name)
@@ -116,7 +124,7 @@ class Coordinator:
         return {device.name: device.telemetry for device in self.devices() if device.telemetry is not None}
 
     def has_measured(self, name: str, keys: set[str]) -> bool:
-        """Whether a device's profile holds all module keys and its link."""
+        """Whether a device's profile holds all module keys."""
         profile = self.profiles().get(name)
         return profile is not None and keys <= {measurement.key for measurement in profile.modules}
 
@@ -133,6 +141,10 @@ class Coordinator:
             self._publish_all()
         else:
             self.note(notice("broker-lost", url=self.mqtt_url, reason=reason))
+            for name in list(self._records):
+                self.on_deployment_lost(
+                    name, f"the broker at {self.mqtt_url} went away, and with it what was under way"
+                )
         self.changes.ring()
 
     def _on_message(self, topic: str, payload: bytes) -> None:
@@ -141,13 +153,21 @@ class Coordinator:
         if found is None or not payload:
             return
         row, (name, *_) = found
+        if not is_name(name):
+            self._refuse(
+                PeerError(f"a message under {name[:40]!r}, which is no name of a device"), "no name of a device"
+            )
+            return
         try:
             event = self._fleet_event(row, name, topic, payload)
         except PeerError as error:
             self._refuse(error, topic)
             return
         if event is not None:
+            before = self.fleet.devices.get(name)
             self._feed(event)
+            if isinstance(event, AppliedArrived) and before is not None:
+                self._stages_lost(before.applied, self.fleet.devices[name].applied)
 
     def _fleet_event(self, row: topics.Topic, name: str, topic: str, payload: bytes) -> FleetEvent | None:
         now_s = time.monotonic()
@@ -166,26 +186,36 @@ class Coordinator:
             self.changes.ring()
         return None
 
-    def _refuse(self, error: PeerError, topic: str) -> None:
+    def _refuse(self, error: PeerError, about: str) -> None:
         self.refused_messages += 1
-        if not any(event.code == "bad-message" and topic in event.text for event in self.notices):
+        if not any(event.code == "bad-message" and about in event.text for event in self.notices):
             self.note(notice("bad-message", reason=error.message))
 
     def _feed(self, event: FleetEvent) -> None:
-        was_online = set(self.online())
+        before = self._there()
         self.fleet, notices = self.fleet.after(event)
         for said in notices:
             self.note(said)
-        for name in was_online - set(self.online()):
+        for name in before - self._there():
             self._device_lost(name)
         self.changes.ring()
 
+    def _there(self) -> set[str]:
+        """Devices that run their stages as far as we know: a suspect one may be back in a second."""
+        return {name for name in self.fleet.devices if self.is_online(name)}
+
     def _device_lost(self, name: str) -> None:
-        if self.is_online(name):
-            return  # only suspect so far
-        for record in self._records.values():
+        for record in list(self._records.values()):
             if name in record.orders:
                 self.on_deployment_lost(record.name, f"{name} went away, and with it a stage of {record.name}")
+
+    def _stages_lost(self, before: Applied | None, now: Applied | None) -> None:
+        """A stage whose worker ended has forgotten its requests: they need not wait for their time-out."""
+        for report in ended_stages(before, now):
+            record = self._records.get(report.deployment)
+            if record is not None and record.plan.epoch == report.epoch:
+                why = f": {report.detail}" if report.detail else ""
+                self.on_deployment_lost(record.name, f"stage {report.stage} of {record.name} ended{why}")
 
     def mdns_seen(self, found: Found) -> None:
         if found.role == "agent":
@@ -196,7 +226,24 @@ class Coordinator:
             self._feed(MdnsGone(found.name, time.monotonic()))
 
     def tick(self) -> None:
+        """Call once a second."""
         self._feed(Tick(time.monotonic()))
+        self._correct_strays()
+
+    def _correct_strays(self) -> None:
+        """Tell devices that run what nobody here ordered, or act on a later epoch than ours: our journal was lost, or
+        they were away when a deployment was taken out of force."""
+        strays = [
+            name
+            for name, applied in self.applied().items()
+            if self.is_online(name)
+            and applied.epoch < EPOCH_JUMP_LIMIT
+            and (applied.epoch > self._desired_epoch or (applied.stages and name not in self._ordered))
+        ]
+        if strays and self.broker_up:
+            self._ordered.update(strays)
+            self._desired_epoch = self.next_epoch()
+            self._publish_orders()
 
     def note(self, said: Notice) -> None:
         """Keep a notice for people."""
@@ -221,8 +268,12 @@ class Coordinator:
     def put_in_force(self, record: DeploymentRecord) -> None:
         """Journal a deployment and publish it; replaces one of the same name."""
         self.journal.save_deployment(record)
+        if record.name in self._records:
+            self.on_deployment_lost(record.name, f"{record.name} was replaced by epoch {record.plan.epoch} of it")
         self._records[record.name] = record
-        self._desired_epoch = record.plan.epoch
+        # Strays may have been corrected while the plan was made.
+        later = record.plan.epoch > self._desired_epoch
+        self._desired_epoch = record.plan.epoch if later else self.next_epoch()
         self._publish_orders()
         self.hub.publish(topics.PLAN, msgspec.json.encode(record.plan), record.name)
         self.changes.ring()
