@@ -23,12 +23,13 @@ import asyncio
 import hmac
 import ipaddress
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -75,8 +76,14 @@ async def _body(request: Request, kind: type[T]) -> T:
             raise UsageError(f"the request's body exceeds {MAX_BODY_BYTES} bytes")
     try:
         return msgspec.json.decode(bytes(data), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"the request is not a {kind.__name__}: {error}") from None
+
+
+def _defect(error: Exception) -> dict[str, Any]:
+    """What a caller is told of an error that nobody foresaw; the log has the rest."""
+    words = f"the coordinator failed: {type(error).__name__}: {error}"
+    return error_body(EdgelamError(words, try_="see the coordinator's log"))
 
 
 def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -89,22 +96,34 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
     return run
 
 
-def _lines(events: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
-    """Stream events as NDJSON; an error becomes the last line."""
+class Lines(StreamingResponse):
+    """Events as NDJSON; an error becomes the last line. A client that goes away closes the events at once: what they
+    hold (a turn, a request at the stages) must not wait for the garbage collector."""
 
-    async def body() -> AsyncIterator[bytes]:
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        self._events = events
+        super().__init__(self._encoded(), media_type="application/x-ndjson")
+
+    async def _encoded(self) -> AsyncGenerator[bytes, None]:
         try:
-            async for event in events:
+            async for event in self._events:
                 yield msgspec.json.encode(event) + b"\n"
         except EdgelamError as error:
             yield msgspec.json.encode(error_body(error)) + b"\n"
+        except Exception as error:
+            LOG.exception("an error that was not foreseen")
+            yield msgspec.json.encode(_defect(error)) + b"\n"
 
-    return StreamingResponse(body(), media_type="application/x-ndjson")
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        finally:
+            await self._events.aclose()
 
 
 async def _with_progress(
     work: Callable[[Callable[[str], None]], Awaitable[dict[str, Any]]],
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """Run `work(progress)`; yield its status lines while it runs and its result at the end."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -162,7 +181,7 @@ class Api:
             lines = await asyncio.to_thread(explain, plan, prepared.packed.graph, candidates)
             return {"event": "plan", "plan": msgspec.to_builtins(plan), "explanation": list(lines)}
 
-        return _lines(_with_progress(work))
+        return Lines(_with_progress(work))
 
     async def measure(self, request: Request) -> Response:
         wanted = await _body(request, DeployRequest)
@@ -170,16 +189,16 @@ class Api:
         async def work(progress: Callable[[str], None]) -> dict[str, Any]:
             return {"event": "measured", "unmeasured": await self.operations.measure(wanted, progress)}
 
-        return _lines(_with_progress(work))
+        return Lines(_with_progress(work))
 
     async def deploy(self, request: Request) -> Response:
         wanted = await _body(request, DeployRequest)
 
         async def work(progress: Callable[[str], None]) -> dict[str, Any]:
-            record, _ = await self.operations.deploy(wanted, progress)
+            record = await self.operations.deploy(wanted, progress)
             return {"event": "deployed", "plan": msgspec.to_builtins(record.plan)}
 
-        return _lines(_with_progress(work))
+        return Lines(_with_progress(work))
 
     async def undeploy(self, request: Request) -> Response:
         await self.operations.remove(request.path_params["name"])
@@ -187,7 +206,7 @@ class Api:
 
     async def generate(self, request: Request) -> Response:
         wanted = await _body(request, GenerateRequest)
-        return _lines(self.serving.generate(wanted))
+        return Lines(self.serving.generate(wanted))
 
     async def artifact(self, request: Request) -> Response:
         digest = request.path_params["digest"]
@@ -244,5 +263,20 @@ def _is_local(scope: Scope) -> bool:
         return False
 
 
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    words = UsageError(f"{request.method} {request.url.path[:200]}: no such thing here", try_="GET /v1/status")
+    return _json(error_body(words), status)
+
+
+async def _failed(_request: Request, error: Exception) -> Response:
+    """Starlette raises the error again afterwards, so the server logs it."""
+    return _json(_defect(error), 500)
+
+
 def make_app(coordinator: Coordinator, operations: Operations, serving: Serving, site_key: str) -> ASGIApp:
-    return SiteKeyGuard(Starlette(routes=Api(coordinator, operations, serving).routes()), site_key)
+    app = Starlette(
+        routes=Api(coordinator, operations, serving).routes(),
+        exception_handlers={HTTPException: _no_such_route, Exception: _failed},
+    )
+    return SiteKeyGuard(app, site_key)

@@ -7,10 +7,10 @@ their results are journaled first and published then.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
-from models.build.stage import build_stage_graph
 
 from coordinator.deployments import deployment_name, held_elsewhere, make_orders, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
@@ -18,8 +18,9 @@ from coordinator.planning.plan import Plan, PlannedStage
 from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, make_plan, repriced, worth_moving
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared, Shelf
+from models.build.stage import build_stage_graph
 from wire import topics
-from wire.errors import Degraded, Unreachable, UsageError
+from wire.errors import Degraded, Refused, Unreachable, UsageError
 from wire.messages import ArtifactRef, InboxAddress, Kit, KitModule
 
 Progress = Callable[[str], None]
@@ -29,6 +30,8 @@ PREFILL_CHUNK_TOKENS = 64
 MEASURE_TIMEOUT_S = 180.0
 READY_TIMEOUT_S = 600.0
 FIRST_BOARD_TIMEOUT_S = 20.0
+MAX_KIT_MODULES = 64
+"""What a Kit message holds (wire.messages); of more models than that, the earliest offered are measured no more."""
 PRECISIONS = ("int4", "int8", "f32")
 OBJECTIVES = ("latency", "throughput")
 
@@ -51,10 +54,12 @@ class Operations:
         return prepared
 
     async def _offer_kit(self, prepared: Prepared) -> None:
+        keys = {module.profile_key for module in prepared.packed.graph.modules}
+        if keys <= self._kit.keys():
+            return
         entries = await asyncio.to_thread(self._shelf.kit_of, prepared)
         coordinator = self._coordinator
-        fresh = [entry for entry in entries if entry.key not in self._kit]
-        for entry in fresh:
+        for entry in entries:
             self._kit[entry.key] = KitModule(
                 key=entry.key,
                 kind=entry.kind,
@@ -66,8 +71,9 @@ class Operations:
                 vocabulary=entry.vocabulary,
                 wire_dtype=entry.wire_dtype,
             )
-        if fresh:
-            coordinator.offer_kit(Kit(artifacts_url=coordinator.artifacts_url, modules=tuple(self._kit.values())))
+        while len(self._kit) > MAX_KIT_MODULES:
+            del self._kit[next(iter(self._kit))]
+        coordinator.offer_kit(Kit(artifacts_url=coordinator.artifacts_url, modules=tuple(self._kit.values())))
 
     async def measure(self, request: DeployRequest, progress: Progress) -> list[str]:
         """Have every online device measure the model's modules; give the devices that have not in time."""
@@ -152,42 +158,51 @@ class Operations:
 
     async def ensure(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
         """Give a deployment that answers `request` and is ready: the one in force, or a new one."""
-        async with self._changing:
-            record = self._usable(request)
-            if record is None:
-                return await self._deploy(request, progress)
-            prepared = await self.prepare(request.model, request.precision, progress)
-            await self._await_ready(record, progress)
-            return record, prepared
-
-    def _usable(self, request: DeployRequest) -> DeploymentRecord | None:
-        """The deployment in force for this request, if all its devices are online and none has failed."""
-        coordinator = self._coordinator
-        for record in coordinator.records():
-            state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
-            if (
-                record.request == request
-                and not state.failed
-                and all(coordinator.is_online(stage.device) for stage in record.plan.stages)
-            ):
-                return record
-        return None
-
-    async def deploy(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
-        """Plan anew and put the plan in force; keeps the running placement when moving is not worth it."""
-        async with self._changing:
-            return await self._deploy(request, progress)
-
-    async def _deploy(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
-        plan, prepared, candidates = await self.plan(request, progress)
-        running = self._usable(request)
-        if running is not None and not await asyncio.to_thread(_worth_moving, running.plan, plan, prepared, candidates):
-            await self._await_ready(running, progress)
-            return running, prepared
-        record = await self._put_in_force(request, plan, prepared)
-        progress(f"epoch {record.plan.epoch}: {len(record.plan.stages)} stages on {len(record.orders)} boards")
+        prepared = await self.prepare(request.model, request.precision, progress)
+        record = self._in_force_for(request)
+        if record is None:
+            async with self._turn(progress):
+                # Another request may have deployed it meanwhile.
+                record = self._in_force_for(request) or await self._deploy(request, progress)
         await self._await_ready(record, progress)
         return record, prepared
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, progress: Progress) -> AsyncIterator[None]:
+        """One change of deployments at a time. Waiting for stages to load is no change and needs no turn."""
+        if self._changing.locked():
+            progress("waiting for another deployment to be planned")
+        async with self._changing:
+            yield
+
+    def _in_force_for(self, request: DeployRequest) -> DeploymentRecord | None:
+        """The usable deployment in force for this request."""
+        records = (record for record in self._coordinator.records() if record.request == request)
+        return next((record for record in records if self.usable(record)), None)
+
+    def usable(self, record: DeploymentRecord) -> bool:
+        """Whether a deployment is in force, all its devices are there, and none of its stages has failed."""
+        coordinator = self._coordinator
+        failed = readiness(record.plan, coordinator.applied(), coordinator.is_online).failed
+        there = all(coordinator.is_online(stage.device) for stage in record.plan.stages)
+        return there and not failed and coordinator.in_force(record)
+
+    async def deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
+        """Plan anew and put the plan in force; keeps the running placement when moving is not worth it."""
+        async with self._turn(progress):
+            record = await self._deploy(request, progress)
+        await self._await_ready(record, progress)
+        return record
+
+    async def _deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
+        """Plan and put in force, without waiting until it is ready."""
+        plan, prepared, candidates = await self.plan(request, progress)
+        running = self._in_force_for(request)
+        if running is not None and not await asyncio.to_thread(_worth_moving, running.plan, plan, prepared, candidates):
+            return running
+        record = await self._put_in_force(request, plan, prepared)
+        progress(f"epoch {record.plan.epoch}: {len(record.plan.stages)} stages on {len(record.orders)} boards")
+        return record
 
     async def _put_in_force(self, request: DeployRequest, plan: Plan, prepared: Prepared) -> DeploymentRecord:
         """Journal, then publish."""
@@ -222,9 +237,16 @@ class Operations:
             if text != said and not state.ready:
                 said = text
                 progress(text)
-            return state.ready or bool(state.failed) or any("offline" in why for why in state.waiting)
+            return (
+                state.ready
+                or bool(state.failed)
+                or any("offline" in why for why in state.waiting)
+                or not coordinator.in_force(record)
+            )
 
         in_time = await coordinator.changes.wait(settled, READY_TIMEOUT_S)
+        if not coordinator.in_force(record):
+            raise Refused(f"{record.name} was replaced or removed before it was ready", try_="run again")
         state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
         if state.failed:
             device, detail = state.failed[0]

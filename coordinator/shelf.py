@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from models.build.kit import build_kit
+from models.build.kit import KitEntry, build_kit
 from models.build.pack import Packed, pack
 from models.catalog import resolve
 from models.formats.checkpoint import Checkpoint, open_checkpoint
 from models.text import Tokenizer
+from wire.errors import EdgelamError
 
 Progress = Callable[[str], None]
 
@@ -31,29 +32,45 @@ class Shelf:
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self._ready: dict[tuple[str, str], Prepared] = {}
-        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._under_way: dict[tuple[str, str], asyncio.Future[Prepared]] = {}
 
     def prepared(self) -> list[Prepared]:
         return list(self._ready.values())
 
     async def prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
-        """Give the model, packing it first if need be; raise what catalog, formats and packer raise."""
+        """Give the model, packing it first if need be; raise what catalog, formats and packer raise.
+
+        A caller that gives up does not stop the packing: the next one finds it under way, or done.
+        """
         key = (model, precision)
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:
-            if key not in self._ready:
-                self._ready[key] = await asyncio.to_thread(self._prepare, model, precision, progress)
-        return self._ready[key]
+        if key in self._ready:
+            return self._ready[key]
+        work = self._under_way.get(key)
+        if work is None:
+            work = asyncio.ensure_future(asyncio.to_thread(self._prepare, model, precision, progress))
+            self._under_way[key] = work
+            work.add_done_callback(lambda done: self._keep(key, done))
+        return await asyncio.shield(work)
+
+    def _keep(self, key: tuple[str, str], done: asyncio.Future[Prepared]) -> None:
+        del self._under_way[key]
+        if not done.cancelled() and done.exception() is None:
+            self._ready[key] = done.result()
 
     def _prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
         path = resolve(model, self.cache)
         progress(f"reading {path.name}")
-        checkpoint = open_checkpoint(path, self.cache)
-        progress(f"packing {model} at {precision}")
-        wire_dtype = "f32" if precision == "f32" else "f16"
-        packed = pack(checkpoint, precision, wire_dtype, self.cache)
+        try:
+            checkpoint = open_checkpoint(path, self.cache)
+            progress(f"packing {model} at {precision}")
+            wire_dtype = "f32" if precision == "f32" else "f16"
+            packed = pack(checkpoint, precision, wire_dtype, self.cache)
+        except OSError as error:
+            raise EdgelamError(
+                f"{model} can't be packed: {error}", try_=f"is there room in {self.cache}, and may it be written?"
+            ) from None
         return Prepared(model, checkpoint, packed, Tokenizer.from_checkpoint(checkpoint))
 
-    def kit_of(self, prepared: Prepared) -> list[object]:
+    def kit_of(self, prepared: Prepared) -> list[KitEntry]:
         graph = prepared.packed.graph
-        return list(build_kit(prepared.packed.config, graph.precision, graph.wire_dtype))
+        return build_kit(prepared.packed.config, graph.precision, graph.wire_dtype)

@@ -17,6 +17,7 @@ from msgspec import Struct
 from wire import frames
 from wire.errors import EdgelamError, PeerError, Refused, Unreachable, UsageError
 from wire.messages import InboxAddress, RequestMeta, Sampling, StageError
+from wire.tensors import Dtype
 
 
 class GenerateRequest(Struct, frozen=True, kw_only=True):
@@ -79,7 +80,8 @@ class Generation:
     ) -> None:
         self.request_id = request_id
         self.deployment = deployment
-        self.epoch = epoch
+        self.epoch = epoch & 0xFFFFFFFF
+        """As frames carry it."""
         self.prompt_ids = prompt_ids
         self.meta = meta
         self.stall_timeout_s = stall_timeout_s
@@ -113,16 +115,16 @@ class Generation:
             self._feed_token(parcel, parcel.tensor)
 
     def _feed_token(self, parcel: frames.Parcel, tensor: frames.Tensor) -> None:
-        ids = tensor.array()
         index = parcel.position - len(self.prompt_ids)
-        if ids.size != 1 or index > self._next_index:
+        due = index <= self._next_index and index < self.meta.max_new_tokens
+        if not due or tensor.dtype is not Dtype.I32 or tensor.shape != (1,):
             self.fail(PeerError(f"the head sent token {index} where token {self._next_index} was due"))
             return
         if index < self._next_index:
             return
         self._next_index += 1
         self.finished = bool(parcel.flags & frames.FLAG_FINAL)
-        self._queue.put_nowait(Token(int(ids.reshape(-1)[0]), index, time.monotonic(), self.finished))
+        self._queue.put_nowait(Token(int(tensor.array()[0]), index, time.monotonic(), self.finished))
 
     def fail(self, error: EdgelamError) -> None:
         """End the request with an error; later parcels are ignored."""

@@ -11,24 +11,66 @@ Errors are raised.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
 from coordinator.inference.requests import GenerateRequest, Generation, Token, request_meta
 from coordinator.journal import DeploymentRecord, DeployRequest
-from coordinator.measured import StageMeasured, caught_up, counters_of, measured
+from coordinator.measured import Key, StageMeasured, caught_up, counters_of, measured
 from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared
 from wire import frames
 from wire.errors import Refused, Unreachable, UsageError
 from wire.ids import new_request_id
+from wire.messages import StageCounters
 
 COUNTERS_WAIT_S = 4.0
 """How long the end of a request waits for the stages' counters, which come once a second."""
-MAX_QUEUED = 64
+MAX_WAITING = 64
+"""Requests that wait for a deployment or for their turn, over all deployments."""
+
+
+class _Admitted:
+    """What a request has got when its turn has come."""
+
+    def __init__(self, record: DeploymentRecord, prepared: Prepared, turn: asyncio.Semaphore) -> None:
+        self.record = record
+        self.prepared = prepared
+        self.turn = turn
+
+
+class _Answer:
+    """What has come so far of one answer."""
+
+    def __init__(self, generation: Generation, before: dict[Key, StageCounters], prepared: Prepared) -> None:
+        self.generation = generation
+        self.before = before
+        """Counters of the stages when it began."""
+        self.stop_ids = set(generation.meta.stop_ids)
+        self.tokens: list[Token] = []
+        self._detokenizer = prepared.tokenizer.detokenizer()
+        self._pieces: list[str] = []
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1].final
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def add(self, token: Token) -> str:
+        """Take the next token; give the text that it completes. A stop token has none."""
+        self.tokens.append(token)
+        text = "" if token.final and token.id in self.stop_ids else self._detokenizer.push(token.id)
+        if token.final:
+            text += self._detokenizer.flush()
+        self._pieces.append(text)
+        return text
 
 
 class Serving:
@@ -38,10 +80,16 @@ class Serving:
         self._coordinator = coordinator
         self._operations = operations
         self._live: dict[int, Generation] = {}
-        self._turns: dict[tuple[str, int], asyncio.Semaphore] = {}
-        self._queued = 0
+        self._turns: dict[str, tuple[int, asyncio.Semaphore]] = {}
+        """Deployment -> epoch, and one turn per slot of it."""
+        self._waiting = 0
         coordinator.on_parcel = self._on_parcel
         coordinator.on_deployment_lost = self.fail_deployment
+
+    @property
+    def live(self) -> int:
+        """Requests that the stages work on."""
+        return len(self._live)
 
     def _on_parcel(self, parcel: frames.Parcel) -> None:
         generation = self._live.get(parcel.request)
@@ -52,75 +100,98 @@ class Serving:
         """End all requests of a deployment that can't go on."""
         for generation in list(self._live.values()):
             if generation.deployment == name:
-                generation.fail(Unreachable(reason, try_="run again: the plan is made anew without that board"))
+                generation.fail(Unreachable(reason, try_="run again: what is missing is planned anew"))
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[dict[str, Any]]:
-        """Serve one request; see the module's text for the events."""
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
+        """Serve one request; see the module's text for the events. Closing the generator ends it at the stages too."""
         request.sampling()
-        if self._queued >= MAX_QUEUED:
-            raise Refused(f"busy: {MAX_QUEUED} requests are waiting", try_="run again in a moment")
-        statuses: asyncio.Queue[str] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def say(text: str) -> None:
-            loop.call_soon_threadsafe(statuses.put_nowait, text)
-
-        ensuring = asyncio.ensure_future(self._operations.ensure(deploy_request(request), say))
-        try:
-            while not ensuring.done() or not statuses.empty():
-                text = await _either(statuses, ensuring)
-                if text is not None:
-                    yield {"event": "status", "text": text}
-            record, prepared = ensuring.result()
-        finally:
-            ensuring.cancel()
-        prompt_ids = prompt_tokens(request, prepared, record)
-        turn = self._turns.setdefault((record.name, record.plan.epoch), asyncio.Semaphore(record.request.slots))
-        self._queued += 1
-        try:
-            await turn.acquire()
-        finally:
-            self._queued -= 1
-        try:
-            async for event in self._run(request, record, prepared, prompt_ids):
+        if bool(request.prompt) == bool(request.messages):
+            raise UsageError("give either a prompt or messages", try_="edgelam run MODEL --prompt TEXT")
+        admitted: list[_Admitted] = []
+        async with aclosing(self._admit(request, admitted)) as events:
+            async for event in events:
                 yield event
-        finally:
-            turn.release()
-
-    async def _run(
-        self, request: GenerateRequest, record: DeploymentRecord, prepared: Prepared, prompt_ids: list[int]
-    ) -> AsyncIterator[dict[str, Any]]:
-        coordinator, plan = self._coordinator, record.plan
-        meta = request_meta(coordinator.hub.reply_inbox, request, len(prompt_ids), tuple(prepared.tokenizer.stop_ids))
-        generation = Generation(new_request_id(), record.name, plan.epoch, prompt_ids, meta, request.stall_timeout_s)
-        before = counters_of(plan, coordinator.telemetry())
-        first_inbox = plan.stages[0].inbox
-        self._live[generation.request_id] = generation
-        detokenizer = prepared.tokenizer.detokenizer()
-        stop_ids = set(meta.stop_ids)
-        tokens: list[Token] = []
-        pieces: list[str] = []
-        coordinator.hub.send(first_inbox, generation.first_parcel(), lambda why: generation.fail(Unreachable(why)))
-        yield {"event": "start", "deployment": record.name, "epoch": plan.epoch, "prompt_tokens": len(prompt_ids)}
+        [got] = admitted
         try:
-            while not tokens or not tokens[-1].final:
+            answer = await self._begin(request, got)
+            async with aclosing(self._run(got.record, answer)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            got.turn.release()
+        rows = await self._measured(got.record, answer.before, len(answer.tokens) - 1)
+        yield summary(got.record, answer.generation, answer.tokens, answer.text, answer.stop_ids, rows)
+
+    async def _admit(self, request: GenerateRequest, admitted: list[_Admitted]) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield status events until a deployment is ready and a turn is there; put both into `admitted`."""
+        if self._waiting >= MAX_WAITING:
+            raise Refused(f"busy: {MAX_WAITING} requests are waiting", try_="run again in a moment")
+        self._waiting += 1
+        try:
+            while not admitted:
+                statuses: asyncio.Queue[str] = asyncio.Queue()
+                ensuring = asyncio.ensure_future(self._operations.ensure(deploy_request(request), _into(statuses)))
+                try:
+                    while not ensuring.done() or not statuses.empty():
+                        text = await _either(statuses, ensuring)
+                        if text is not None:
+                            yield {"event": "status", "text": text}
+                    record, prepared = ensuring.result()
+                finally:
+                    ensuring.cancel()
+                turn = self._turn(record)
+                await turn.acquire()
+                if self._operations.usable(record):
+                    admitted.append(_Admitted(record, prepared, turn))
+                else:
+                    turn.release()  # lost or replaced while we waited in line
+        finally:
+            self._waiting -= 1
+
+    def _turn(self, record: DeploymentRecord) -> asyncio.Semaphore:
+        """One turn per slot: stages refuse what exceeds their slots, so requests wait here."""
+        epoch, turn = self._turns.get(record.name, (-1, asyncio.Semaphore(record.request.slots)))
+        if epoch != record.plan.epoch:
+            turn = asyncio.Semaphore(record.request.slots)
+            in_force = {other.name for other in self._coordinator.records()}
+            self._turns = {name: kept for name, kept in self._turns.items() if name in in_force}
+            self._turns[record.name] = (record.plan.epoch, turn)
+        return turn
+
+    async def _begin(self, request: GenerateRequest, got: _Admitted) -> _Answer:
+        """Tokenize the prompt, off the event loop, and make the request."""
+        coordinator, plan = self._coordinator, got.record.plan
+        prompt_ids = await asyncio.to_thread(prompt_tokens, request, got.prepared, got.record)
+        stop_ids = tuple(got.prepared.tokenizer.stop_ids)
+        meta = request_meta(coordinator.hub.reply_inbox, request, len(prompt_ids), stop_ids)
+        generation = Generation(
+            new_request_id(), plan.deployment, plan.epoch, prompt_ids, meta, request.stall_timeout_s
+        )
+        return _Answer(generation, counters_of(plan, coordinator.telemetry()), got.prepared)
+
+    async def _run(self, record: DeploymentRecord, answer: _Answer) -> AsyncGenerator[dict[str, Any], None]:
+        """Send the prompt and yield its tokens; whatever ends this early also ends the request at the stages."""
+        hub, generation = self._coordinator.hub, answer.generation
+        first_inbox = record.plan.stages[0].inbox
+        self._live[generation.request_id] = generation
+        try:
+            hub.send(first_inbox, generation.first_parcel(), lambda why: generation.fail(Unreachable(why)))
+            yield {
+                "event": "start",
+                "deployment": record.name,
+                "epoch": record.plan.epoch,
+                "prompt_tokens": len(generation.prompt_ids),
+            }
+            while not answer.complete:
                 token = await generation.next_token()
-                tokens.append(token)
-                stopped = token.final and token.id in stop_ids
-                text = "" if stopped else detokenizer.push(token.id)
-                if token.final:
-                    text += detokenizer.flush()
-                pieces.append(text)
-                yield {"event": "token", "id": token.id, "text": text}
+                yield {"event": "token", "id": token.id, "text": answer.add(token)}
         finally:
             del self._live[generation.request_id]
-            if not generation.finished or not tokens or not tokens[-1].final:
-                coordinator.hub.send(first_inbox, generation.cancel_parcel(), lambda _why: None)
-        rows = await self._measured(record, before, len(tokens) - 1)
-        yield summary(record, generation, tokens, "".join(pieces), stop_ids, rows)
+            if not answer.complete:
+                hub.send(first_inbox, generation.cancel_parcel(), lambda _why: None)
 
     async def _measured(
-        self, record: DeploymentRecord, before: dict[Any, Any], steps: int
+        self, record: DeploymentRecord, before: dict[Key, StageCounters], steps: int
     ) -> tuple[StageMeasured, ...]:
         """Wait for the stages' counters to include this request, at most COUNTERS_WAIT_S."""
         coordinator, plan = self._coordinator, record.plan
@@ -131,14 +202,24 @@ class Serving:
         return measured(plan, before, counters_of(plan, coordinator.telemetry()))
 
 
+def _into(statuses: asyncio.Queue[str]) -> Callable[[str], None]:
+    """Give a function that puts texts into the queue, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def say(text: str) -> None:
+        loop.call_soon_threadsafe(statuses.put_nowait, text)
+
+    return say
+
+
 async def _either(statuses: asyncio.Queue[str], ensuring: asyncio.Future[Any]) -> str | None:
     """The next status, or None when the future is done first."""
     getting = asyncio.ensure_future(statuses.get())
-    await asyncio.wait({getting, ensuring}, return_when=asyncio.FIRST_COMPLETED)
-    if getting.done():
-        return getting.result()
-    getting.cancel()
-    return None
+    try:
+        await asyncio.wait({getting, ensuring}, return_when=asyncio.FIRST_COMPLETED)
+        return getting.result() if getting.done() else None
+    finally:
+        getting.cancel()
 
 
 def deploy_request(request: GenerateRequest) -> DeployRequest:
@@ -154,8 +235,6 @@ def deploy_request(request: GenerateRequest) -> DeployRequest:
 
 def prompt_tokens(request: GenerateRequest, prepared: Prepared, record: DeploymentRecord) -> list[int]:
     """Token ids of the prompt; raise UsageError if there is none or it does not fit the context."""
-    if bool(request.prompt) == bool(request.messages):
-        raise UsageError("give either a prompt or messages", try_="edgelam run MODEL --prompt TEXT")
     tokenizer = prepared.tokenizer
     if request.messages:
         ids = tokenizer.chat(list(request.messages))
