@@ -12,6 +12,7 @@ from coordinator.config import coordinator_url
 from wire.errors import Degraded, EdgelamError, ExitCode, Refused, Unreachable, UsageError
 
 CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 30.0
 STREAM_SILENCE_S = 900.0
 """Packing a large model or fetching weights over a slow link says nothing for a while."""
 
@@ -37,7 +38,10 @@ class Client:
         self.url = coordinator_url(url)
         headers = {"Authorization": f"Bearer {site_key}"} if site_key else {}
         timeout = httpx.Timeout(STREAM_SILENCE_S, connect=CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise UsageError(f"{self.url!r} is no address ({error})", try_="--coordinator http://HOST:8571") from None
 
     def __enter__(self) -> Client:
         return self
@@ -46,6 +50,7 @@ class Client:
         self._http.close()
 
     def get(self, path: str) -> Any:
+        """The answer's JSON; `path` is one that answers at once."""
         return self._call("GET", path)
 
     def delete(self, path: str) -> Any:
@@ -53,7 +58,7 @@ class Client:
 
     def _call(self, method: str, path: str) -> Any:
         try:
-            response = self._http.request(method, path)
+            response = self._http.request(method, path, timeout=ANSWER_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
         body = self._parse(response.content)

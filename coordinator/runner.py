@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -11,6 +12,7 @@ import signal
 import socket
 from collections.abc import Generator
 from pathlib import Path
+from typing import IO, Any
 
 import uvicorn
 from msgspec import Struct
@@ -37,7 +39,7 @@ from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordin
 from wire.errors import EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import SITE_USER, checked_name, new_boot_id
 from wire.limits import CONTROL_KEEPALIVE_S
-from wire.mqtt import MqttTransport
+from wire.mqtt import MqttTransport, parse_url
 from wire.transport import Transport
 
 LOG = logging.getLogger("edgelam.up")
@@ -70,18 +72,28 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def free_port(host: str, wanted: int, default: int) -> int:
-    """`wanted` if given (taken: UsageError), else `default` if free, else any free port."""
+def bound(host: str, wanted: int, default: int) -> socket.socket:
+    """A socket bound to `wanted` if given (taken: UsageError), else to `default` if free, else to any free port."""
+    reason = ""
     for port in (wanted,) if wanted else (default, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                reason = error.strerror
-                continue
-            return int(probe.getsockname()[1])
-    raise UsageError(f"can't listen on {host}:{wanted or default} ({reason})", try_="another port, or end what uses it")
+        door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            door.bind((host, port))
+        except (OSError, OverflowError) as error:
+            door.close()
+            reason = str(getattr(error, "strerror", "") or error)
+            continue
+        return door
+    raise UsageError(
+        f"can't listen on {host}:{wanted or default} ({reason.lower()})", try_="another port or address, see --help"
+    )
+
+
+def free_port(host: str, wanted: int, default: int) -> int:
+    """The port that `bound` would take now."""
+    with bound(host, wanted, default) as door:
+        return int(door.getsockname()[1])
 
 
 def reachable_host(listen: str) -> str:
@@ -119,22 +131,36 @@ class Runner:
         self._advertiser: Advertiser | None = None
         self._browser: Browser | None = None
         self._server: uvicorn.Server | None = None
+        self._door: socket.socket | None = None
+        self._lock: IO[bytes] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.stopping = asyncio.Event()
 
     def check(self) -> None:
-        """Refuse what can't work, before anything is started."""
+        """Refuse what can't work, before anything is started; take the state folder for ourselves."""
         checked_name(self.options.site, "site")
-        running = read_address(self.options.state)
-        if running is not None and _alive(running.pid) and running.pid != os.getpid():
+        state = self.options.state
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+            self._lock = (state / "lock").open("ab")
+        except OSError as error:
+            raise UsageError(
+                f"state folder {state}: {(error.strerror or str(error)).lower()}",
+                try_="a folder that you may write: --state, or $EDGELAM_STATE",
+            ) from None
+        try:
+            # Ends with this process, however it ends: a process id in a file may be anybody's after a crash.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            running = read_address(state)
+            who = f"of site {running.site!r} (pid {running.pid}) " if running is not None else ""
             raise Refused(
-                f"a coordinator of site {running.site!r} runs already with this state folder (pid {running.pid})",
+                f"a coordinator {who}runs already with the state folder {state}",
                 try_="stop it, or give another --state folder",
-            )
+            ) from None
 
     async def start(self) -> None:
         options = self.options
-        options.state.mkdir(parents=True, exist_ok=True)
         self.key = site_key(options.state, options.listen)
         url, broker_text = self._start_broker()
         transport = MqttTransport(
@@ -144,7 +170,8 @@ class Runner:
             username=SITE_USER if self.key else "",
             password=self.key,
         )
-        self.http_port = free_port(options.listen, options.http_port, DEFAULT_HTTP_PORT)
+        self._door = bound(options.listen, options.http_port, DEFAULT_HTTP_PORT)
+        self.http_port = int(self._door.getsockname()[1])
         artifacts_url = f"http://{reachable_host(options.listen)}:{self.http_port}"
         self.coordinator = Coordinator(
             site=options.site,
@@ -198,8 +225,17 @@ class Runner:
                 try_="start it, or leave --broker away to have one started",
             )
 
+    async def run(self) -> None:
+        """Serve until `stopping` is set; raise what ends a part of us that must not end."""
+        stopping = asyncio.create_task(self.stopping.wait())
+        waiting: set[asyncio.Task[Any]] = {stopping, *self._tasks}
+        while not stopping.done():
+            ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended - {stopping}:
+                task.result()
+
     async def _serve_http(self, operations: Operations, serving: Serving) -> None:
-        assert self.coordinator is not None
+        assert self.coordinator is not None and self._door is not None
         config = uvicorn.Config(
             make_app(self.coordinator, operations, serving, self.key),
             host=self.options.listen,
@@ -209,14 +245,16 @@ class Runner:
             timeout_graceful_shutdown=2,
         )
         self._server = _Server(config)
-        await self._server.serve()
+        await self._server.serve(sockets=[self._door])
+        if not self._server.should_exit:
+            raise EdgelamError("the HTTP door ended", try_="start the coordinator again; its log may say why")
 
     def _advertise(self, url: str) -> None:
         options = self.options
         interfaces = [options.listen] if options.listen != "0.0.0.0" else None
         if is_loopback(options.listen):
             interfaces = ["127.0.0.1"]
-        port = int(url.rsplit(":", 1)[1])
+        port = parse_url(url).port
         self._advertiser = Advertiser(
             options.site,
             COORDINATOR_NAME,
@@ -250,6 +288,8 @@ class Runner:
         while True:
             await asyncio.sleep(WATCH_PERIOD_S)
             self.coordinator.tick()
+            if not self.coordinator.hub.alive:
+                raise EdgelamError("the connection to the broker failed", try_="start the coordinator again")
             if self.broker is not None:
                 happened = await asyncio.to_thread(self.broker.poll)
                 if happened:
@@ -285,22 +325,17 @@ class Runner:
             self._server.should_exit = True
         for task in self._tasks[1:]:
             task.cancel()
-        await asyncio.wait(self._tasks, timeout=5.0) if self._tasks else None
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5.0)
+        elif self._door is not None:
+            self._door.close()
         if self.coordinator is not None:
             await asyncio.to_thread(self.coordinator.hub.stop)
             self.coordinator.close()
         if self.broker is not None:
             await asyncio.to_thread(self.broker.stop)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        if self._lock is not None:
+            self._lock.close()
 
 
 async def serve(options: Options) -> None:
@@ -319,7 +354,7 @@ async def serve(options: Options) -> None:
         loop.add_signal_handler(number, stop, number)
     try:
         await runner.start()
-        await runner.stopping.wait()
+        await runner.run()
     finally:
         await runner.stop()
     if interrupted:
