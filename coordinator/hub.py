@@ -116,7 +116,7 @@ class Hub:
 
     def _forward(self, message: Inbound) -> None:
         """Hand a message to the loop; waits while MAX_UNREAD are there already."""
-        while not self._unread.acquire(timeout=POLL_S):
+        while not self._unread.acquire(timeout=0.0 if self._stop.is_set() else POLL_S):
             if self._stop.is_set():
                 return
         self._soon(self._read, message)
