@@ -75,7 +75,7 @@ def device_row(device: Device, now_s: float) -> dict[str, Any]:
         "emulated": info.emulated if info else None,
         "software": info.software if info else None,
         "profile": profile_text(device),
-        "round_trip_s": median(link.round_trip.samples_s) if link else None,
+        "round_trip_s": median(link.round_trip.samples_s) if link and link.round_trip.samples_s else None,
         "heard_s": now_s - device.heard_s if device.heard_s is not None else None,
         "running": running_text(device),
         "epoch": applied.epoch if applied else None,
