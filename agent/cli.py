@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from hwprofiles.profile import Profile
 
 PROGRAM: Final = "edgelam-agent"
+KIT_PATIENCE_S: Final = 10.0
+"""Finding the coordinator takes up to five seconds; its kit is retained and comes at once."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -156,13 +159,31 @@ def _bench(config: AgentConfig, form: str, stored: bool) -> int:
 
         service = Service(config, _outside(config))
         signals = Signals(service)
-        service.run(until=lambda service: service.measured)
+        service.run(until=_Patience())
         interrupted = signals.interrupted
     if interrupted:
         return ExitCode.INTERRUPTED
     found = profile.load(path)
     print(_shown(found, form))
     return ExitCode.OK
+
+
+class _Patience:
+    """Ends a service when all is measured; says what it waits for when there is nothing to measure with."""
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+        self._told = False
+
+    def __call__(self, service: Service) -> bool:
+        if not self._told and not service.has_kit and time.monotonic() - self._began_s > KIT_PATIENCE_S:
+            self._told = True
+            print(
+                f"{PROGRAM}: no kit to measure with yet: the coordinator makes one of each model it plans\n"
+                "  try: edgelam plan MODEL on the coordinator",
+                file=sys.stderr,
+            )
+        return service.measured
 
 
 def _shown(found: Profile, form: str) -> str:

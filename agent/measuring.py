@@ -118,6 +118,10 @@ class Measuring:
         return self._job is not None and self._job.worker != 0
 
     @property
+    def has_kit(self) -> bool:
+        return self._kit is not None
+
+    @property
     def satisfied(self) -> bool:
         """Whether all of the kit is measured, or has been tried."""
         return self._kit is not None and self._job is None and not self._missing() and not self._asked

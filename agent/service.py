@@ -44,6 +44,7 @@ POLL_S: Final = 0.25
 """Longest wait of a turn: bounds how late a signal or a finished search is seen; workers and messages wake it."""
 
 TEMPERATURE_PERIOD_S: Final = 5.0
+CONTRADICT_PERIOD_S: Final = 0.5
 DRAIN_S: Final = 8.0
 """Workers get five seconds to end, and the kernel some to reap them; then the agent leaves without them."""
 
@@ -77,6 +78,7 @@ class Service:
         self._refusal: Refused | None = None
         self._stop_asked = False
         self._reason = ""
+        self._contradicted_s = -CONTRADICT_PERIOD_S
         self._next_beat_s = 0.0
         self._next_watchdog_s = 0.0
         self._temperature: tuple[float, float | None] = (-1e9, None)
@@ -174,9 +176,11 @@ class Service:
     def own_state(self, message: DeviceState) -> None:
         if self._claim is None or message.boot == self.boot:
             return
-        self._claim.state_seen(message, self._clock())
-        if self._claim.claimed and self.state in lifecycle.SAID:
-            # An old boot's last will must not stand as our state.
+        now_s = self._clock()
+        self._claim.state_seen(message, now_s)
+        # An old boot's last will must not stand as our state; a living rival must not make us repeat ourselves.
+        if self._claim.claimed and now_s - self._contradicted_s > CONTRADICT_PERIOD_S:
+            self._contradicted_s = now_s
             self._publish_state()
 
     def own_heartbeat(self, message: Telemetry) -> None:
@@ -420,6 +424,11 @@ class Service:
 
     def _stages_empty(self) -> bool:
         return self._stages is None or self._stages.empty
+
+    @property
+    def has_kit(self) -> bool:
+        """Whether the coordinator has said what to measure."""
+        return self._measuring is not None and self._measuring.has_kit
 
     @property
     def measured(self) -> bool:

@@ -251,7 +251,10 @@ class Lab:
         """Put files into an agent's cache, as if fetched in an earlier boot."""
         folder = service.config.cache_dir / "artifacts"
         for data in files:
-            (folder / digest_of(data).removeprefix("sha256:")).write_bytes(data)
+            path = folder / digest_of(data).removeprefix("sha256:")
+            part = path.with_suffix(".stored")
+            part.write_bytes(data)
+            part.replace(path)  # in one step: the agent may be looking
 
     def turn(self, until: Callable[[], bool], timeout_s: float = 8.0) -> None:
         """Step everybody until `until`; fail after `timeout_s`."""

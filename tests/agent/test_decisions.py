@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent import converge
+from agent.answers import AppliedNews
 from agent.claim import ECHO_TIMEOUT_S, LISTEN_S, Claim, Verdict
 from agent.config import SETTINGS, HostPort, Via, broker_url, host_port, legal_name, load, size_bytes, via
 from agent.converge import Adopt, Fetch, Hold, Running, Start, Stop, actions
@@ -24,7 +25,7 @@ from tests.agent.fakes import order_of
 from wire.advertisement import Found
 from wire.errors import UsageError
 from wire.ids import is_name
-from wire.messages import DeviceState
+from wire.messages import Applied, DeviceState, StageReport
 
 # Settings.
 
@@ -200,6 +201,18 @@ def test_whatever_runs_what_is_wanted_comes_to_run(before: list, wanted: list) -
 def test_stops_come_before_anything_else() -> None:
     found = actions([order_of(0, 2)], {("chat", 1): Running(order_of(1, 2))}, ALL)
     assert [type(action) for action in found] == [Stop, Start]
+
+
+def test_a_new_phase_is_told_at_once_and_progress_at_most_twice_a_second() -> None:
+    news, told = AppliedNews(), []
+    for tenth in range(31):
+        phase = "fetching" if tenth < 30 else "loading"
+        report = StageReport(
+            deployment="chat", epoch=1, stage=0, phase=phase, fetched_bytes=tenth, resident_bytes=tenth
+        )
+        if news.news(Applied(device="pi5", boot="ab", epoch=1, stages=(report,)), tenth / 10):
+            told.append(tenth)
+    assert told == [0, 5, 10, 15, 20, 25, 30]
 
 
 # Restarts and deaths.
