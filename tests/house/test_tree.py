@@ -1,0 +1,126 @@
+"""Rules that hold for the whole tree: what no file may contain, what no module may import, how big a room may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("wire", "hwprofiles", "models", "agent", "coordinator", "testbed")
+
+MOST_LINES = 600
+"""A file beyond this has more than one public idea."""
+
+BASE_MODULES = {"msgspec", "numpy", "onnxruntime", "paho", "psutil", "pynvml", "zeroconf"}
+"""Import names of `dependencies` in pyproject.toml: what a board has."""
+
+ON_EVERY_BOARD = ("wire", "hwprofiles", "agent", "models/engine", "models/sampling.py")
+"""What must work there, and so may import nothing else at import time."""
+
+ALLOWED_ELSEWHERE = {
+    "wire/embedded.py": {"amqtt"},
+    "models/engine/torch.py": {"torch"},
+}
+"""Files that are imported only where their extra is installed. Checked to be imported by no one at import time."""
+
+SUPERVISOR_NEVER = ("numpy", "onnxruntime", "torch")
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        path = REPOSITORY / folder
+        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def imports_at_import_time(path: Path) -> set[str]:
+    """Top-level packages that importing `path` imports: not those in functions or under TYPE_CHECKING."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+        waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+@pytest.mark.parametrize("folder", ON_EVERY_BOARD)
+def test_the_base_install_is_enough_for_a_board(folder: str) -> None:
+    may = BASE_MODULES | set(PACKAGES) | set(sys.stdlib_module_names)
+    strange = {}
+    for path in sources(folder):
+        beyond = imports_at_import_time(path) - may - ALLOWED_ELSEWHERE.get(name_of(path), set())
+        if beyond:
+            strange[name_of(path)] = beyond
+    assert strange == {}
+
+
+def test_the_supervisor_loads_no_engine() -> None:
+    code = f"import sys, agent.cli, agent.service; print([m for m in {SUPERVISOR_NEVER!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_room_is_too_big() -> None:
+    big = {
+        name_of(path): len(path.read_text().splitlines()) for path in sources(*PACKAGES, "tests", "benchmarks", "tools")
+    }
+    assert {name: lines for name, lines in big.items() if lines > MOST_LINES} == {}
+
+
+FORBIDDEN = {
+    "QoS 2": r"\bqos\s*=\s*2\b",
+    "pickle": r"^\s*(?:import|from) (?:pickle|cloudpickle|dill|joblib)\b",
+    "torch.load without weights_only": r"\btorch\.load\((?!.*weights_only=True)",
+    "fixed socket buffers": r"\bSO_(?:SND|RCV)BUF\b",
+    "shell=True": r"\bshell\s*=\s*True\b",
+    "unfinished work": r"\b(?:TO" r"DO|FIX" r"ME|XXX)\b",
+    "swallowed errors": r"except(?: Exception| BaseException)?:\s*(?:#.*)?\n\s*pass\b",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_nothing_in_the_tree_uses(what: str) -> None:
+    pattern = re.compile(FORBIDDEN[what], re.MULTILINE)
+    found = [name_of(path) for path in sources(*PACKAGES, "benchmarks", "tools") if pattern.search(path.read_text())]
+    assert found == []
+
+
+def test_rules_above_can_fail() -> None:
+    samples = {
+        "QoS 2": "publish(qos=2)",
+        "pickle": "import pickle",
+        "torch.load without weights_only": "torch.load(path)",
+        "fixed socket buffers": "SO_SNDBUF",
+        "shell=True": "run(x, shell=True)",
+        "unfinished work": "# TO" + "DO: later",
+        "swallowed errors": "except Exception:\n    pass",
+    }
+    assert samples.keys() == FORBIDDEN.keys()
+    assert all(re.search(FORBIDDEN[what], text, re.MULTILINE) for what, text in samples.items())
+
+
+def test_every_package_says_what_it_is() -> None:
+    silent = [
+        name_of(path)
+        for path in sources(*PACKAGES, "benchmarks", "tools")
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []
