@@ -5,6 +5,7 @@ Pure: plans and reports in, orders and verdicts out. The service publishes and w
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -15,6 +16,10 @@ from coordinator.journal import DeploymentRecord
 from coordinator.planning.plan import Plan, PlannedStage
 from models.graph import Graph
 from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport
+
+
+MAX_NAME = 32
+"""Characters of a topic level and DNS label of ours (wire.ids)."""
 
 
 class Readiness(Struct, frozen=True, kw_only=True):
@@ -29,9 +34,15 @@ class Readiness(Struct, frozen=True, kw_only=True):
 
 
 def deployment_name(model: str) -> str:
-    """A topic level from a model's name: 'hf:org/Model-1B' -> 'org-model-1b'; at most 32 characters."""
+    """A topic level from a model's name: 'hf:org/Model-1B' -> 'org-model-1b'; at most 32 characters.
+
+    Of a longer name (a path, mostly) the end is kept, with a hash: two models in one folder are two deployments.
+    """
     text = re.sub(r"[^a-z0-9]+", "-", model.lower().removeprefix("hf:")).strip("-")
-    return text[:32].strip("-") or "model"
+    if len(text) <= MAX_NAME:
+        return text or "model"
+    digest = hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()[:6]
+    return f"{text[-(MAX_NAME - 7) :].strip('-')}-{digest}"
 
 
 def stage_artifacts(graph: Graph, stage: PlannedStage) -> list[str]:

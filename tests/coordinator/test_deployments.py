@@ -40,8 +40,7 @@ def graph_of(blocks: int) -> Graph:
     modules += [module(f"block.{i}", "block", i) for i in range(blocks)]
     modules += [module("head", "head", 99)]
     edges = tuple(
-        Edge(source=a.name, target=b.name, elements_per_token=8, bytes_per_token=16)
-        for a, b in pairwise(modules)
+        Edge(source=a.name, target=b.name, elements_per_token=8, bytes_per_token=16) for a, b in pairwise(modules)
     )
     return Graph(
         model="tiny",
@@ -141,6 +140,13 @@ def test_memory_of_other_deployments_counts_and_the_own_does_not() -> None:
     record = record_of(plan_of("a", "b"))
     assert held_elsewhere([record], "other", "a") == 110_000_000
     assert held_elsewhere([record], "tiny", "a") == 0
+
+
+def test_two_models_in_one_deep_folder_are_two_deployments() -> None:
+    folder = "/home/somebody/.cache/of/some/program/models/"
+    names = {deployment_name(f"{folder}{name}.gguf") for name in ("one", "other")}
+    assert len(names) == 2
+    assert all(is_name(name) for name in names)
 
 
 @pytest.mark.parametrize("model", ["smollm2", "hf:Org/My_Model.1B-Instruct", "/data/x y.gguf", "日本", "-", "a" * 90])
