@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10 has no tomllib, but every pip carries its twin
-    from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+else:  # Python 3.10 has no tomllib, but every pip carries its twin
+    from pip._vendor import tomli as tomllib
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 _OWN_EXTRA = re.compile(r"^edgelam\[([a-z,]+)\]$")
