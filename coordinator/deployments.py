@@ -17,7 +17,6 @@ from coordinator.planning.plan import Plan, PlannedStage
 from models.graph import Graph
 from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport
 
-
 MAX_NAME = 32
 """Characters of a topic level and DNS label of ours (wire.ids)."""
 
