@@ -9,7 +9,7 @@ the boundary of two blocks would change bits with the cut (models.build.stage), 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,9 @@ _FAILURES: Final = (
     RuntimeError,
     MemoryError,
 )
+
+MAX_SAID_LETTERS: Final = 400
+"""Of an onnxruntime error, which begins with pages of C++ types."""
 
 _WIRE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "f32": np.dtype(np.float32),
@@ -105,7 +108,7 @@ class OnnxStage:
         try:
             session = _session(graph, options)
         except _FAILURES as error:
-            raise EngineFailed(f"onnxruntime {onnxruntime.__version__}: {graph_path.name}: {error}") from error
+            raise EngineFailed(f"onnxruntime {onnxruntime.__version__}: {graph_path.name}: {_said(error)}") from error
         except OSError as error:
             raise EngineFailed(f"no temporary folder for the stage's graph: {error.strerror}") from error
         if session.get_providers() != [PROVIDER]:
@@ -132,7 +135,13 @@ class OnnxStage:
     def open(self) -> int:
         for number, slot in enumerate(self._slots):
             if slot is None:
-                self._slots[number] = _Slot(self._manifest, self._spec.context_tokens)
+                try:
+                    self._slots[number] = _Slot(self._manifest, self._spec.context_tokens)
+                except (OSError, MemoryError) as error:
+                    raise EngineFailed(
+                        f"no memory for the keys and values of {self._spec.context_tokens} tokens: {error}",
+                        try_="deploy with a smaller context",
+                    ) from error
                 return number
         raise NoSlot(f"all {self._spec.slots} slots are taken", try_="try again when a request has ended")
 
@@ -142,7 +151,7 @@ class OnnxStage:
 
     def step(self, slot: int, given: Array, position: int) -> Array:
         opened = self._opened(slot)
-        count = given.shape[0]
+        count = given.shape[0] if given.ndim else 0
         end = position + count
         if end > self._spec.context_tokens:
             raise ContextFull(f"{end} tokens in a context of {self._spec.context_tokens}")
@@ -150,7 +159,7 @@ class OnnxStage:
             raise EngineFailed(f"step of {count} rows at position {position} after {opened.rows} rows")
         rows = self._rows.get(count) or self._new_rows(count)
         binding = opened.bindings.get(count) or self._bind(opened, rows)
-        if given.shape != rows.given.shape[1:] or given.dtype != rows.given.dtype:
+        if given.shape != rows.given.shape[1:] or not _fits(given.dtype, rows.given.dtype):
             raise EngineFailed(
                 f"given {given.dtype} {list(given.shape)}, expected {rows.given.dtype} {list(rows.given.shape[1:])}"
             )
@@ -163,11 +172,16 @@ class OnnxStage:
         try:
             self._session.run_with_iobinding(binding)
         except _FAILURES as error:
-            raise EngineFailed(f"{self._name}: {error}") from error
+            raise EngineFailed(f"{self._name}: {_said(error)}") from error
         if rows.hidden is not None and _has_special(rows.hidden_bits, self._spec.wire_dtype):
             raise self._overflow("the stage's output")
         opened.rows = end
         return rows.logits if rows.logits is not None else rows.output
+
+    def bare_run(self, slot: int, rows: int) -> Callable[[], None]:
+        """Give onnxruntime's own call for steps of `rows` rows as last bound: what a benchmark compares `step` with."""
+        binding = self._opened(slot).bindings[rows]
+        return lambda: self._session.run_with_iobinding(binding)
 
     def _opened(self, slot: int) -> _Slot:
         found = self._slots[slot] if 0 <= slot < len(self._slots) else None
@@ -289,6 +303,16 @@ def _session(graph: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.I
         path.write_bytes(graph)
         (path.parent / WEIGHTS_LOCATION).touch()
         return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
+
+
+def _fits(given: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
+    """Token ids may come in any integer type that int64 holds; hidden states come as they are wanted."""
+    return given == wanted or (wanted == np.int64 and given.kind in "iu" and given != np.uint64)
+
+
+def _said(error: BaseException) -> str:
+    """Give what onnxruntime says at the end of its message, where the cause stands, short enough for a screen."""
+    return str(error).strip()[-MAX_SAID_LETTERS:]
 
 
 def _tables(manifest: StageManifest, spec: StageSpec) -> tuple[npt.NDArray[np.float32], ...]:

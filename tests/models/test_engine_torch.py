@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ CASES: list[tuple[Family, dict[str, Any]]] = [
 
 
 def torch_ring(packed: Any, folder: Path, cuts: tuple[int, ...]) -> Ring:
-    from itertools import pairwise
-
     from models.engine.torch import TorchStage
 
     stages = []

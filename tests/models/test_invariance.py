@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.families.config import Family
-from tests.models.stages import Ring, packed_tiny
+from tests.models.stages import Ring, load_stage, packed_tiny, spec_of
 
 PROMPT = np.array([5, 77, 301, 8, 8, 150, 222], np.int64)
 ALL_CUTS = [cuts for number in range(1, 4) for cuts in combinations(range(1, 4), number)]
@@ -41,8 +41,6 @@ def test_every_cut_gives_the_bits_of_the_whole_in_interleaved_gguf_and_other_wir
 
 
 def test_embedding_and_head_alone_on_their_devices_give_the_same_bits(tmp_path: Path) -> None:
-    from tests.models.stages import load_stage, spec_of
-
     packed = packed_tiny(tmp_path, "llama", "int4", tied_embeddings=False)
     _, logits = Ring.of(packed, tmp_path, ()).generate(PROMPT, 6)
     specs = [
