@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import unicodedata
@@ -46,8 +47,14 @@ def client(url: str | None, key_file: Path | None = None) -> Client:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    _out(msgspec.json.encode(value).decode() + "\n")
+    """One JSON document on stdout; in ASCII where stdout can't do more."""
+    data = msgspec.json.encode(value)
+    text = data.decode()
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.json.decode(data))
+    _out(text + "\n")
 
 
 def status_line(text: str) -> None:

@@ -1,7 +1,7 @@
 """The live screen: devices, deployments, tokens/s. `snapshot -> rows` is pure; rich only draws them.
 
-Breakpoints choose which columns are shown, so that a device's name is never cut: at 120, 80 and 60 columns; below
-that, one line per device. State is a word, never only a colour.
+Breakpoints at 120, 80 and 60 characters choose which columns are shown at most; on plain screens those that don't fit
+beside long names give way. Name and state are always there, and never cut. State is a word, never only a colour.
 """
 
 from __future__ import annotations
@@ -62,13 +62,22 @@ def _steps(device: Mapping[str, Any]) -> dict[tuple[str, int, int], tuple[int, f
     }
 
 
-def _rate(device: Mapping[str, Any], before: Mapping[str, Any] | None, span_s: float) -> tuple[str, str]:
-    """Decode steps per second and mean step time since the snapshot before; '-' when idle or unknown."""
+def _rate(
+    device: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    span_s: float,
+    only: tuple[str, int, int] | None = None,
+) -> tuple[str, str]:
+    """Decode steps per second and mean step time since the snapshot before; '-' when idle or unknown.
+
+    Of all stages of the device, or `only` of (deployment, epoch, stage).
+    """
     if before is None or span_s <= 0:
         return "-", "-"
     now, then = _steps(device), _steps(before)
-    steps = sum(count - then[key][0] for key, (count, _) in now.items() if key in then)
-    busy_s = sum(busy - then[key][1] for key, (_, busy) in now.items() if key in then)
+    counted = [key for key in now if key in then and only in (None, key)]
+    steps = sum(now[key][0] - then[key][0] for key in counted)
+    busy_s = sum(now[key][1] - then[key][1] for key in counted)
     if steps <= 0:
         return "-", "-"
     return f"{steps / span_s:.1f}", seconds_text(busy_s / steps)
@@ -112,7 +121,8 @@ def deployment_lines(now: Snapshot, before: Snapshot | None) -> list[str]:
         head = plan["stages"][-1]
         device = next((d for d in now.devices if d["device"] == head["device"]), None)
         earlier = next((d for d in before.devices if d["device"] == head["device"]), None) if before else None
-        rate = _rate(device, earlier, now.taken_s - before.taken_s)[0] if device and before else "-"
+        own = (row["name"], row["epoch"], head["stage"])
+        rate = _rate(device, earlier, now.taken_s - before.taken_s, own)[0] if device and before else "-"
         chain = " > ".join(stage["device"] for stage in plan["stages"])
         lines.append(f"{row['name']}  epoch {row['epoch']}  {row['text']}  {chain}  {rate} tokens/s")
     return lines or ["no deployment yet  (try: edgelam run smollm2 --prompt Hello)"]
@@ -125,12 +135,21 @@ def notice_lines(now: Snapshot, most: int = 4) -> list[str]:
     ]
 
 
-def plain(now: Snapshot, before: Snapshot | None, width: int = 100) -> str:
-    """The whole screen as text."""
-    chosen = columns_for(width)
+def _device_table(rows: Sequence[tuple[str, ...]], chosen: Sequence[int]) -> str:
     header = [DEVICE_COLUMNS[index].title for index in chosen]
     right = [place for place, index in enumerate(chosen) if DEVICE_COLUMNS[index].right]
-    rows = [[row[index] for index in chosen] for row in device_rows(now, before)]
-    body = table(header, rows, right=right) if rows else "no devices yet  (try: edgelam testbed up --boards 4)"
+    return table(header, [[row[index] for index in chosen] for row in rows], right=right)
+
+
+def plain(now: Snapshot, before: Snapshot | None, width: int = 100) -> str:
+    """The whole screen as text."""
+    rows = device_rows(now, before)
+    chosen = columns_for(width)
+    body = _device_table(rows, chosen)
+    while len(chosen) > 2 and len(body.splitlines()[1]) > width:  # long names leave room for fewer columns
+        chosen = chosen[:-1]
+        body = _device_table(rows, chosen)
+    if not rows:
+        body = "no devices yet  (try: edgelam testbed up --boards 4)"
     lines: Sequence[str] = [headline(now), "", body, "", *deployment_lines(now, before), *notice_lines(now)]
     return "\n".join(lines)
