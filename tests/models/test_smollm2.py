@@ -72,3 +72,19 @@ def test_one_to_four_stages_give_the_same_bits(precision: str, checkpoint: Check
         cut_tokens, cut_logits = Ring.of(packed, folder, cuts, context_tokens=128).generate(prompt, 8)
         assert cut_tokens == tokens
         np.testing.assert_array_equal(np.array(cut_logits), np.array(logits))
+
+
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.9), ("int4", 0.65)])
+def test_quantised_models_mostly_say_what_float32_says(
+    precision: str, least: float, checkpoint: Checkpoint, folder: Path
+) -> None:
+    """Teacher-forced on a text of the reference; `make bench AREA=quality` measures on a longer one."""
+    case = REFERENCE["prompts"][1]
+    ids = np.array(case["ids"] + case["tokens"], np.int64)
+    ring = Ring.of(packed_as(precision, checkpoint, folder), folder, (), context_tokens=128)
+    said = []
+    for position in range(len(ids) - 1):
+        logits = ring.step(ids[position : position + 1], position)
+        said.append(int(logits.argmax()))
+    answers = slice(len(case["ids"]) - 1, None)
+    assert (np.array(said)[answers] == ids[1:][answers]).mean() >= least
