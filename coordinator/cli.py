@@ -6,6 +6,7 @@ traceback; Ctrl-C ends at once and leaves nothing behind.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Final
 
@@ -48,8 +49,9 @@ def version() -> None:
     write_text(VERSION)
 
 
+@functools.cache
 def _add_heavier_commands() -> None:
-    """Commands in files of their own that import more."""
+    """Commands in files of their own that import more; once."""
     from coordinator.commands.bench import bench
     from coordinator.commands.demo import demo
     from coordinator.commands.top import top
