@@ -1,0 +1,289 @@
+"""`edgelam` as a user meets it: exit codes, two lines for a mistake, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from coordinator.cli import main
+from coordinator.config import Address, write_address
+from wire.broker import start_broker
+from wire.errors import ExitCode
+from wire.topics import TABLE
+from wire.version import VERSION
+
+PATIENCE_S = 60.0
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Run:
+    """Runs `edgelam` in a state folder of its own, with nothing of the user's environment that it would heed: in this
+    process, which is quick, or as a process of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+        for name in [name for name in os.environ if name.startswith("EDGELAM_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("EDGELAM_STATE", str(folder / "state"))
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+        monkeypatch.chdir(folder)
+
+    def __call__(self, *arguments: str) -> Done:
+        self._monkeypatch.setattr(sys, "argv", ["edgelam", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = self._capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, printed.out, printed.err)
+
+    def process(self, *arguments: str) -> Done:
+        done = subprocess.run(
+            command(*arguments), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "coordinator.cli", *arguments]
+
+
+def two_lines(done: Done, code: ExitCode) -> str:
+    """A failure that a user can read: two lines on stderr, nothing on stdout, the exit code. Gives the two lines."""
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == int(code), done.stderr
+    assert len(lines) == 2, done.stderr
+    assert lines[0].startswith("edgelam: ") and lines[1].startswith("  try: "), done.stderr
+    assert not done.stdout
+    return done.stderr
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tmp_path, monkeypatch, capsys)
+
+
+@contextmanager
+def started(run: Run, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A coordinator that answers."""
+    address = run.folder / "state" / "coordinator.json"
+    address.unlink(missing_ok=True)
+    with (run.folder / "log").open("w") as log:
+        process = subprocess.Popen(command("up", "--site", f"t{os.getpid()}", *arguments), stderr=log, text=True)
+    try:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not address.exists():
+            assert process.poll() is None and time.monotonic() < deadline_s, run.log()
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_version_is_printed(run: Run) -> None:
+    assert run.process("version").stdout == f"{VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("devices",), ("plan", "smollm2"), ("run", "smollm2", "-p", "x"), ("top", "--once"), ("topics", "tail")],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_a_coordinator_every_client_says_so(arguments: tuple[str, ...], run: Run) -> None:
+    assert "edgelam up" in two_lines(run(*arguments), ExitCode.UNREACHABLE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nosuch",), "nosuch"),
+        (("model", "nosuch"), "nosuch"),
+        (("devices", "--nosuch"), "--nosuch"),
+        (("devices", "extra"), "extra"),
+        (("run",), "MODEL"),
+        (("run", "smollm2", "-p", "x", "--max-tokens", "many"), "--max-tokens"),
+        (("run", "smollm2"), "no prompt"),
+        (("testbed", "up", "--preset", "nosuch"), "--preset"),
+        (("up", "--http-port", "x"), "--http-port"),
+        (("model", "show", "nosuch"), "nosuch"),
+        (("model", "show", "./nosuch.gguf"), "nosuch.gguf"),
+        (("testbed", "status"), "no testbed"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_gives_two_lines_that_name_it(arguments: tuple[str, ...], words: str, run: Run) -> None:
+    assert words.lower() in two_lines(run(*arguments), ExitCode.USAGE).lower()
+
+
+def test_without_any_command_there_is_help(run: Run) -> None:
+    done = run()
+    assert done.returncode == int(ExitCode.USAGE)
+    assert "Traceback" not in done.stderr
+    assert "edgelam demo" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_coordinator_that_is_gone_is_unreachable(run: Run) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = Address(site="s", boot="b", pid=1, http_url=f"http://127.0.0.1:{port}", mqtt_url="mqtt://x:1", broker="")
+    write_address(run.folder / "state", address)
+    assert str(port) in two_lines(run("devices"), ExitCode.UNREACHABLE)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://", "ftp://127.0.0.1/", "http://127.0.0.1:99999"])
+def test_an_address_that_is_none_is_said(url: str, run: Run) -> None:
+    done = run("devices", "--coordinator", url)
+    assert done.returncode in (int(ExitCode.USAGE), int(ExitCode.UNREACHABLE)), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_something_that_is_no_coordinator_is_said(run: Run) -> None:
+    page = (
+        "import http.server as h; s = h.HTTPServer(('127.0.0.1', 0), h.SimpleHTTPRequestHandler); "
+        "print(s.server_port, flush=True); s.serve_forever()"
+    )
+    with subprocess.Popen([sys.executable, "-c", page], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            done = run("devices", "--coordinator", f"http://127.0.0.1:{port}")
+            assert "not answer like a coordinator" in two_lines(done, ExitCode.UNREACHABLE)
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", "schl\u00fcssel".encode(), b"two\nlines"])
+def test_a_site_key_that_can_not_be_one_is_the_users_mistake(content: bytes | None, run: Run) -> None:
+    key = run.folder / "site.key"
+    if content is not None:
+        key.write_bytes(content)
+    done = run("devices", "--coordinator", "http://127.0.0.1:9", "--site-key-file", str(key))
+    two_lines(done, ExitCode.USAGE)
+
+
+def test_all_topics_are_listed(run: Run) -> None:
+    listed = json.loads(run("topics", "list", "--json").stdout)
+    assert listed["schema"] == "edgelam.topics/1"
+    assert [row["template"] for row in listed["topics"]] == [row.template for row in TABLE]
+    assert all(row.template in run("topics", "list").stdout for row in TABLE[:1])
+
+
+def test_all_models_are_listed(run: Run) -> None:
+    listed = json.loads(run("model", "list", "--json").stdout)
+    assert listed["schema"] == "edgelam.models/1"
+    assert all({"name", "licence", "cached"} <= set(model) for model in listed["models"])
+
+
+def test_a_reader_that_goes_away_is_nobodys_error(run: Run) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        command("topics", "list"), stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S
+    )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# edgelam up.
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody has."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen()
+        yield door.getsockname()[1]
+
+
+@pytest.mark.parametrize("option", ["--http-port", "--mqtt-port"])
+def test_up_says_that_a_port_is_taken(option: str, taken: int, run: Run) -> None:
+    assert str(taken) in two_lines(run("up", option, str(taken)), ExitCode.USAGE)
+    assert not (run.folder / "state" / "coordinator.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--state", "/dev/null/state"),
+        ("--site", "Not A Name"),
+        ("--listen", "256.1.1.1"),
+        ("--http-port", "99999"),
+        ("--broker", "nonsense"),
+    ],
+    ids=" ".join,
+)
+def test_up_refuses_options_that_can_not_work(arguments: tuple[str, str], run: Run) -> None:
+    assert arguments[1] in two_lines(run("up", *arguments), ExitCode.USAGE)
+
+
+def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(run: Run) -> None:
+    with started(run) as up:
+        assert "no devices yet" in run("devices").stdout
+        assert json.loads(run("top", "--json").stdout)["status"]["broker_up"] is True
+        assert "runs already" in two_lines(run.process("up"), ExitCode.REFUSED)
+        children = psutil.Process(up.pid).children(recursive=True)
+        assert children, "a broker"
+        up.send_signal(signal.SIGINT)
+        assert up.wait(PATIENCE_S) == int(ExitCode.INTERRUPTED)
+    assert "Traceback" not in run.log()
+    assert not (run.folder / "state" / "coordinator.json").exists()
+    assert not psutil.wait_procs(children, 5)[1]
+
+
+def test_a_killed_coordinator_does_not_stand_in_the_way_of_the_next(run: Run) -> None:
+    address = run.folder / "state" / "coordinator.json"
+    with started(run) as up:
+        up.kill()
+        up.wait()
+        # The process id of the dead may be somebody else's by now.
+        stale = json.loads(address.read_text())
+        address.write_text(json.dumps({**stale, "pid": os.getpid()}))
+    two_lines(run("devices"), ExitCode.UNREACHABLE)
+    with started(run):
+        assert "no devices yet" in run("devices").stdout
+
+
+def test_up_outlives_a_broker_of_somebody_else(run: Run, tmp_path: Path) -> None:
+    broker = start_broker(tmp_path / "broker", "127.0.0.1", 0)
+    try:
+        with started(run, "--broker", broker.url) as up:
+            broker.stop()
+            deadline_s = time.monotonic() + PATIENCE_S
+            while json.loads(run("top", "--json").stdout)["status"]["broker_up"]:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+            assert "broker" in run("devices").stdout, "a notice says it"
+            broker.start()
+            while not json.loads(run("top", "--json").stdout)["status"]["broker_up"]:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+            up.send_signal(signal.SIGTERM)
+            assert up.wait(PATIENCE_S) == int(ExitCode.OK)
+    finally:
+        broker.stop()
