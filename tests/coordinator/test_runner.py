@@ -1,0 +1,134 @@
+"""A part of the coordinator that fails ends all of it with its error; a part that is done does not."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.runner import Options, Runner, bound
+from wire.errors import EdgelamError, Refused, UsageError
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(
+        site="lab", listen="127.0.0.1", mqtt_port=0, http_port=0, broker_url="", models=(), precision="int4",
+        state=tmp_path / "state",
+    )  # fmt: skip
+
+
+def play(options: Options, scenario: Callable[[Runner], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        await asyncio.wait_for(scenario(Runner(options)), 10)
+
+    asyncio.run(whole())
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def done() -> None:
+    return
+
+
+async def fails() -> None:
+    raise EdgelamError("the HTTP door ended")
+
+
+def test_a_part_that_fails_ends_the_run_with_its_error(options: Options) -> None:
+    async def scenario(runner: Runner) -> None:
+        runner._tasks = [asyncio.ensure_future(part()) for part in (forever, fails)]
+        with pytest.raises(EdgelamError, match="HTTP door"):
+            await runner.run()
+
+    play(options, scenario)
+
+
+def test_a_part_that_is_done_leaves_the_others_running_until_told_to_stop(options: Options) -> None:
+    async def scenario(runner: Runner) -> None:
+        runner._tasks = [asyncio.ensure_future(part()) for part in (forever, done)]
+        running = asyncio.ensure_future(runner.run())
+        await asyncio.sleep(0.05)
+        assert not running.done()
+        runner.stopping.set()
+        await running
+
+    play(options, scenario)
+
+
+def test_a_dead_connection_thread_ends_the_run(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        alive = False
+
+    class Coordinator:
+        hub = Hub()
+
+        def tick(self) -> None:
+            return
+
+    async def scenario(runner: Runner) -> None:
+        monkeypatch.setattr("coordinator.runner.WATCH_PERIOD_S", 0.0)
+        runner.coordinator = Coordinator()  # type: ignore[assignment]
+        runner._tasks = [asyncio.ensure_future(runner._watch())]
+        with pytest.raises(EdgelamError, match="connection to the broker"):
+            await runner.run()
+
+    play(options, scenario)
+
+
+def test_an_http_door_that_closes_unasked_is_an_error(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server:
+        should_exit = False
+
+        def __init__(self, _config: object) -> None:
+            return
+
+        async def serve(self, sockets: list[socket.socket]) -> None:
+            return
+
+    async def scenario(runner: Runner) -> None:
+        monkeypatch.setattr("coordinator.runner._Server", Server)
+        runner.coordinator = object()  # type: ignore[assignment]
+        with bound("127.0.0.1", 0, 0) as door:
+            runner._door = door
+            with pytest.raises(EdgelamError, match="door"):
+                await runner._serve_http(None, None)  # type: ignore[arg-type]
+
+    play(options, scenario)
+
+
+def test_a_state_folder_is_for_one_coordinator_at_a_time(options: Options) -> None:
+    async def scenario(runner: Runner) -> None:
+        runner.check()
+        with pytest.raises(Refused, match="runs already"):
+            Runner(options).check()
+        await runner.stop()
+        another = Runner(options)
+        another.check()
+        await another.stop()
+
+    play(options, scenario)
+
+
+def test_a_runner_that_never_started_can_be_stopped(options: Options) -> None:
+    play(options, lambda runner: runner.stop())
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        door.listen()
+        yield door.getsockname()[1]
+
+
+def test_a_default_port_that_is_taken_gives_way_and_a_wanted_one_does_not(taken: int) -> None:
+    with bound("127.0.0.1", 0, taken) as door:
+        assert door.getsockname()[1] not in (0, taken)
+    with pytest.raises(UsageError, match=str(taken)):
+        bound("127.0.0.1", taken, 0)
