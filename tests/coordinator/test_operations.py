@@ -1,0 +1,345 @@
+"""Deployments are changed one at a time, and nobody waits longer than for what concerns him."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from msgspec import Struct
+
+from coordinator import operations as operations_module
+from coordinator.journal import DeployRequest
+from coordinator.operations import MAX_KIT_MODULES, Operations
+from coordinator.shelf import Shelf
+from models.graph import Graph
+from tests.coordinator.memory_site import Lab, running, until
+from tests.planning import boards
+from wire import topics
+from wire.errors import Degraded, EdgelamError, Refused, Unreachable, UsageError
+from wire.messages import Desired, Kit, StageReport
+
+Scenario = Callable[["Site"], Awaitable[None]]
+
+
+def silent(_text: str) -> None:
+    return
+
+
+class Config(Struct, frozen=True):
+    blocks: int = 2
+
+
+class Packed(NamedTuple):
+    graph: Graph
+    config: Config
+    files: dict[str, Path]
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+
+
+class Prepared(NamedTuple):
+    packed: Packed
+    checkpoint: Checkpoint
+
+
+class KitEntry(NamedTuple):
+    key: str
+    kind: str
+    graphs: dict[int, bytes]
+    hidden: int = 8
+    vocabulary: int = 32
+    wire_dtype: str = "f16"
+
+
+class FakeShelf:
+    """Models of two blocks; each name has module keys of its own beside the ones that boards have measured."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.kits = 0
+
+    async def prepare(self, model: str, precision: str, progress: Callable[[str], None]) -> Prepared:
+        graph = msgspec.structs.replace(boards.graph(2), model=model)
+        files = {}
+        for module in graph.modules:
+            for digest in module.artifacts:
+                files[digest] = self._folder / digest.removeprefix("sha256:")
+                files[digest].write_bytes(b"weights")
+        return Prepared(Packed(graph, Config(), files), Checkpoint(self._folder / "tiny.gguf"))
+
+    def kit_of(self, prepared: Prepared) -> list[KitEntry]:
+        self.kits += 1
+        keys = dict.fromkeys(module.profile_key for module in prepared.packed.graph.modules)
+        return [KitEntry(key, "block", {1: key.encode()}) for key in keys]
+
+
+class Site:
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self.lab = lab
+        self.shelf = FakeShelf(folder)
+        self.operations = Operations(lab.coordinator, self.shelf)  # type: ignore[arg-type]
+        self.said: list[str] = []
+
+    async def measured(self, *names: str) -> None:
+        await self.lab.with_boards(*names)
+        for name in names:
+            self.lab.boards[name].say(topics.PROFILE, msgspec.json.encode(boards.profile(name)), name)
+        await until(lambda: set(names) <= set(self.lab.coordinator.profiles()), "profiles")
+
+    def report(self, phase: str, detail: str = "") -> None:
+        """All boards carry out their latest orders as far as `phase`."""
+        for board in self.lab.boards.values():
+            desired: Desired = board.orders[-1]
+            reports = [
+                StageReport(deployment=o.deployment, epoch=o.epoch, stage=o.stage, phase=phase, detail=detail)  # type: ignore[arg-type]
+                for o in desired.stages
+            ]
+            board.apply(desired.epoch, *reports)
+
+    async def ordered(self, deployment: str) -> None:
+        def came() -> bool:
+            return any(o.deployment == deployment for b in self.lab.boards.values() for d in b.orders for o in d.stages)
+
+        await until(came, f"orders of {deployment}")
+
+    def ensure(self, model: str = "tiny") -> asyncio.Future[Any]:
+        return asyncio.ensure_future(self.operations.ensure(DeployRequest(model=model), self.said.append))
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario], None]:
+    monkeypatch.setattr(operations_module, "_stage_graph", lambda _prepared, plan, stage: b"%d" % stage.stage)
+    monkeypatch.setattr(operations_module, "FIRST_BOARD_TIMEOUT_S", 0.1)
+
+    def run(scenario: Scenario) -> None:
+        async def whole() -> None:
+            async with running(tmp_path / "state") as lab:
+                await scenario(Site(lab, tmp_path))
+
+        asyncio.run(whole())
+
+    return run
+
+
+def test_a_model_is_planned_ordered_and_ready_once_and_then_found(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        first = site.ensure()
+        await site.ordered("tiny")
+        site.report("ready")
+        record, _ = await first
+        again, _ = await site.ensure()
+        assert again == record
+        assert len(site.lab.coordinator.records()) == 1
+
+    play(scenario)
+
+
+def test_two_equal_requests_at_once_are_answered_by_one_deployment(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        works = [site.ensure(), site.ensure()]
+        await site.ordered("tiny")
+        site.report("ready")
+        (one, _), (other, _) = await asyncio.gather(*works)
+        assert one == other
+
+    play(scenario)
+
+
+def test_a_deployment_that_loads_holds_up_no_other(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        ready = site.ensure("ready")
+        await site.ordered("ready")
+        site.report("ready")
+        await ready
+        loading = site.ensure("loading")
+        await site.ordered("loading")
+        record, _ = await asyncio.wait_for(site.ensure("ready"), 5)
+        assert record.name == "ready" and not loading.done()
+        third = site.ensure("third")
+        await site.ordered("third")
+        for work in (loading, third):
+            work.cancel()
+        await asyncio.wait([loading, third])
+
+    play(scenario)
+
+
+def test_a_deployment_can_be_removed_while_it_loads_and_who_waits_is_told(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        work = site.ensure()
+        await site.ordered("tiny")
+        await asyncio.wait_for(site.operations.remove("tiny"), 5)
+        with pytest.raises(Refused, match="replaced or removed"):
+            await work
+
+    play(scenario)
+
+
+def test_a_stage_that_can_not_be_loaded_is_named(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        work = site.ensure()
+        await site.ordered("tiny")
+        site.report("failed", "no space left")
+        with pytest.raises(Degraded, match="a could not load its stage: no space left"):
+            await work
+
+    play(scenario)
+
+
+def test_a_failed_deployment_is_tried_anew_under_a_new_epoch(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        work = site.ensure()
+        await site.ordered("tiny")
+        site.report("failed", "no space left")
+        await asyncio.wait([work])
+        (failed,) = site.lab.coordinator.records()
+        work = site.ensure()
+        await until(lambda: site.lab.coordinator.records()[0] != failed)
+        await until(lambda: site.lab.boards["a"].orders[-1].epoch > failed.plan.epoch)
+        site.report("ready")
+        record, _ = await work
+        assert record.plan.epoch > failed.plan.epoch
+
+    play(scenario)
+
+
+def test_a_board_that_goes_away_while_it_loads_ends_the_waiting(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        work = site.ensure()
+        await site.ordered("tiny")
+        site.lab.boards["a"].leave()
+        with pytest.raises(Unreachable, match="offline"):
+            await work
+
+    play(scenario)
+
+
+def test_without_any_board_it_is_said_what_to_start(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        with pytest.raises(Unreachable, match="no board is online") as raised:
+            await site.ensure()
+        assert "edgelam-agent" in raised.value.try_
+
+    play(scenario)
+
+
+def test_a_request_that_gives_up_lets_the_next_one_plan(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.lab.with_boards("a")  # has measured nothing
+        first = site.ensure()
+        await until(lambda: any("measuring on a" in text for text in site.said))
+        first.cancel()
+        await asyncio.wait([first])
+        await site.measured("a")
+        second = site.ensure()
+        await site.ordered("tiny")
+        site.report("ready")
+        await second
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "int3"}, {"objective": "beauty"}])
+def test_words_that_mean_nothing_are_refused(changes: dict[str, str], play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        with pytest.raises(UsageError):
+            await site.operations.plan(DeployRequest(model="tiny", **changes), silent)
+
+    play(scenario)
+
+
+def test_removing_what_is_not_there_names_what_is(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        with pytest.raises(UsageError, match="nosuch"):
+            await site.operations.remove("nosuch")
+
+    play(scenario)
+
+
+def test_the_kit_is_built_once_per_model_and_never_outgrows_its_message(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(site: Site) -> None:
+        await site.operations.prepare("tiny", "int4", silent)
+        await site.operations.prepare("tiny", "int4", silent)
+        assert site.shelf.kits == 1
+        for number in range(40):
+            keys = [KitEntry(f"block-{number}-{part}", "block", {1: b"x"}) for part in range(3)]
+            monkeypatch.setattr(site.shelf, "kit_of", lambda _prepared, keys=keys: keys)
+            graph = boards.graph(1)
+            modules = tuple(
+                msgspec.structs.replace(module, profile_key=entry.key)
+                for module, entry in zip(graph.modules, keys, strict=True)
+            )
+            prepared = Prepared(
+                Packed(msgspec.structs.replace(graph, modules=modules), Config(), {}), Checkpoint(Path("x"))
+            )
+            await site.operations._offer_kit(prepared)  # type: ignore[arg-type]
+        topic = topics.KIT.on("lab")
+        await until(lambda: topic in site.lab.broker.retained and b"block-39-2" in site.lab.broker.retained[topic])
+        kit = msgspec.json.decode(site.lab.broker.retained[topic], type=Kit)
+        assert len(kit.modules) == MAX_KIT_MODULES
+
+    play(scenario)
+
+
+# The shelf.
+
+
+class SlowShelf(Shelf):
+    """Packs when told to."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("cache"))
+        self.go = threading.Event()
+        self.packed = 0
+        self.failure: Exception | None = None
+
+    def _prepare(self, model: str, precision: str, progress: Callable[[str], None]) -> Any:
+        self.go.wait(10)
+        self.packed += 1
+        if self.failure is not None:
+            raise self.failure
+        return f"{model} at {precision}"
+
+
+def test_a_model_is_packed_once_for_all_who_ask_even_if_the_first_gives_up() -> None:
+    async def scenario() -> None:
+        shelf = SlowShelf()
+        works = [asyncio.ensure_future(shelf.prepare("tiny", "int4", silent)) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        works[0].cancel()
+        await asyncio.wait(works[:1])
+        shelf.go.set()
+        assert await asyncio.gather(*works[1:]) == ["tiny at int4"] * 2
+        assert await shelf.prepare("tiny", "int4", silent) == "tiny at int4"
+        assert shelf.packed == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_could_not_be_packed_is_tried_again_when_asked_again() -> None:
+    async def scenario() -> None:
+        shelf = SlowShelf()
+        shelf.go.set()
+        shelf.failure = EdgelamError("no space")
+        for _ in range(2):
+            with pytest.raises(EdgelamError, match="no space"):
+                await shelf.prepare("tiny", "int4", silent)
+        assert shelf.packed == 2 and not shelf._under_way and not shelf.prepared()
+
+    asyncio.run(scenario())
