@@ -171,6 +171,7 @@ class Runner:
             password=self.key,
         )
         self._door = bound(options.listen, options.http_port, DEFAULT_HTTP_PORT)
+        self._door.listen()  # who comes before the server accepts has to wait, and is not refused
         self.http_port = int(self._door.getsockname()[1])
         artifacts_url = f"http://{reachable_host(options.listen)}:{self.http_port}"
         self.coordinator = Coordinator(
