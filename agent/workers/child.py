@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from msgspec import Struct
 from agent.workers.pipe import MAX_LINE_BYTES, line_of, read_line
 
 PR_SET_PDEATHSIG: Final = 1
+READ_BYTES: Final = 65_536
 OOM_SCORE: Final = 500
 """The kernel takes a worker before the supervisor: it can be started again, and the supervisor says what happened."""
 
@@ -34,8 +34,9 @@ S = TypeVar("S", bound=Struct)
 class Parent:
     """The supervisor, seen from a worker."""
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+    def __init__(self, source: int, sink: BinaryIO) -> None:
         self._source = source
+        self._read = b""
         self._sink = sink
         self._told: deque[bytes] = deque()
         self._mutex = threading.Lock()
@@ -44,7 +45,7 @@ class Parent:
 
     def first(self, kind: type[S]) -> S:
         """Read the assignment; exit if there is none."""
-        line = self._source.readline(MAX_LINE_BYTES)
+        line = self._line()
         if not line.endswith(b"\n"):
             raise SystemExit(0)
         return read_line(line, kind)
@@ -69,8 +70,21 @@ class Parent:
         except OSError:
             self.gone = True
 
+    def _line(self) -> bytes:
+        """The next line; without its end when there is no more, or no end in sight.
+
+        Read from the descriptor itself: a thread that waits inside sys.stdin would hold its lock at exit.
+        """
+        while b"\n" not in self._read and len(self._read) < MAX_LINE_BYTES:
+            piece = os.read(self._source, READ_BYTES)
+            if not piece:
+                break
+            self._read += piece
+        line, end, self._read = self._read.partition(b"\n")
+        return line + end
+
     def _listen(self, wake: Callable[[], None]) -> None:
-        while (line := self._source.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+        while (line := self._line()).endswith(b"\n"):
             self._told.append(line)
             wake()
         self.gone = True
@@ -89,4 +103,4 @@ def become_worker() -> Parent:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    return Parent(sys.stdin.buffer, sink)
+    return Parent(0, sink)

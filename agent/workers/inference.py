@@ -207,6 +207,7 @@ class Worker:
             decode_busy_s=tally.decode_busy_s,
             sent_frames=self._outboxes.frames,
             sent_bytes=self._transport.bytes_sent,
+            decode_sent_bytes=tally.decode_sent_bytes,
             received_bytes=self._transport.bytes_received,
             refused_frames=self._inbox.counters.refused + tally.refused + tally.stale,
             resident_bytes=resident_bytes(),

@@ -17,9 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from agent.workers.child import Parent, become_worker
+from agent.workers.cold import Cold, sweep_bytes
 from agent.workers.pipe import Measured, MeasureModule, MeasureNote, MeasureTask
 from agent.workers.stretch import Stretch
 from hwprofiles.link import measure_link
@@ -40,6 +42,9 @@ CONTEXT_TOKENS: Final = 512
 
 RULE: Final = StopRule(time_budget_s=1.0)
 """Half of the default: a kit has some 18 points, and a board that joins should be of use within half a minute."""
+
+RETRIES: Final = 3
+"""A point without a valid run keeps the device out of every plan, and machines have noisy seconds."""
 
 SEED: Final = 1
 TURN_PERIOD_S: Final = 0.1
@@ -83,12 +88,13 @@ def measure(task: MeasureTask, parent: Parent) -> Measured:
     from models.engine.onnx import OnnxStage
 
     base_bytes = resident_bytes()
+    cold = Cold(sweep_bytes())
     found: list[ModuleMeasurement] = []
     failed: dict[str, str] = {}
     loaded: dict[str, str] = {}
     for number, item in enumerate(task.modules):
         parent.say(MeasureNote(note=f"{item.module.kind} ({number + 1} of {len(task.modules)})"))
-        bench = ModuleBench(item, task, OnnxStage.load_synthetic)
+        bench = ModuleBench(item, task, OnnxStage.load_synthetic, cold)
         try:
             found.append(bench.measure(base_bytes))
             loaded[ENGINE] = bench.engine_name
@@ -106,23 +112,28 @@ class ModuleBench:
     """One module of the kit, loaded at each depth when it is first asked for."""
 
     def __init__(
-        self, item: MeasureModule, task: MeasureTask, load: Callable[[Path, StageSpec, int], StageEngine]
+        self,
+        item: MeasureModule,
+        task: MeasureTask,
+        load: Callable[[Path, StageSpec, int], StageEngine],
+        cold: Callable[[], None],
     ) -> None:
         self._item = item
         self._threads = task.threads
         self._speed = task.speed
         self._load = load
+        self._cold = cold
         self._loaded: dict[int, tuple[StageEngine, int]] = {}
         self.engine_name = ""
 
     def measure(self, base_bytes: int) -> ModuleMeasurement:
         module = self._item.module
         plan = plan_for(module.kind, tuple(stack for stack, _ in self._item.graph_paths), RULE)
+        plan = msgspec.structs.replace(plan, retries=RETRIES)
         return measure_module(module.key, module.kind, ENGINE, self._threads, self._run, plan, base_bytes=base_bytes)
 
     def _run(self, phase: Phase, tokens: int, context: int, stack: int) -> Callable[[], float]:
         """A step over `tokens` rows behind `context` rows; it can be repeated, since an engine may rewind."""
-        del phase
         engine, slot = self._stage(stack)
         position = 0
         if context:
@@ -132,6 +143,8 @@ class ModuleBench:
         stretch = Stretch(self._speed, self._threads)
 
         def step() -> float:
+            if phase == "decode":
+                self._cold()
             stretch.begin()
             engine.step(slot, rows, position)
             return stretch.end()

@@ -36,6 +36,10 @@ class Outboxes:
         return self._next.backlog_bytes
 
     @property
+    def next_bytes(self) -> int:
+        return self._next.bytes
+
+    @property
     def frames(self) -> int:
         """Frames sent since the start."""
         return self._closed_frames + self._next.frames + sum(box.frames for box in self._requesters.values())

@@ -50,6 +50,10 @@ class Sender(Protocol):
     @property
     def next_backlog_bytes(self) -> int: ...
 
+    @property
+    def next_bytes(self) -> int:
+        """Bytes of frames that went to the next stage so far."""
+
     def to_next(self, parcel: Parcel) -> None: ...
 
     def to_requester(self, topic: str, parcel: Parcel) -> None: ...
@@ -64,6 +68,8 @@ class Tally(Struct):
     prefill_busy_s: float = 0.0
     decode_steps: int = 0
     decode_busy_s: float = 0.0
+    decode_sent_bytes: int = 0
+    """What crossed to the next stage in decode: one row of hidden states, or one token, per step."""
     stale: int = 0
     """Parcels of another epoch."""
     refused: int = 0
@@ -350,11 +356,15 @@ class StageWork:
         # FLAG_FINAL matters up to the last chunk of the prompt; a decode step is known by its position.
         flags = FLAG_FINAL if unit.final and live.run <= live.prompt_tokens else 0
         parcel = Parcel(Kind.HIDDEN, self.order.epoch, live.request, live.run - unit.count, flags, tensor, unit.meta)
+        before_bytes = self._sender.next_bytes
         try:
             self._sender.to_next(parcel)
         except (NotConnected, Backlogged) as error:
             self.tally.unsent += 1
             self._fail(live.reply, live.request, "deadline", error.message)
+            return
+        if unit.count == 1:
+            self.tally.decode_sent_bytes += self._sender.next_bytes - before_bytes
 
     def _give_token(self, live: Live, token: int) -> None:
         """Send a token to the first stage, unless it is the last, and to the requester."""
@@ -372,7 +382,9 @@ class StageWork:
                 live.filed += 1
                 self._file(Unit(live, ids.astype(np.int64), 1, True))
             else:
+                before_bytes = self._sender.next_bytes
                 self._sender.to_next(parcel)
+                self.tally.decode_sent_bytes += self._sender.next_bytes - before_bytes
             self._sender.to_requester(live.reply, parcel)
         except (NotConnected, Backlogged):
             self.tally.unsent += 1
