@@ -254,11 +254,12 @@ make_release() {
         run "$target/bin/python" -m pip install --no-index --find-links "$wheels" "$wheel$extra"
     else
         hint="check the network and pip's index, or use --offline DIR"
-        copy=$(mktemp -d)
         # Built from a copy: a build leaves files beside its sources, and these would belong to root.
+        copy=$target/source
+        run mkdir -p "$copy"
         (cd "$source_folder" && list_source | tar -cf - -T -) | tar -xf - -C "$copy"
         run "$target/bin/python" -m pip install --only-binary=:all: --constraint "$copy/constraints.txt" "$copy$extra"
-        rm -rf "$copy"
+        run rm -rf "$copy"
     fi
     hint=''
     run "$target/bin/$program" version
