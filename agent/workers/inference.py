@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from agent.workers.child import Parent, become_worker
+from agent.workers.echo import Echo
 from agent.workers.outboxes import Outboxes
 from agent.workers.pipe import Assignment, Status, Tell
 from agent.workers.ring import StageWork
@@ -22,7 +23,7 @@ from agent.workers.stretch import Stretch
 from hwprofiles.measure import resident_bytes
 from models.engine.base import EngineFailed, StageEngine, StageSpec
 from models.sampling import draw
-from wire.channel import Inbox
+from wire.channel import Delivery, Inbox
 from wire.errors import EdgelamError
 from wire.limits import DATA_KEEPALIVE_S
 from wire.messages import StageCounters, StageOrder
@@ -140,7 +141,9 @@ class Worker:
             order, engine, self._outboxes, self._done, draw, stretch, assignment.site, assignment.device
         )
         self._stopping = False
-        self._was_up = False
+        self._ready = False
+        self._echo: Echo | None = None
+        """What must come back before the inbox is known to be open."""
         transport.on_up(self._on_up)
         transport.on_down(self._on_down)
 
@@ -153,41 +156,58 @@ class Worker:
             transport.poll(0.0 if work.runnable else POLL_S)
             now_s = clock()
             while (delivery := inbox.take()) is not None:
-                work.accept(delivery, now_s)
+                if self._echo is None or not self._heard(self._echo, delivery):
+                    work.accept(delivery, now_s)
             work.work(now_s)
             if now_s >= next_tick_s:
                 next_tick_s = now_s + TICK_S
                 self._tick(now_s)
                 inbox = self._inbox
-                if self._was_up and now_s >= next_report_s:
+                if self._ready and now_s >= next_report_s:
                     next_report_s = now_s + REPORT_PERIOD_S
                     self._report()
         transport.close()
 
-    def _done(self, delivery: Any) -> None:
+    def _done(self, delivery: Delivery) -> None:
         self._inbox.done(delivery)
 
     def _tick(self, now_s: float) -> None:
         self._inbox.tick()
         self._outboxes.tick()
         self._work.tick(now_s)
+        if self._echo is not None:
+            self._echo.send()
         for told in self._parent.told(Tell):
             if told.adopt is not None:
                 self._adopt(told.adopt)
             self._stopping = self._stopping or told.stop
 
     def _adopt(self, order: StageOrder) -> None:
+        self._ready = False
         self._work.adopt(order)
         self._outboxes.redirect(order.next)
         if order.inbox.topic != self._inbox.topic:
             self._inbox.close()
             self._inbox = Inbox(self._transport, order.inbox.topic)
-        self._report()
+        self._on_up()
 
     def _on_up(self) -> None:
-        """The stage is ready when its inbox is subscribed."""
-        self._was_up = True
+        """Subscribed; the stage is ready when its inbox proves to be open."""
+        if self._echo is not None:
+            self._echo.close()
+        self._echo = Echo(self._transport, self._inbox.topic)
+        self._echo.send()
+
+    def _heard(self, echo: Echo, delivery: Delivery) -> bool:
+        """Take the echo, and say that the stage is ready; False for any other parcel."""
+        if not echo.is_answer(delivery.parcel):
+            return False
+        self._done(delivery)
+        echo.close()
+        self._echo = None
+        self._ready = True
         self._report()
+        return True
 
     def _on_down(self, reason: str) -> None:
         LOG.warning("broker lost: %s", reason)

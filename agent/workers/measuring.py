@@ -40,8 +40,9 @@ ENGINE: Final = "onnxruntime"
 CONTEXT_TOKENS: Final = 512
 """Room for the longest context that is measured (256 rows) and the largest prefill step (128) on top."""
 
-RULE: Final = StopRule(time_budget_s=1.0)
-"""Half of the default: a kit has some 18 points, and a board that joins should be of use within half a minute."""
+RULE: Final = StopRule(time_budget_s=0.5)
+"""A quarter of the default: a kit has some 18 points, and a board that joins should soon be of use. Points that this
+leaves invalid are taken again."""
 
 RETRIES: Final = 3
 """A point without a valid run keeps the device out of every plan, and machines have noisy seconds."""
