@@ -21,16 +21,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from models.build.stage import build_stage_graph
-from models.engine.onnx import OnnxStage
 
 from benchmarks.report import Figure, emit
 from coordinator.client import Client
 from coordinator.inference.requests import GenerateRequest
 from models.build.pack import pack
+from models.build.stage import build_stage_graph
 from models.cache import cache_dir
 from models.catalog import resolve
 from models.engine.base import StageSpec
+from models.engine.onnx import OnnxStage
 from models.fetch import fetch
 from models.formats.checkpoint import open_checkpoint
 from testbed import commands

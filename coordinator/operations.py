@@ -19,6 +19,7 @@ from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, mak
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared, Shelf
 from models.build.stage import build_stage_graph
+from models.graph import Graph
 from wire import topics
 from wire.errors import Degraded, Refused, Unreachable, UsageError
 from wire.messages import ArtifactRef, InboxAddress, Kit, KitModule
@@ -89,7 +90,7 @@ class Operations:
         candidates = self._candidates(request)
         name = deployment_name(request.model)
         plan = await asyncio.to_thread(
-            make_plan,
+            best_plan,
             prepared.packed.graph,
             candidates,
             self._plan_request(request, name),
@@ -271,6 +272,24 @@ def _worth_moving(running: Plan, plan: Plan, prepared: Prepared, candidates: lis
     except Infeasible:
         return True
     return bool(worth_moving(today, plan))
+
+
+def best_plan(
+    graph: Graph, candidates: list[Candidate], request: PlanRequest, address: Callable[[int], InboxAddress]
+) -> Plan:
+    """The plan on steady figures; where there is none, on unsteady ones too, and the plan says so.
+
+    A noisy minute on a board must not make the planner refuse what the boards can do. Raises Infeasible.
+    """
+    try:
+        return make_plan(graph, candidates, request, address)
+    except Infeasible as refused:
+        try:
+            plan = make_plan(graph, candidates, msgspec.structs.replace(request, accept_unsteady=True), address)
+        except Infeasible:
+            raise refused from None
+    caution = "Some of the figures are unsteady (edgelam bench shows which), so the prediction is rough."
+    return msgspec.structs.replace(plan, because=f"{plan.because} {caution}")
 
 
 def _with_epoch(plan: Plan, epoch: int) -> Plan:

@@ -59,7 +59,7 @@ class ModuleTiming(Struct, frozen=True, kw_only=True):
     KV cache (0 for modules without one)."""
 
     phase: Phase
-    tokens: Count
+    tokens: Annotated[int, Meta(ge=1, le=2**20)]
     context: Count
     stack: Annotated[int, Meta(ge=1, le=1024)]
     samples: Samples

@@ -43,7 +43,7 @@ class Topic(NamedTuple):
         return "/".join(filled)
 
     def fields_of(self, topic: str) -> tuple[str, ...] | None:
-        """The inverse of `on` without the site: `STATE.fields_of(".../dev/pi5/state") == ("pi5",)`; None if no match."""
+        """The inverse of `on`, without the site: `STATE.fields_of(".../dev/pi5/state") == ("pi5",)`; None: no match."""
         levels, pattern = topic.split("/"), self.template.split("/")
         if len(levels) != len(pattern):
             return None

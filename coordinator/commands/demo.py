@@ -121,7 +121,12 @@ def _show(there: Client, boards: int, prompt: str, max_tokens: int, precision: s
     )
     asked = DeployRequest(model=MODEL, precision=precision, objective="throughput", boards_at_least=boards)
     plan = there.last("/v1/plan", asked, status_line)["plan"]
-    _say("4. the plan from these measurements: all boards, the slowest stage as fast as can be", plan_text(plan), "", verdict)
+    _say(
+        "4. the plan from these measurements: all boards, the slowest stage as fast as can be",
+        plan_text(plan),
+        "",
+        verdict,
+    )
     write_text(f"\n5. {prompt}\n")
     end = follow(there.stream("/v1/generate", request), show=True)
     _say("6. what was predicted, and what was measured", stages_text(end))

@@ -108,7 +108,7 @@ def _stage(priced: Priced, solution: Solution, number: int, inbox: InboxAddress)
         memory_limit_bytes=cost.memory_limit_bytes,
         compute_s=cost.stage_s(modules),
         hop_s=float(priced.problem.hop_s[sender, receiver, cut]),
-        hop_bytes=priced.hop_bytes[cut],
+        hop_bytes=priced.hop_bytes[cut] if ring else 0,
         inbox=inbox,
         because=stage_reason(priced, run),
         prefill_chunk_s=cost.stage_prefill_s(modules),

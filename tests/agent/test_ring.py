@@ -64,10 +64,12 @@ class Ring:
 
         class Sender:
             next_backlog_bytes = 0
+            next_bytes = 0
 
             def to_next(self, parcel: Parcel) -> None:
                 if number in ring.blocked:
                     raise Backlogged("the next stage takes nothing")
+                self.next_bytes += 100
                 ring.queues[(number + 1) % ring.stages].append(copied(parcel))
 
             def to_requester(self, topic: str, parcel: Parcel) -> None:

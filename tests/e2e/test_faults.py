@@ -84,8 +84,15 @@ def test_ten_thousand_messages_of_garbage_on_every_topic_change_nothing(site: Si
     while vandal.link is not Link.UP:
         vandal.poll(0.1)
         assert time.monotonic() < deadline_s
-    names = {"device": "board1", "deployment": before["deployment"], "stage": "0", "verb": "measure",
-             "requester": "coordinator", "who": "board1"}  # fmt: skip
+    names = {
+        "site": site.coordinator.site,
+        "device": "board1",
+        "deployment": before["deployment"],
+        "stage": "0",
+        "verb": "measure",
+        "requester": "coordinator",
+        "who": "board1",
+    }
     samples = [b"{}", b"null", b"[" * 5000, b'{"v":1,"device":"board1","epoch":9e99}', b"\xff" * 64, b'{"v":99}', b""]
     for number in range(10_000):
         row = topics.TABLE[number % len(topics.TABLE)]
