@@ -22,7 +22,7 @@ import numpy as np
 
 from agent.workers.child import Parent, become_worker
 from agent.workers.cold import Cold, sweep_bytes
-from agent.workers.pipe import Measured, MeasureModule, MeasureNote, MeasureTask
+from agent.workers.pipe import BrokerLogin, Measured, MeasureModule, MeasureNote, MeasureTask
 from agent.workers.stretch import Stretch
 from hwprofiles.link import measure_link
 from hwprofiles.measure import StopRule, measure_module, plan_for, resident_bytes
@@ -59,8 +59,13 @@ def main() -> int:
     if task.nice:
         os.nice(task.nice)
     parent.listen(lambda: None)
+    # The link is measured after the turn: it takes little of the processor, and boards need not wait for each other's.
     with take_turn(lambda: parent.gone, lambda: parent.say(MeasureNote(note="waits for another agent's measuring"))):
-        parent.say(measure(task, parent))
+        found = measure(task, parent)
+    if task.login is not None:
+        parent.say(MeasureNote(note="link"))
+        found = msgspec.structs.replace(found, link=_link(task, task.login))
+    parent.say(found)
     return 0
 
 
@@ -85,7 +90,7 @@ def take_turn(gone: Callable[[], bool], waiting: Callable[[], None]) -> socket.s
 
 
 def measure(task: MeasureTask, parent: Parent) -> Measured:
-    """Time every module of the task, then the link."""
+    """Time every module of the task; the link is still to be measured."""
     from models.engine.onnx import OnnxStage
 
     base_bytes = resident_bytes()
@@ -102,10 +107,7 @@ def measure(task: MeasureTask, parent: Parent) -> Measured:
         except (EdgelamError, OSError, ValueError) as error:
             LOG.warning("%s: %s", item.module.key, error)
             failed[item.module.key] = str(error)
-    link: LinkMeasurement | Absent | Failed = Absent("not asked for")
-    if task.login is not None:
-        parent.say(MeasureNote(note="link"))
-        link = _link(task)
+    link = Absent("not asked for")
     return Measured(modules=tuple(found), failed=failed, link=link, engines_loaded=loaded, allow_spinning=False)
 
 
@@ -187,9 +189,7 @@ class ModuleBench:
         return values if module.wire_dtype == "f32" else values.astype(np.float16)
 
 
-def _link(task: MeasureTask) -> LinkMeasurement | Failed:
-    login = task.login
-    assert login is not None
+def _link(task: MeasureTask, login: BrokerLogin) -> LinkMeasurement | Failed:
     transport = MqttTransport(
         login.url, login.client_id, keepalive_s=DATA_KEEPALIVE_S, username=login.username, password=login.password
     )

@@ -13,8 +13,8 @@ from typing import Final
 
 from agent.workers.clock import REAL, Clocks
 
-SHORTEST_SLEEP_S: Final = 50e-6
-"""Below this, sleeping takes longer than what is left; the rest is carried over to the next step."""
+SHORTEST_SLEEP_S: Final = 150e-6
+"""The kernel wakes a sleeper some 60 us late: shorter rests are waited out awake."""
 
 
 class Stretch:
@@ -48,6 +48,9 @@ class Stretch:
         rest_s = target_s - wall_s
         if rest_s > SHORTEST_SLEEP_S:
             self._sleep(rest_s)
+        else:
+            while self._wall_s() - self._began_wall_s < target_s:
+                pass
         elapsed_s = self._wall_s() - self._began_wall_s
         # Never owe more than one scheduler tick: a suspended machine must not be paid back by racing steps.
         self._owed_s = min(0.01, max(-0.01, target_s - elapsed_s))
