@@ -16,6 +16,7 @@ from coordinator.journal import DeploymentRecord
 from coordinator.planning.plan import Plan, PlannedStage
 from models.graph import Graph
 from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport
+from wire.units import bytes_text
 
 MAX_NAME = 32
 """Characters of a topic level and DNS label of ours (wire.ids)."""
@@ -115,6 +116,24 @@ def readiness(plan: Plan, applied: Mapping[str, Applied], online: Callable[[str]
             share = f" {report.fetched_bytes}/{report.to_fetch_bytes} bytes" if report.phase == "fetching" else ""
             waiting.append(f"{where}: {report.phase}{share}")
     return Readiness(ready=not waiting and not failed, waiting=tuple(waiting), failed=tuple(failed))
+
+
+def loading_text(plan: Plan, applied: Mapping[str, Applied]) -> str:
+    """How far a deployment is, in a line: '2 of 4 stages ready; pi4 fetching 12.4 MB of 34.7 MB; pi5 loading'."""
+    parts: list[str] = []
+    ready = 0
+    for stage in plan.stages:
+        report = _report_of(plan, stage, applied.get(stage.device))
+        if report is None:
+            parts.append(f"{stage.device} has not answered")
+        elif report.phase == "ready":
+            ready += 1
+        elif report.phase == "fetching":
+            share = f"{bytes_text(report.fetched_bytes)} of {bytes_text(report.to_fetch_bytes)}"
+            parts.append(f"{stage.device} fetching {share}")
+        else:
+            parts.append(f"{stage.device} {report.phase}")
+    return "; ".join([f"{ready} of {len(plan.stages)} stages ready", *parts])
 
 
 def _report_of(plan: Plan, stage: PlannedStage, applied: Applied | None) -> StageReport | None:

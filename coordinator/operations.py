@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from coordinator.deployments import deployment_name, held_elsewhere, make_orders, readiness
+from coordinator.deployments import deployment_name, held_elsewhere, loading_text, make_orders, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.planning.plan import Plan, PlannedStage
 from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, make_plan, repriced, worth_moving
 from coordinator.service import Coordinator
-from coordinator.shelf import Prepared, Shelf
+from coordinator.shelf import Prepared, Shelf, canonical
 from models.build.stage import build_stage_graph
 from models.graph import Graph
 from wire import topics
@@ -30,6 +31,8 @@ PREFILL_CHUNK_TOKENS = 64
 """Rows per prefill step: chunking costs no compute down to 32, and lets all stages work at once."""
 MEASURE_TIMEOUT_S = 180.0
 READY_TIMEOUT_S = 600.0
+PROGRESS_PERIOD_S = 2.0
+"""Between two lines about the same thing: people read them, and logs keep them."""
 FIRST_BOARD_TIMEOUT_S = 20.0
 MAX_KIT_MODULES = 64
 """What a Kit message holds (wire.messages); of more models than that, the earliest offered are measured no more."""
@@ -50,7 +53,7 @@ class Operations:
         """Pack a model and ask all devices to measure its modules (those that have not)."""
         if precision not in PRECISIONS:
             raise UsageError(f"precision {precision!r} is unknown", try_=", ".join(PRECISIONS))
-        prepared = await self._shelf.prepare(model, precision, progress)
+        prepared = await self._shelf.prepare(canonical(model), precision, progress)
         await self._offer_kit(prepared)
         return prepared
 
@@ -83,6 +86,7 @@ class Operations:
 
     async def plan(self, request: DeployRequest, progress: Progress) -> tuple[Plan, Prepared, list[Candidate]]:
         """Plan a model on the devices that are online and measured; waits for measurements that are under way."""
+        request = _canonical(request)
         if request.objective not in OBJECTIVES:
             raise UsageError(f"objective {request.objective!r} is unknown", try_=", ".join(OBJECTIVES))
         prepared = await self.prepare(request.model, request.precision, progress)
@@ -159,6 +163,7 @@ class Operations:
 
     async def ensure(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
         """Give a deployment that answers `request` and is ready: the one in force, or a new one."""
+        request = _canonical(request)
         prepared = await self.prepare(request.model, request.precision, progress)
         record = self._in_force_for(request)
         if record is None:
@@ -190,6 +195,7 @@ class Operations:
 
     async def deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
         """Plan anew and put the plan in force; keeps the running placement when moving is not worth it."""
+        request = _canonical(request)
         async with self._turn(progress):
             record = await self._deploy(request, progress)
         await self._await_ready(record, progress)
@@ -229,14 +235,14 @@ class Operations:
 
     async def _await_ready(self, record: DeploymentRecord, progress: Progress) -> None:
         coordinator = self._coordinator
-        said = ""
+        said, next_line_s = "", 0.0
 
         def settled() -> bool:
-            nonlocal said
+            nonlocal said, next_line_s
             state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
-            text = state.text()
-            if text != said and not state.ready:
-                said = text
+            text, now_s = loading_text(record.plan, coordinator.applied()), time.monotonic()
+            if text != said and not state.ready and now_s >= next_line_s:
+                said, next_line_s = text, now_s + PROGRESS_PERIOD_S
                 progress(text)
             return (
                 state.ready
@@ -290,6 +296,10 @@ def best_plan(
             raise refused from None
     caution = "Some of the figures are unsteady (edgelam bench shows which), so the prediction is rough."
     return msgspec.structs.replace(plan, because=f"{plan.because} {caution}")
+
+
+def _canonical(request: DeployRequest) -> DeployRequest:
+    return msgspec.structs.replace(request, model=canonical(request.model))
 
 
 def _with_epoch(plan: Plan, epoch: int) -> Plan:

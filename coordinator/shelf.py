@@ -6,14 +6,22 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from models.build.kit import KitEntry, build_kit
 from models.build.pack import Packed, pack
-from models.catalog import resolve
+from models.catalog import find, resolve
 from models.formats.checkpoint import Checkpoint, open_checkpoint
 from models.text import Tokenizer
 from wire.errors import EdgelamError
 
 Progress = Callable[[str], None]
+
+
+def canonical(model: str) -> str:
+    """The name under which a model is kept: an alias of the catalog and its name are one model."""
+    entry = find(model)
+    return entry.name if entry else model
 
 
 class Prepared:
@@ -65,10 +73,12 @@ class Shelf:
             progress(f"packing {model} at {precision}")
             wire_dtype = "f32" if precision == "f32" else "f16"
             packed = pack(checkpoint, precision, wire_dtype, self.cache)
+            named = msgspec.structs.replace(packed.graph, model=model)
         except OSError as error:
             raise EdgelamError(
                 f"{model} can't be packed: {error}", try_=f"is there room in {self.cache}, and may it be written?"
             ) from None
+        packed = msgspec.structs.replace(packed, graph=named)
         return Prepared(model, checkpoint, packed, Tokenizer.from_checkpoint(checkpoint))
 
     def kit_of(self, prepared: Prepared) -> list[KitEntry]:

@@ -13,6 +13,7 @@ from coordinator.fleet import Device
 from coordinator.service import Coordinator
 from hwprofiles.profile import LinkMeasurement
 from hwprofiles.stats import median
+from wire.messages import DeviceInfo
 from wire.version import VERSION
 
 
@@ -64,7 +65,7 @@ def device_row(device: Device, now_s: float) -> dict[str, Any]:
         "device": device.name,
         "state": device.presence.value,
         "boot": device.boot,
-        "board": info.board if info else None,
+        "board": board_text(info) if info else None,
         "arch": info.arch if info else None,
         "cores": info.cores if info else None,
         "memory_bytes": info.memory_bytes if info else None,
@@ -82,6 +83,12 @@ def device_row(device: Device, now_s: float) -> dict[str, Any]:
         "stages": [msgspec.to_builtins(report) for report in applied.stages] if applied else [],
         "counters": [msgspec.to_builtins(counters) for counters in telemetry.stages] if telemetry else [],
     }
+
+
+def board_text(info: DeviceInfo) -> str:
+    """What the board is; its architecture where it has no name; and that it is virtual, where it is."""
+    name = info.arch if info.board.startswith("(") else info.board
+    return f"virtual, {info.emulated}" if info.emulated else name
 
 
 def profile_text(device: Device) -> str:

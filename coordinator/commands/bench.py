@@ -15,6 +15,7 @@ from coordinator.commands.common import (
     Json,
     SiteKeyFile,
     client,
+    model_name,
     print_json,
     status_line,
     write_file,
@@ -43,7 +44,7 @@ def bench(
     Example: edgelam bench --markdown -o boards.md
     """
     with client(coordinator, site_key_file) as there:
-        there.last("/v1/measure", DeployRequest(model=model, precision=precision), status_line)
+        there.last("/v1/measure", DeployRequest(model=model_name(model), precision=precision), status_line)
         profiles = [_profile(there, name) for name in _names(there, device)]
     if json:
         text = msgspec.json.encode({"schema": "edgelam.bench/1", "profiles": profiles}).decode()

@@ -42,6 +42,12 @@ def read_site_key(path: Path | None) -> str:
     return key
 
 
+def model_name(text: str) -> str:
+    """A model as the coordinator should hear it: a path means a file here, wherever the coordinator was started."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.exists() else text
+
+
 def client(url: str | None, key_file: Path | None = None) -> Client:
     return Client(url, read_site_key(key_file))
 

@@ -12,6 +12,7 @@ from coordinator.commands.common import (
     Json,
     SiteKeyFile,
     client,
+    model_name,
     print_json,
     status_line,
     write_text,
@@ -48,7 +49,7 @@ def run(
     if not text:
         raise UsageError("no prompt", try_='edgelam run MODEL --prompt "TEXT" (or --prompt - and stdin)')
     request = GenerateRequest(
-        model=model,
+        model=model_name(model),
         prompt=text,
         raw=raw,
         max_tokens=max_tokens,

@@ -13,6 +13,7 @@ from coordinator.commands.common import (
     Json,
     SiteKeyFile,
     client,
+    model_name,
     print_json,
     status_line,
     write_file,
@@ -55,7 +56,7 @@ def plan(
     Example: edgelam plan smollm2 --boards-at-least 4 --explain
     """
     request = DeployRequest(
-        model=model,
+        model=model_name(model),
         precision=precision,
         objective=objective,
         context_tokens=context,
