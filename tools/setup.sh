@@ -74,16 +74,14 @@ key_of() {
     } | sha256sum | cut -c1-16
 }
 
-# Fill the cache's wheelhouse with all that `$extra` needs, unless its list says that it is there already.
+# Install what `$extra` needs from the cache alone; pip resolves first, so it is all or nothing.
+install_from_wheelhouse() {
+    "$venv/bin/python" -m pip install --no-index --find-links "$wheelhouse" --constraint constraints.txt \
+        --requirement "$needed" >>"$log" 2>&1
+}
+
+# Fetch all that `$extra` needs into the cache; each wheel arrives there whole or not at all.
 fill_wheelhouse() {
-    list="$wheelhouse/list-$extra-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
-    if [ -s "$list" ]; then
-        missing=''
-        while read -r wheel; do
-            [ -f "$wheelhouse/$wheel" ] || missing=$wheel
-        done <"$list"
-        [ -n "$missing" ] || return 0
-    fi
     say "fetching packages for '$extra' into $wheelhouse (once)"
     find "$wheelhouse" -maxdepth 1 -name 'incoming.*' -mtime +0 -exec rm -rf {} + # left by a killed run
     incoming=$(mktemp -d "$wheelhouse/incoming.XXXXXX")
@@ -92,9 +90,7 @@ fill_wheelhouse() {
         --dest "$incoming" --find-links "$wheelhouse" --requirement "$needed"; then
         fail "packages could not be fetched (log: $log); try: check the network and pip's index (pip config list), then run it again"
     fi
-    (cd "$incoming" && ls) >"$incoming.list"
     find "$incoming" -type f -exec mv -f {} "$wheelhouse/" \;
-    mv -f "$incoming.list" "$list"
     rm -rf "$incoming"
     trap - EXIT
 }
@@ -109,11 +105,12 @@ build() {
     wheelhouse="$cache/wheels/$machine"
     mkdir -p "$wheelhouse"
     "$venv/bin/python" tools/requirements.py "$extra" >"$needed"
-    fill_wheelhouse
     say "installing into $venv"
-    logged "$venv/bin/python" -m pip install --no-index --find-links "$wheelhouse" \
-        --constraint constraints.txt --requirement "$needed" ||
-        fail "installing failed (log: $log); try: rm -rf $venv $wheelhouse and run it again"
+    if ! install_from_wheelhouse; then
+        fill_wheelhouse
+        install_from_wheelhouse ||
+            fail "installing failed (log: $log); try: rm -rf $venv $wheelhouse and run it again"
+    fi
     logged "$venv/bin/python" -m pip install --no-index --no-deps --no-build-isolation --editable . ||
         fail "installing the project failed (log: $log); try: git status, then rm -rf $venv and run it again"
 }

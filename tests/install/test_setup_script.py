@@ -109,7 +109,9 @@ def ready(clone: Clone) -> Clone:
         *"pip download"*)
             [ -z "${NO_NETWORK:-}" ] || exit 1
             while [ "$1" != --dest ]; do shift; done; echo wheel >"$2/thing-1-py3-none-any.whl" ;;
-        *"pip install"*) [ -z "${BREAK_INSTALL:-}" ] || exit 1 ;;
+        *"pip install"*--requirement*)
+            [ -z "${BREAK_INSTALL:-}" ] || exit 1
+            while [ "$1" != --find-links ]; do shift; done; [ -e "$2/thing-1-py3-none-any.whl" ] ;;
         esac""",
     )
     return clone
