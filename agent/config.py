@@ -27,6 +27,9 @@ DEFAULT_SITE: Final = "home"
 DEFAULT_MQTT_PORT: Final = 8570
 """The coordinator's broker port; a test compares it with the coordinator's own."""
 
+MEASURE_BUDGET_S: Final = 0.5
+"""Seconds per point of a measurement: a kit has some 18 points, and a board that joins should soon be of use."""
+
 SYSTEM_FILE: Final = Path("/etc/edgelam/agent.json")
 MAX_CACHE_BYTES: Final = 20_000_000_000
 """Default cache limit, or half of what is free where that is less: a board's card must not fill up."""
@@ -66,6 +69,7 @@ class AgentConfig(Struct, frozen=True, kw_only=True):
     """0 = not emulated."""
     threads: int = 0
     """0 = as many as the processors that may be used."""
+    measure_budget_s: float = MEASURE_BUDGET_S
     site_key: str = ""
     log_level: str = "info"
 
@@ -144,6 +148,16 @@ def _threads(text: str) -> int:
     return int(text)
 
 
+def _budget(text: str) -> float:
+    try:
+        budget_s = float(text)
+    except ValueError:
+        budget_s = 0.0
+    if not 0.0 < budget_s <= 60.0:
+        raise UsageError(f"--measure-budget {text}: not above 0 and at most 60", try_="seconds per point, 0.5 for one")
+    return budget_s
+
+
 def _level(text: str) -> str:
     if text not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {text!r}", try_="debug, info, warning or error")
@@ -203,6 +217,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("emulate_speed", "emulate-speed", "F", _speed, "pretend to be a slower processor: 0 < F <= 1"),
     Setting("emulate_memory_bytes", "emulate-memory", "SIZE", size_bytes, "pretend to have only so much memory"),
     Setting("threads", "threads", "N", _threads, "threads of an engine (default: all processors that may be used)"),
+    Setting("measure_budget_s", "measure-budget", "S", _budget, "seconds per point of measuring (default: 0.5)"),
     Setting("site_key", "site-key-file", "FILE", _key, "file with the site's key, for broker and artifacts"),
     Setting("log_level", "log-level", "LEVEL", _level, "debug, info, warning or error"),
 )  # fmt: skip

@@ -48,6 +48,7 @@ class Subject(Struct, frozen=True, kw_only=True):
     threads: int
     speed: float
     emulation: str
+    budget_s: float
     profile_path: Path
 
 
@@ -247,6 +248,7 @@ class Measuring:
             login=self._login(f"probe-{self._launches}") if job.link else None,
             threads=self._subject.threads,
             speed=self._subject.speed,
+            budget_s=self._subject.budget_s,
             nice=NICE if stages_run else 0,
         )
         job.before = self._snapshot()

@@ -280,6 +280,7 @@ class Service:
             threads=self._threads,
             speed=speed,
             emulation=config.emulation,
+            budget_s=config.measure_budget_s,
             profile_path=config.state_dir / "profile.json",
         )
         self._measuring = Measuring(

@@ -33,7 +33,9 @@ MEASURE_TIMEOUT_S = 180.0
 READY_TIMEOUT_S = 600.0
 PROGRESS_PERIOD_S = 2.0
 """Between two lines about the same thing: people read them, and logs keep them."""
-FIRST_BOARD_TIMEOUT_S = 20.0
+MORE_BOARDS_TIMEOUT_S = 6.0
+"""For boards that are just joining: found over mDNS, connected and heard within it."""
+FIRST_BOARD_TIMEOUT_S = 15.0
 MAX_KIT_MODULES = 64
 """What a Kit message holds (wire.messages); of more models than that, the earliest offered are measured no more."""
 PRECISIONS = ("int4", "int8", "f32")
@@ -133,12 +135,9 @@ class Operations:
     async def _await_boards(self, request: DeployRequest, prepared: Prepared, progress: Progress) -> list[str]:
         """Wait until every online device has measured the model's modules; give those that have not in time."""
         coordinator = self._coordinator
-        if (
-            not await coordinator.changes.wait(
-                lambda: len(coordinator.online()) >= max(1, request.boards_at_least), FIRST_BOARD_TIMEOUT_S
-            )
-            and not coordinator.online()
-        ):
+        wanted = max(1, request.boards_at_least)
+        await coordinator.changes.wait(lambda: len(coordinator.online()) >= wanted, MORE_BOARDS_TIMEOUT_S)
+        if not await coordinator.changes.wait(lambda: bool(coordinator.online()), FIRST_BOARD_TIMEOUT_S):
             raise Unreachable(
                 f"no board is online at site {coordinator.site!r}",
                 try_="edgelam-agent run on each board, or: edgelam testbed up --boards 4",

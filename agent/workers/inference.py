@@ -6,6 +6,7 @@ polled without waiting, so that what is more urgent than the next prefill chunk 
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
@@ -61,6 +62,9 @@ def main() -> int:
         password=login.password,
     )
     parent.listen(transport.wake)
+    # What is loaded stays: the garbage collector need not walk it again and hold up a token.
+    gc.collect()
+    gc.freeze()
     Worker(assignment, engine, transport, parent).run()
     return 0
 

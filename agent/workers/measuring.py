@@ -40,10 +40,6 @@ ENGINE: Final = "onnxruntime"
 CONTEXT_TOKENS: Final = 512
 """Room for the longest context that is measured (256 rows) and the largest prefill step (128) on top."""
 
-RULE: Final = StopRule(time_budget_s=0.5)
-"""A quarter of the default: a kit has some 18 points, and a board that joins should soon be of use. Points that this
-leaves invalid are taken again."""
-
 RETRIES: Final = 3
 """A point without a valid run keeps the device out of every plan, and machines have noisy seconds."""
 
@@ -124,6 +120,7 @@ class ModuleBench:
         self._item = item
         self._threads = task.threads
         self._speed = task.speed
+        self._rule = StopRule(time_budget_s=task.budget_s)
         self._load = load
         self._cold = cold
         self._loaded: dict[int, tuple[StageEngine, int]] = {}
@@ -131,7 +128,7 @@ class ModuleBench:
 
     def measure(self, base_bytes: int) -> ModuleMeasurement:
         module = self._item.module
-        plan = plan_for(module.kind, tuple(stack for stack, _ in self._item.graph_paths), RULE)
+        plan = plan_for(module.kind, tuple(stack for stack, _ in self._item.graph_paths), self._rule)
         plan = msgspec.structs.replace(plan, retries=RETRIES)
         return measure_module(module.key, module.kind, ENGINE, self._threads, self._run, plan, base_bytes=base_bytes)
 

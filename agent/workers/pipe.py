@@ -82,6 +82,8 @@ class MeasureTask(Struct, frozen=True, kw_only=True):
     """None = leave the link alone."""
     threads: int
     speed: float
+    budget_s: float = 0.5
+    """Seconds per point."""
     nice: int = 0
 
 

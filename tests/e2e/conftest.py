@@ -9,6 +9,14 @@ import pytest
 from tests.e2e.site import Site, running_site, write_tiny_model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_measuring() -> Iterator[None]:
+    """Boards measure themselves for real, but not for long: these tests are not about figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELAM_MEASURE_BUDGET", "0.05")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_model(tmp_path_factory.mktemp("models")))
