@@ -19,14 +19,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 
 from agent.orders import is_inbox
+from agent.workers.requests import Live, Tally, Unit, chunks_of
 from agent.workers.stretch import Stretch
 from models.engine.base import ContextFull, EngineFailed, NoSlot, StageEngine
 from wire.channel import Backlogged, Delivery
@@ -57,57 +56,6 @@ class Sender(Protocol):
     def to_next(self, parcel: Parcel) -> None: ...
 
     def to_requester(self, topic: str, parcel: Parcel) -> None: ...
-
-
-class Tally(Struct):
-    """Totals since the worker started."""
-
-    requests: int = 0
-    prefill_steps: int = 0
-    prefill_tokens: int = 0
-    prefill_busy_s: float = 0.0
-    decode_steps: int = 0
-    decode_busy_s: float = 0.0
-    decode_sent_bytes: int = 0
-    """What crossed to the next stage in decode: one row of hidden states, or one token, per step."""
-    stale: int = 0
-    """Parcels of another epoch."""
-    refused: int = 0
-    """Parcels that don't fit this stage or any request of it."""
-    unsent: int = 0
-    """Parcels that could not be sent for want of a connection or of credit."""
-    idle: int = 0
-    """Requests that were freed because nothing came."""
-
-
-@dataclass(slots=True, eq=False)
-class Live:
-    """A request that holds a slot. `run` rows went through the engine, `filed` rows arrived."""
-
-    request: int
-    slot: int
-    reply: str
-    sampling: Sampling
-    prompt_tokens: int
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    idle_timeout_s: float
-    meta: bytes
-    seen_s: float
-    run: int = 0
-    filed: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Unit:
-    """One step to make: rows for one request. `delivery` is given back when they were used."""
-
-    live: Live
-    rows: Any
-    count: int
-    final: bool
-    delivery: Delivery | None = None
-    meta: bytes = b""
 
 
 class StageWork:
@@ -432,21 +380,3 @@ class StageWork:
 
     def _room_ahead(self) -> bool:
         return self._sender.next_backlog_bytes <= MAX_NEXT_BACKLOG_BYTES
-
-
-def chunks_of(count: int, chunk: int) -> list[tuple[int, int]]:
-    """Cut `count` rows into pieces [start, end) of at most `chunk`; none has one row unless there is only one.
-
-    One row runs through other kernels than many: a chunk of one would change the arithmetic of a prompt. The last
-    piece borrows a row from the one before, which has at least 2 (`chunk` >= 2; with 2, the last has 3).
-    """
-    starts = list(range(0, count, chunk))
-    ends = [min(start + chunk, count) for start in starts]
-    if len(starts) > 1 and ends[-1] - starts[-1] == 1:
-        if chunk == 2:
-            ends[-2] = ends[-1]
-            del starts[-1], ends[-1]
-        else:
-            starts[-1] -= 1
-            ends[-2] -= 1
-    return list(zip(starts, ends, strict=True))

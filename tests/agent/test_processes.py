@@ -248,19 +248,6 @@ def test_an_agent_that_is_told_to_end_says_offline_and_leaves(
 
 
 @needs_mosquitto
-def test_a_killed_agent_is_offline_by_its_will_and_its_next_boot_is_online(site: Site, tmp_path: Path) -> None:
-    process = started(site, tmp_path)
-    site.wait(lambda: site.is_state("online"))
-    process.kill()
-    process.communicate()
-    site.wait(lambda: site.is_state("offline"))
-    process = started(site, tmp_path)
-    site.wait(lambda: site.is_state("online"))
-    process.terminate()
-    process.communicate(timeout=15)
-
-
-@needs_mosquitto
 def test_a_second_agent_of_one_name_leaves_with_exit_code_3_and_names_the_other(site: Site, tmp_path: Path) -> None:
     first = started(site, tmp_path)
     site.wait(lambda: site.is_state("online"))
@@ -275,20 +262,6 @@ def test_a_second_agent_of_one_name_leaves_with_exit_code_3_and_names_the_other(
 
 
 @needs_mosquitto
-def test_a_broker_that_comes_back_empty_is_told_everything_again(site: Site, tmp_path: Path) -> None:
-    process = started(site, tmp_path)
-    site.wait(lambda: site.is_state("online"))
-    site.stop_broker()
-    site.seen.clear()
-    time.sleep(0.5)
-    site.start_broker()
-    wanted = {topic.on("lab", "pi5") for topic in (topics.STATE, topics.INFO, topics.APPLIED)}
-    site.wait(lambda: wanted <= set(site.seen) and site.is_state("online"))
-    process.terminate()
-    process.communicate(timeout=15)
-
-
-@needs_mosquitto
 def test_an_idle_supervisor_is_small_and_quiet(site: Site, tmp_path: Path) -> None:
     process = started(site, tmp_path)
     heartbeats = topics.TELEMETRY.on("lab", "pi5")
@@ -299,7 +272,7 @@ def test_an_idle_supervisor_is_small_and_quiet(site: Site, tmp_path: Path) -> No
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     before_s, before_busy_s = time.monotonic(), processor_s()
-    site.wait(lambda: time.monotonic() - before_s > 6)
+    site.wait(lambda: time.monotonic() - before_s > 4)
     fraction = (processor_s() - before_busy_s) / (time.monotonic() - before_s)
     beat = decode(site.seen[heartbeats][-1], Telemetry, "test")
     libraries = Path(f"/proc/{process.pid}/maps").read_text()
@@ -325,7 +298,7 @@ def test_an_agent_without_a_broker_goes_on_searching_and_tells_systemd_that_it_i
         while "WATCHDOG=1" not in heard:
             heard += systemd.recv(4096).decode()
         assert "READY=1" in heard
-        time.sleep(4)
+        time.sleep(3.2)  # beyond the first search, so that its silence has been told
         assert process.poll() is None
         process.terminate()
         _, errors = process.communicate(timeout=15)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.workers.ring import StageWork, chunks_of
+from agent.workers.requests import chunks_of
+from agent.workers.ring import StageWork
 from agent.workers.stretch import Stretch
 from models.sampling import draw
 from tests.agent.fakes import DEVICE, SITE, FakeEngine, inbox, order_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import lifecycle
+from agent import claim, lifecycle, restarts
 from agent.lifecycle import State
 from agent.service import Service
 from agent.workers.pipe import Status
@@ -17,7 +17,8 @@ from wire.messages import Applied, Command, DeviceInfo, DeviceState, Reply, Tele
 
 
 @pytest.fixture
-def lab(tmp_path: Path):  # type: ignore[no-untyped-def]
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.05)
     lab = Lab(tmp_path)
     yield lab
     lab.close()
@@ -207,7 +208,8 @@ def test_a_second_agent_of_the_same_name_is_refused_and_the_first_stays(lab: Lab
     assert isinstance(state, DeviceState) and (state.state, state.boot) == ("online", first.boot)
 
 
-def test_the_state_of_a_dead_agent_is_taken_over(lab: Lab) -> None:
+def test_the_state_of_a_dead_agent_is_taken_over(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "LISTEN_S", 0.3)
     ghost = DeviceState(state="online", boot="abc", since_unix=1.0)
     lab.publish(topics.STATE, ghost, DEVICE)
     service = lab.agent()
