@@ -26,7 +26,7 @@ test:
 	@tools/setup.sh dev
 	@$(VENV)/bin/edgelam model fetch smollm2 --yes || echo "make: no model weights; the tests that need them say so and are skipped" >&2
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT INT TERM && \
-		TMPDIR="$$scratch" $(VENV)/bin/python -m pytest -q -m "$(FAST)" $(ARGS)
+		TMPDIR="$$scratch" $(VENV)/bin/python -m pytest -q -n 3 --dist loadfile -m "$(FAST)" $(ARGS)
 
 check:
 	@tools/setup.sh dev
