@@ -14,7 +14,7 @@ help:
 	@echo "make demo               four virtual boards answer a prompt together: no root, no boards, no broker needed"
 	@echo "make test               set up and run the tests (ARGS=... goes to pytest)"
 	@echo "make check              lint, format, types, import contracts"
-	@echo "make bench AREA=x       run one benchmark: $(basename $(notdir $(filter-out %/__init__.py %/report.py,$(wildcard benchmarks/*.py))))"
+	@echo "make bench AREA=x       run one benchmark: $(basename $(notdir $(filter-out %/__init__.py %/report.py %_peers.py,$(wildcard benchmarks/*.py))))"
 	@echo "make bundle             an offline bundle for a board in dist/ (BUNDLE='--python 3.11 --machine aarch64')"
 	@echo "make clean              remove what was made in this clone (the user's cache stays)"
 

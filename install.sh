@@ -10,7 +10,7 @@ set -eu
 
 OLDEST_MINOR=10 # Python 3.10 is JetPack 6
 NEWEST_MINOR=13
-NEED_KB=600000  # measured: an agent's environment is 220 MB; twice that during an upgrade, and the wheels
+NEED_KB=700000  # measured: agent 180 MB, coordinator 292 MB; twice that during an upgrade, and the wheels
 USER_NAME=edgelam
 
 usage() {
@@ -115,12 +115,17 @@ name_places() {
     cache=$root/var/cache/edgelam
     final_log=$root/var/log/edgelam-install.log
     pending=$opt/pending
-    if [ "$role" = agent ]; then program=edgelam-agent other=coordinator; else program=edgelam other=agent; fi
-    other_unit=$root/etc/systemd/system/edgelam-$other.service
+    if [ "$role" = agent ]; then
+        program=edgelam-agent other=coordinator other_program=edgelam
+    else
+        program=edgelam other=agent other_program=edgelam-agent
+    fi
+    link=$root/usr/local/bin/$program
+    other_role_here=''
+    if [ -L "$root/usr/local/bin/$other_program" ]; then other_role_here=yes; fi
     # Both roles of one machine share one release.
     extra='' flavour=agent
-    if [ "$role" = coordinator ] || [ -e "$other_unit" ]; then extra='[coordinator]' flavour=coordinator; fi
-    link=$root/usr/local/bin/$program
+    if [ "$role" = coordinator ] || [ -n "$other_role_here" ]; then extra='[coordinator]' flavour=coordinator; fi
     here=$(cd "$(dirname "$0")" && pwd)
 }
 
@@ -427,7 +432,7 @@ make_user_gone() {
 uninstall_role() {
     step "no unit edgelam-$role.service" is_stopped make_stopped
     step "no command $program" is_unlinked make_unlinked
-    if [ -e "$other_unit" ]; then
+    if [ -n "$other_role_here" ]; then
         say "kept     programs, settings and user: the role $other needs them"
         return
     fi

@@ -164,6 +164,14 @@ def test_a_failing_command_is_named_with_its_code_its_last_words_and_a_way_on(ma
     assert machine.run().returncode == 0
 
 
+def test_a_role_added_without_a_service_leaves_the_other_ones_program_whole(machine: FakeMachine) -> None:
+    machine.run("--role", "coordinator", "--no-service")
+    before = machine.files()["opt/edgelam/current"]
+    machine.run("--role", "agent", "--no-service")
+    assert machine.files()["opt/edgelam/current"] == before
+    assert before.endswith("-coordinator")
+
+
 def test_both_roles_share_one_release_and_leave_one_by_one(machine: FakeMachine) -> None:
     machine.run("--role", "agent")
     both = machine.run("--role", "coordinator", "--site", "lab")
