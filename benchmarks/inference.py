@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import Figure, emit
+from benchmarks.report import Figure, at_least, at_most, emit, machine
 from coordinator.client import Client
 from coordinator.inference.requests import GenerateRequest
 from models.build.pack import pack
@@ -182,30 +182,30 @@ def main() -> None:
     split = found["answers"][options.boards]
     hop = split["stages"][0]["sent_bytes_per_token"]
     shaped = options.link != "none"
+    compute_s = sum(stage["measured_compute_s"] for stage in split["stages"])
+    ratio_one, ratio_many = bare_s / one_s, bare_s / many_s
+    prediction = split["predicted_token_s"] / many_s
     figures = [
-        Figure("bare onnxruntime loop", 1 / bare_s, "tokens/s", None, None),
-        Figure("one board, whole path", 1 / one_s, "tokens/s", None, None),
-        Figure(f"{options.boards} boards", 1 / many_s, "tokens/s", None, None),
-        Figure("one board / bare loop", bare_s / one_s, "ratio", ">= 0.9", None if shaped else bare_s / one_s >= 0.9),
-        Figure(
-            f"{options.boards} boards / bare loop",
-            bare_s / many_s,
-            "ratio",
-            ">= 0.75",
-            None if shaped else bare_s / many_s >= 0.75,
-        ),
-        Figure("bytes per token per hop", hop, "bytes", "= formula", hop == split["stages"][0]["formula_bytes"]),
-        Figure("hop / llama.cpp RPC bytes", hop / REFERENCE_BYTES, "ratio", "< 0.01", hop / REFERENCE_BYTES < 0.01),
-        Figure(
-            "predicted / measured time per token",
-            split["predicted_token_s"] / many_s,
-            "ratio",
-            "0.75 to 1.25",
-            0.75 <= split["predicted_token_s"] / many_s <= 1.25,
-        ),
-        Figure("time to first token, split", split["time_to_first_token_s"], "s", None, None),
+        Figure("bare onnxruntime loop", 1 / bare_s, "tokens/s"),
+        Figure("one board, whole path", 1 / one_s, "tokens/s"),
+        Figure(f"{options.boards} boards", 1 / many_s, "tokens/s"),
+        # The targets are promised for links that are not shaped: a shaped link has a bound of its own.
+        Figure("one board / bare loop", ratio_one, "ratio")
+        if shaped
+        else at_least("one board / bare loop", ratio_one, "ratio", 0.9),
+        Figure(f"{options.boards} boards / bare loop", ratio_many, "ratio")
+        if shaped
+        else at_least(f"{options.boards} boards / bare loop", ratio_many, "ratio", 0.75),
+        Figure("compute of all stages", compute_s * 1e3, "ms/token"),
+        Figure("compute of all stages / bare loop", compute_s / bare_s, "ratio"),
+        Figure("a hop: what is neither compute nor bare", (many_s - compute_s) / options.boards * 1e3, "ms"),
+        Figure("bytes per token per hop", hop, "bytes", "the formula", hop == split["stages"][0]["formula_bytes"]),
+        at_most("a hop / llama.cpp RPC", hop / REFERENCE_BYTES, "ratio", 0.01),
+        Figure("predicted / measured time per token", prediction, "ratio", "0.75 to 1.25", 0.75 <= prediction <= 1.25),
+        Figure("time to first token, split", split["time_to_first_token_s"], "s"),
     ]
-    emit("inference", {**vars(options), "raw_token_s": {str(k): v for k, v in found["raw"].items()}}, figures)
+    conditions = {**machine(), **vars(options), "raw_token_s": {str(k): v for k, v in found["raw"].items()}}
+    emit("inference", conditions, figures)
 
 
 if __name__ == "__main__":
