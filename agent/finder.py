@@ -121,5 +121,5 @@ def whereabouts(found: Found, via: HostPort | None) -> Whereabouts:
     """Where to dial: the tunnel if there is one, else each address that was found."""
     if via is not None:
         return Whereabouts(site=found.site, urls=(f"mqtt://{via}",), how="found by mDNS, dialled as told by --via")
-    urls = tuple(f"mqtt://{HostPort(address, found.port)}" for address in found.addresses)
+    urls = tuple(f"mqtt://{HostPort(address, found.port)}" for address in found.broker_hosts)
     return Whereabouts(site=found.site, urls=urls, how="found by mDNS")

@@ -255,14 +255,15 @@ class Runner:
         interfaces = [options.listen] if options.listen != "0.0.0.0" else None
         if is_loopback(options.listen):
             interfaces = ["127.0.0.1"]
-        port = parse_url(url).port
+        broker_host, port = parse_url(url)
+        elsewhere = bool(options.broker_url) and not is_loopback(broker_host)
         self._advertiser = Advertiser(
             options.site,
             COORDINATOR_NAME,
             "coordinator",
             self.boot,
             port,
-            coordinator_properties(self.http_port),
+            coordinator_properties(self.http_port, broker_host if elsewhere else ""),
             interfaces=interfaces,
         )
         self._advertiser.start()

@@ -230,7 +230,8 @@ def _order(options: UpOptions) -> KeeperOrder:
     else:
         found = find_coordinator(options.site, options.find_timeout_s, options.interfaces)
         host = f"[{found.addresses[0]}]" if ":" in found.addresses[0] else found.addresses[0]
-        mqtt = f"{host}:{found.port}"
+        broker = found.broker_hosts[0]
+        mqtt = f"[{broker}]:{found.port}" if ":" in broker else f"{broker}:{found.port}"
         http = http or (f"{host}:{found.http_port}" if found.http_port else "")
     if http:
         parse_address(http, "coordinator's HTTP API")

@@ -31,6 +31,7 @@ MAX_ADDRESSES: Final = 16
 _LABEL_BYTES: Final = 60
 """DNS labels hold 63 bytes; zeroconf may append "-2" to a name that is taken."""
 
+_HOST: Final = re.compile(r"^[A-Za-z0-9](?:[A-Za-z0-9.:-]{0,98}[A-Za-z0-9])?$")
 _BOOT: Final = re.compile(r"^[0-9a-f]{1,32}$")
 
 Role = Literal["coordinator", "agent"]
@@ -57,9 +58,16 @@ class Found(Struct, frozen=True, kw_only=True):
         text = self.properties.get("http", "")
         return int(text) if text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536 else None
 
+    @property
+    def broker_hosts(self) -> tuple[str, ...]:
+        """Where the broker is: the host that the coordinator names, else its own addresses. Port: `port`."""
+        named = self.properties.get("broker", "")
+        return (named,) if _HOST.match(named) else self.addresses
 
-def coordinator_properties(http_port: int) -> dict[str, str]:
-    return {"http": str(http_port)}
+
+def coordinator_properties(http_port: int, broker_host: str = "") -> dict[str, str]:
+    """What a coordinator says of itself: its HTTP port, and where its broker is if that runs on another machine."""
+    return {"http": str(http_port), **({"broker": broker_host} if broker_host else {})}
 
 
 def agent_properties(cores: float, memory_bytes: int, engines: Sequence[str]) -> dict[str, str]:

@@ -42,6 +42,14 @@ def test_what_is_written_is_what_is_read() -> None:
     assert coordinator("lab").http_port == 8080
 
 
+def test_a_broker_on_another_machine_is_where_the_coordinator_says() -> None:
+    record = txt_record("lab", "coordinator", "coordinator", BOOT, coordinator_properties(8571, "10.0.0.9"))
+    assert read_record(raw(record), ["10.0.0.5"], 1883).broker_hosts == ("10.0.0.9",)
+    assert coordinator("lab").broker_hosts == ("10.0.0.5",)
+    strange = read_record(raw({**record, "broker": "a b/c"}), ["10.0.0.5"], 1883)
+    assert strange.broker_hosts == ("10.0.0.5",)
+
+
 def test_the_longest_names_and_properties_of_an_agent_fit_into_the_record_and_the_label() -> None:
     site, name = "s" * 32, "d" * 32
     record = txt_record(
