@@ -96,11 +96,12 @@ class Fetcher:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def want(self, refs: Iterable[ArtifactRef], url_of: Callable[[str], str]) -> None:
-        """Fetch what is not under way. What failed lately is left alone until its pause is over."""
+        """Fetch these; what is under way goes on from the new address if that is another one (a coordinator may come
+        back elsewhere). What failed lately is left alone until its pause is over."""
         now_s = self._clock()
         with self._mutex:
             for ref in refs:
-                if ref.digest not in self._wanted and self._failed_until_s.get(ref.digest, 0.0) <= now_s:
+                if self._failed_until_s.get(ref.digest, 0.0) <= now_s:
                     self._wanted[ref.digest] = (ref, url_of(ref.digest))
             if self._wanted and self._thread is None and not self._stopping:
                 self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)

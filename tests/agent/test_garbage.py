@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from agent.config import HostPort, Via
 from agent.lifecycle import State
 from agent.workers.inference import Worker
 from agent.workers.pipe import Assignment, BrokerLogin, Status
@@ -58,7 +59,8 @@ def peak_bytes() -> int:
 
 def test_a_supervisor_survives_ten_thousand_messages_of_garbage(tmp_path: Path) -> None:
     lab, launcher, chance = Lab(tmp_path), FakeLauncher(), random.Random(1)
-    service = lab.agent(launcher)
+    # Whatever host a mangled order names, nothing but this machine is dialled.
+    service = lab.agent(launcher, via=Via(http=HostPort("127.0.0.1", 1)))
     lab.turn(lambda: service.state is State.SERVING)
     kit = Kit(
         artifacts_url="http://127.0.0.1:1",

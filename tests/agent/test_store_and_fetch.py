@@ -195,6 +195,17 @@ def test_what_was_given_up_is_wanted_again_only_after_a_pause(server: Server, st
     fetcher.close()
 
 
+def test_a_fetch_under_way_follows_a_coordinator_that_comes_back_elsewhere(server: Server, store: Store) -> None:
+    ref = server.add(BIG)
+    fetcher = Fetcher(store, lambda: None)
+    fetcher.want([ref], lambda digest: f"http://127.0.0.1:1/{digest}")
+    deadline_s = time.monotonic() + 5
+    while not any(progress.note for progress in fetcher.drain()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+    assert outcome(fetcher, server, ref)[ref.digest].done
+
+
 def test_a_damaged_file_is_fetched_again(server: Server, store: Store) -> None:
     ref = server.add(BIG)
     store.path_of(ref.digest).write_bytes(BIG[:-1] + b"x")
