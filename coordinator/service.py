@@ -74,6 +74,7 @@ class Coordinator:
         self.on_deployment_lost: Callable[[str, str], None] = lambda _name, _reason: None
         self._records: dict[str, DeploymentRecord] = {}
         self._kit: Kit | None = None
+        self._applied_heard: set[str] = set()
         self._desired_epoch = 0
         self._ordered: set[str] = set()
 
@@ -118,7 +119,13 @@ class Coordinator:
         return {device.name: device.profile for device in self.devices() if device.profile is not None}
 
     def applied(self) -> dict[str, Applied]:
-        return {device.name: device.applied for device in self.devices() if device.applied is not None}
+        """What each device says that it runs, as far as it said so since our connection stands: what was true before
+        a broker died may not be true after it."""
+        return {
+            device.name: device.applied
+            for device in self.devices()
+            if device.applied is not None and device.name in self._applied_heard
+        }
 
     def telemetry(self) -> dict[str, Telemetry]:
         return {device.name: device.telemetry for device in self.devices() if device.telemetry is not None}
@@ -192,6 +199,10 @@ class Coordinator:
             self.note(notice("bad-message", reason=error.message))
 
     def _feed(self, event: FleetEvent) -> None:
+        if isinstance(event, LinkUp | LinkDown):
+            self._applied_heard.clear()
+        elif isinstance(event, AppliedArrived):
+            self._applied_heard.add(event.device)
         before = self._there()
         self.fleet, notices = self.fleet.after(event)
         for said in notices:
@@ -262,7 +273,8 @@ class Coordinator:
 
     def next_epoch(self) -> int:
         """A fresh epoch, above all that were ever given or applied."""
-        applied = [found.epoch for found in self.applied().values() if found.epoch < EPOCH_JUMP_LIMIT]
+        reports = [device.applied for device in self.devices() if device.applied is not None]
+        applied = [found.epoch for found in reports if found.epoch < EPOCH_JUMP_LIMIT]
         return self.journal.next_epoch(max([self._desired_epoch, *applied], default=0))
 
     def put_in_force(self, record: DeploymentRecord) -> None:

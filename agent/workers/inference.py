@@ -216,6 +216,8 @@ class Worker:
     def _on_down(self, reason: str) -> None:
         LOG.warning("broker lost: %s", reason)
         self._work.drop_all()
+        self._ready = False
+        self._parent.say(Status(phase="loading", epoch=self._work.order.epoch, detail=f"broker lost: {reason}"))
 
     def _report(self) -> None:
         order, tally = self._work.order, self._work.tally
