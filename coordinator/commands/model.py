@@ -7,13 +7,13 @@ from typing import Annotated
 
 import msgspec
 import typer
-from models.catalog import entries, find, is_cached, resolve
-from models.fetch import fetch
-from models.formats.checkpoint import open_checkpoint
 
 from coordinator.commands.common import Json, print_json, status_line, write_text
 from coordinator.screens.table import table
 from models.cache import cache_dir
+from models.catalog import entries, find, is_cached, resolve
+from models.fetch import fetch
+from models.formats.checkpoint import open_checkpoint
 from wire.errors import Refused
 from wire.units import bytes_text
 
