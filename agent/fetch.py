@@ -65,11 +65,11 @@ def artifact_url(base_url: str, digest: str, via: HostPort | None, broker_host: 
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"artifacts from {base_url!r}: only http and https are fetched")
-    netloc = parts.netloc
+    netloc, port = parts.netloc, parts.port or 80  # raises ValueError for what is no port
     if via is not None:
         netloc = str(via)
     elif parts.hostname in (None, "0.0.0.0", "::"):
-        netloc = str(HostPort(broker_host, parts.port or 80))
+        netloc = str(HostPort(broker_host, port))
     path = parts.path.rstrip("/")
     if not path.endswith("/v1/artifacts"):
         path += "/v1/artifacts"
@@ -87,7 +87,8 @@ class Fetcher:
         self._token = token
         self._clock = clock
         self._wanted: OrderedDict[str, tuple[ArtifactRef, str]] = OrderedDict()
-        self._failed_until_s: dict[str, float] = {}
+        self._failed_until_s: dict[tuple[str, str], float] = {}
+        """(digest, URL): what one address does not give, another may."""
         self._results: deque[Progress] = deque()
         self._mutex = threading.Condition()
         self._stopping = False
@@ -101,8 +102,14 @@ class Fetcher:
         now_s = self._clock()
         with self._mutex:
             for ref in refs:
-                if self._failed_until_s.get(ref.digest, 0.0) <= now_s:
-                    self._wanted[ref.digest] = (ref, url_of(ref.digest))
+                try:
+                    url = url_of(ref.digest)
+                except ValueError as error:  # what a message called an address is none
+                    self._wanted.pop(ref.digest, None)
+                    self._results.append(Progress(ref.digest, 0, failed=str(error)))
+                    continue
+                if self._failed_until_s.get((ref.digest, url), 0.0) <= now_s:
+                    self._wanted[ref.digest] = (ref, url)
             if self._wanted and self._thread is None and not self._stopping:
                 self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
                 self._thread.start()
@@ -114,7 +121,7 @@ class Fetcher:
         with self._mutex:
             for digest in [digest for digest in self._wanted if digest not in keep]:
                 del self._wanted[digest]
-            self._failed_until_s = {d: until for d, until in self._failed_until_s.items() if d in keep}
+            self._failed_until_s = {key: until for key, until in self._failed_until_s.items() if key[0] in keep}
             self._mutex.notify()
 
     def drain(self) -> list[Progress]:
@@ -149,18 +156,18 @@ class Fetcher:
                     LOG.warning("%s; trying again", error.message)
                     continue
                 mismatches.pop(ref.digest)
-                self._give_up(ref, error.message)
+                self._give_up(ref, url, error.message)
             except (StoreFull, _Hopeless) as error:
-                self._give_up(ref, error.message)
+                self._give_up(ref, url, error.message)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     self._store.part_of(ref.digest).unlink(missing_ok=True)
-                    self._give_up(ref, f"cache {self._store.folder}: {error.strerror}")
+                    self._give_up(ref, url, f"cache {self._store.folder}: {error.strerror}")
                     continue
                 have_bytes = self._have_bytes(ref)
                 pause_s = FIRST_PAUSE_S if have_bytes > before_bytes else min(2 * pause_s, LONGEST_PAUSE_S)
                 self._tell(Progress(ref.digest, have_bytes, note=f"{_host(url)}: {_why(error)}; trying again"))
-                self._rest(pause_s)
+                self._rest(FIRST_PAUSE_S if self._others_first(ref) else pause_s)
             else:
                 pause_s = FIRST_PAUSE_S
 
@@ -170,21 +177,30 @@ class Fetcher:
                 self._mutex.wait()
             return None if self._stopping else next(iter(self._wanted.values()))
 
+    def _others_first(self, ref: ArtifactRef) -> bool:
+        """What can't be had now goes behind the rest, which may come from elsewhere; False if there is no rest."""
+        with self._mutex:
+            if ref.digest in self._wanted:
+                self._wanted.move_to_end(ref.digest)
+            return len(self._wanted) > 1
+
     def _rest(self, pause_s: float) -> None:
         with self._mutex:
             if not self._stopping:
                 self._mutex.wait(pause_s)
 
-    def _give_up(self, ref: ArtifactRef, reason: str) -> None:
+    def _give_up(self, ref: ArtifactRef, url: str, reason: str) -> None:
         with self._mutex:
-            self._wanted.pop(ref.digest, None)
-            self._failed_until_s[ref.digest] = self._clock() + FAILED_RETRY_S
+            if self._wanted.get(ref.digest) == (ref, url):
+                del self._wanted[ref.digest]
+            self._failed_until_s[ref.digest, url] = self._clock() + FAILED_RETRY_S
         self._tell(Progress(ref.digest, 0, failed=reason))
 
     def _finish(self, ref: ArtifactRef) -> None:
         with self._mutex:
             self._wanted.pop(ref.digest, None)
-            self._failed_until_s.pop(ref.digest, None)
+            for key in [key for key in self._failed_until_s if key[0] == ref.digest]:
+                del self._failed_until_s[key]
         self._tell(Progress(ref.digest, ref.size_bytes, done=True))
 
     def _tell(self, progress: Progress) -> None:

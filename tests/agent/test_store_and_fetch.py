@@ -206,6 +206,14 @@ def test_a_fetch_under_way_follows_a_coordinator_that_comes_back_elsewhere(serve
     assert outcome(fetcher, server, ref)[ref.digest].done
 
 
+@pytest.mark.parametrize("base", ["htt0.0.1:1", "file:///etc", "http://[::1", "http://h:99999999", ""])
+def test_an_address_that_is_none_is_a_failure_and_no_crash(store: Store, base: str) -> None:
+    fetcher = Fetcher(store, lambda: None)
+    ref = ref_of(b"x")
+    fetcher.want([ref], lambda digest: fetch.artifact_url(base, digest, None, "127.0.0.1"))
+    assert [progress.failed != "" for progress in fetcher.drain()] == [True]
+
+
 def test_a_damaged_file_is_fetched_again(server: Server, store: Store) -> None:
     ref = server.add(BIG)
     store.path_of(ref.digest).write_bytes(BIG[:-1] + b"x")
