@@ -228,7 +228,7 @@ class Advertiser:
 
 
 class Counters(Struct):
-    """What a browser dropped, for `edgelam doctor` and tests."""
+    """What a browser dropped, for people who look and for tests."""
 
     malformed: int = 0
     flooded: int = 0

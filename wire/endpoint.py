@@ -90,7 +90,7 @@ class Unacknowledged:
         if len(self._kept) >= MAX_QUEUED_MESSAGES:
             raise OutboundQueueFull(
                 f"{message.topic}: {MAX_QUEUED_MESSAGES} messages wait for the broker already",
-                try_="see why the broker does not take them: edgelam doctor",
+                try_="see whether the broker runs: edgelam devices",
             )
         number = self._next_number
         self._next_number += 1
@@ -131,9 +131,9 @@ EARLY_IS_VERSION: Final = 2
 class Redial:
     """Decides when to connect again and in which version. Pure: the time is given."""
 
-    def __init__(self) -> None:
-        self.five = True
-        """MQTT 5, else 3.1.1."""
+    def __init__(self, five: bool = True) -> None:
+        self.five = five
+        """MQTT 5, else 3.1.1; the one to begin with."""
         self._proved = False
         self._early = 0
 

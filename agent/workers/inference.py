@@ -60,6 +60,7 @@ def main() -> int:
         keepalive_s=DATA_KEEPALIVE_S,
         username=login.username,
         password=login.password,
+        five=False,
     )
     parent.listen(transport.wake)
     # What is loaded stays: the garbage collector need not walk it again and hold up a token.

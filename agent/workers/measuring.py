@@ -188,7 +188,12 @@ class ModuleBench:
 
 def _link(task: MeasureTask, login: BrokerLogin) -> LinkMeasurement | Failed:
     transport = MqttTransport(
-        login.url, login.client_id, keepalive_s=DATA_KEEPALIVE_S, username=login.username, password=login.password
+        login.url,
+        login.client_id,
+        keepalive_s=DATA_KEEPALIVE_S,
+        username=login.username,
+        password=login.password,
+        five=False,
     )
     transport.start()
     try:
