@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from msgspec import Struct
+
 from wire import topics
 from wire.assembly import Assembler
 from wire.errors import EdgelamError, MalformedFrame, PeerError
@@ -103,17 +105,19 @@ class Outbox:
         if self._transport.link is not Link.UP:
             self._drop_backlog()
             raise NotConnected(f"{self.topic}: the connection is {self._transport.link.value}, nothing was sent")
-        tensor_bytes = 0 if parcel.tensor is None else parcel.tensor.nbytes
-        if self._backlog and self._backlog_bytes + tensor_bytes > MAX_BACKLOG_BYTES:
-            raise Backlogged(
-                f"{self.topic}: {self._backlog_bytes} bytes wait for credit, the receiver takes none",
-                try_="see whether the device behind this topic still works: edgelam top",
-            )
+        if self._backlog:
+            tensor_bytes = 0 if parcel.tensor is None else parcel.tensor.nbytes
+            if self._backlog_bytes + tensor_bytes > MAX_BACKLOG_BYTES:
+                raise Backlogged(
+                    f"{self.topic}: {self._backlog_bytes} bytes wait for credit, the receiver takes none",
+                    try_="see whether the device behind this topic still works: edgelam top",
+                )
         frames = encode(parcel, self.stream, self._end_offset, self.parcels, self._chunk_bytes)
         self.parcels += 1
-        self._end_offset += sum(_length(frame) for frame in frames)
+        sizes = [sum(map(len, frame)) for frame in frames]
+        self._end_offset += sum(sizes)
         for index, frame in enumerate(frames):
-            frame_bytes = _length(frame)
+            frame_bytes = sizes[index]
             if self._backlog or not self._window.may_send(frame_bytes):
                 self._queue(frame, frame_bytes)
                 continue
@@ -205,8 +209,7 @@ class _Sender:
     grant_waits: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Delivery:
+class Delivery(Struct, frozen=True, eq=False, gc=False):
     """A parcel that arrived whole. Give it back with `Inbox.done` when its bytes are no longer needed."""
 
     parcel: Parcel
@@ -217,7 +220,7 @@ class Delivery:
     """The inbox's clock at its last chunk."""
     credit_bytes: int
     """What `done` returns to the sender."""
-    sender: _Sender = field(repr=False)
+    sender: _Sender
 
 
 @dataclass(slots=True)
@@ -398,10 +401,6 @@ class Inbox:
         self.counters.refused += 1
         if kind not in self.counters.refusals:
             self.counters.refusals[kind] = self.last_refusal = f"{self.topic}: {words}"
-
-
-def _length(frame: list[Buffer]) -> int:
-    return sum(map(len, frame))
 
 
 def _held_bytes(parcel_bytes: int) -> int:

@@ -23,10 +23,12 @@ Every check is made before memory is allocated; what fails is a MalformedFrame t
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple
 from zlib import crc32
+
+from msgspec import Struct
 
 from wire.errors import MalformedFrame
 from wire.limits import CHUNK_BYTES_DEFAULT, MAX_CHUNKS, MAX_META_BYTES, MAX_PUBLISH_BYTES, MAX_RANK
@@ -53,8 +55,12 @@ FLAG_FINAL: Final = 1
 """Last parcel of a request in this direction."""
 
 _FIXED: Final = struct.Struct("<3sBIBBBBHHIIQQQIHH")
-_CRC_END: Final = 8
+_LEAD: Final = struct.Struct("<3sBI")
+_CRC_END: Final = _LEAD.size
 _DIMS: Final = tuple(struct.Struct(f"<{rank}I") for rank in range(MAX_RANK + 1))
+_REST: Final = tuple(struct.Struct(f"<BBBBHHIIQQQIHH{rank}I{rank % 2 * 4}x") for rank in range(MAX_RANK + 1))
+"""By rank: all after the checksum, padded."""
+
 MAX_OFFSET: Final = 1 << 62
 """A stream is fenced far below u64, so that a credit limit (offset + window) always fits."""
 
@@ -76,8 +82,11 @@ class Kind(IntEnum):
     """A blocked sender says how far it has sent (`offset`) and asks for its credit again; channel.py only."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Parcel:
+_KINDS: Final = {int(kind): kind for kind in Kind}
+_DTYPES: Final = {int(dtype): dtype for dtype in Dtype}
+
+
+class Parcel(Struct, frozen=True, eq=False, gc=False):
     """One thing said by one stage to another: a tensor, or none, with whom it is for."""
 
     kind: Kind
@@ -115,11 +124,11 @@ class Frame(NamedTuple):
     tensor_bytes: int
     whole_bytes: int
 
-    def parcel_with(self, payload: Buffer, meta: bytes) -> Parcel:
-        """Make the parcel whose whole payload is given."""
+    def parcel_with(self, payload: memoryview, meta: bytes) -> Parcel:
+        """Make the parcel whose whole payload, `tensor_bytes` long, is given."""
         tensor = None
         if self.dtype is not Dtype.NONE:
-            tensor = Tensor.received(self.dtype, self.shape, self.group, payload)
+            tensor = Tensor.over(self.dtype, self.shape, self.group, payload)
         return Parcel(self.kind, self.epoch, self.request, self.position, self.flags, tensor, meta)
 
 
@@ -147,32 +156,45 @@ def encode(
     if not 1 <= chunk_bytes <= LARGEST_CHUNK_BYTES:
         raise ValueError(f"chunks of {chunk_bytes} bytes, 1 to {LARGEST_CHUNK_BYTES} are possible")
     tensor = parcel.tensor
-    dtype, shape, group = (Dtype.NONE, (), 0) if tensor is None else (tensor.dtype, tensor.shape, tensor.group)
-    total = 0 if tensor is None else tensor.nbytes
-    chunks = max(1, -(-total // chunk_bytes))
+    buffers = () if tensor is None else tensor.buffers
+    total = sum(map(len, buffers))
+    if total <= chunk_bytes:
+        return [_frame(parcel, stream, offset, parcel_number, 0, 1, buffers)]
+    chunks = -(-total // chunk_bytes)
     if chunks > MAX_CHUNKS:
         raise ValueError(f"{total} bytes in chunks of {chunk_bytes} are {chunks} chunks, at most {MAX_CHUNKS}")
-    dims = _DIMS[len(shape)].pack(*shape)
-    dims += bytes(header_bytes(len(shape)) - _FIXED.size - len(dims))
     frames: list[list[Buffer]] = []
     for chunk in range(chunks):
-        meta = parcel.meta if chunk == 0 else b""
-        payload = [] if tensor is None else _slice(tensor.buffers, chunk * chunk_bytes, (chunk + 1) * chunk_bytes)
-        after_crc = (
-            _FIXED.pack(
-                MAGIC, PROTOCOL, 0, parcel.kind, parcel.flags, dtype, len(shape), group, len(meta),
-                parcel.epoch & 0xFFFFFFFF, parcel_number & 0xFFFFFFFF, stream, offset, parcel.request,
-                parcel.position, chunk, chunks,
-            )[_CRC_END:]
-            + dims + meta + bytes(_padded(len(meta)) - len(meta))
-        )  # fmt: skip
-        checksum = crc32(after_crc)
-        for piece in payload:
-            checksum = crc32(piece, checksum)
-        head = MAGIC + bytes((PROTOCOL,)) + checksum.to_bytes(4, "little") + after_crc
-        frames.append([head, *payload])
-        offset += len(head) + sum(map(len, payload))
+        payload = _slice(buffers, chunk * chunk_bytes, (chunk + 1) * chunk_bytes)
+        frame = _frame(parcel, stream, offset, parcel_number, chunk, chunks, payload)
+        frames.append(frame)
+        offset += sum(map(len, frame))
     return frames
+
+
+def _frame(
+    parcel: Parcel,
+    stream: int,
+    offset: int,
+    parcel_number: int,
+    chunk: int,
+    chunks: int,
+    payload: Sequence[memoryview],
+) -> list[Buffer]:
+    """One frame: its header, with meta on chunk 0, and the buffers behind it."""
+    tensor, meta = parcel.tensor, b"" if chunk else parcel.meta
+    dtype, shape, group = (Dtype.NONE, (), 0) if tensor is None else (tensor.dtype, tensor.shape, tensor.group)
+    rank = len(shape)
+    after_crc = _REST[rank].pack(
+        parcel.kind, parcel.flags, dtype, rank, group, len(meta), parcel.epoch & 0xFFFFFFFF,
+        parcel_number & 0xFFFFFFFF, stream, offset, parcel.request, parcel.position, chunk, chunks, *shape,
+    )  # fmt: skip
+    if meta:
+        after_crc += meta + bytes(-len(meta) % 8)
+    checksum = crc32(after_crc)
+    for piece in payload:
+        checksum = crc32(piece, checksum)
+    return [_LEAD.pack(MAGIC, PROTOCOL, checksum) + after_crc, *payload]
 
 
 def _slice(buffers: tuple[memoryview, ...], start: int, end: int) -> list[memoryview]:
@@ -208,10 +230,9 @@ def parse(data: bytes) -> Frame:
     payload_start = meta_start + _padded(meta_bytes)
     if payload_start > len(data):
         raise MalformedFrame(f"frame of {len(data)} bytes ends inside its header")
-    try:
-        kind, dtype = Kind(kind), Dtype(dtype)
-    except ValueError as error:
-        raise MalformedFrame(f"frame: {error}") from None
+    if kind not in _KINDS or dtype not in _DTYPES:
+        raise MalformedFrame(f"frame of kind {kind} and dtype {dtype}, one of which is not known")
+    kind, dtype = _KINDS[kind], _DTYPES[dtype]
     shape = _DIMS[rank].unpack_from(data, _FIXED.size)
     if flags & ~FLAG_FINAL:
         raise MalformedFrame(f"flags {flags:#x} are not known")

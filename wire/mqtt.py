@@ -7,6 +7,8 @@ the first bytes happen in a short-lived thread, so `poll` never blocks longer th
 
 MQTT 5 is tried first. A broker that refuses it, or closes the connection before it ever accepted one, is spoken to in
 3.1.1 from then on. TCP_NODELAY is set at every connect: Nagle's algorithm costs 44 ms per message and end.
+
+Messages at QoS 0 pass by paho in both directions: see wire.lane.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.endpoint import Ended, Endpoint, Kept, Redial, Unacknowledged
 from wire.errors import UsageError
+from wire.lane import Lane, Nonsense
 from wire.limits import MAX_PUBLISH_BYTES
 from wire.subscriptions import check_message, joined
 from wire.transport import Buffer, Handler, Inbound, Link, NotConnected, Will
@@ -102,12 +105,12 @@ class MqttTransport(Endpoint):
         self._username = username
         self._password = password
         self.refused_messages = 0
-        """QoS 1 messages that the broker refused, and messages over MAX_PUBLISH_BYTES that it sent."""
+        """QoS 1 messages that the broker refused; those that it sent over MAX_PUBLISH_BYTES, or with a broken topic."""
         self._lock = threading.RLock()
         """Guards paho, the link, what is pending and the wake pipe."""
-        self._client: paho.Client | None = None
+        self._client: _Client | None = None
         """The connection, once the TCP part of it stands."""
-        self._dialling: tuple[threading.Thread, paho.Client] | None = None
+        self._dialling: tuple[threading.Thread, _Client] | None = None
         self._dial_error = ""
         self._accepted = False
         self._redial = Redial(five)
@@ -132,8 +135,8 @@ class MqttTransport(Endpoint):
     def socket(self) -> socket.socket | None:
         """The socket of the connection, to be looked at; None while there is none."""
         with self._lock:
-            connection: socket.socket | None = _socket_of(self._client)
-            return connection
+            lane = None if self._client is None else self._client.lane
+            return None if lane is None else lane.connection
 
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
         with self._lock:
@@ -160,19 +163,15 @@ class MqttTransport(Endpoint):
     def publish(
         self, topic: str, payload: Buffer | Sequence[Buffer], *, qos: int = 0, retain: bool = False, expiry_s: int = 0
     ) -> None:
-        data = joined(payload)
-        check_message(topic, len(data), qos)
-        expires_s = time.monotonic() + expiry_s if expiry_s else None
-        message = Kept(topic, data, retain, expires_s)
+        parts = (payload,) if isinstance(payload, (bytes, bytearray, memoryview)) else payload
+        size = sum(map(len, parts))
+        check_message(topic, size, qos)
         with self._lock:
             client = self._client if self._link is Link.UP else None
-            if qos == 1:
-                self._keep(client, message)
-            elif client is None:
-                raise self._not_connected(topic)
+            if qos == 0 and not expiry_s:
+                unsent = self._pass_by(client, topic, parts, size, retain)
             else:
-                self._hand_over(client, message, 0)
-            unsent = client is not None and client.want_write()
+                unsent = self._by_paho(client, Kept(topic, joined(payload), retain, _moment(expiry_s)), qos)
         if unsent:
             self._notify()
 
@@ -195,7 +194,7 @@ class MqttTransport(Endpoint):
         until_s = time.monotonic() + CLOSE_TIMEOUT_S
         while self._link is Link.UP and time.monotonic() < until_s:
             with self._lock:
-                if not self._unacknowledged and not (self._client and self._client.want_write()):
+                if not self._unacknowledged and not (self._client and self._client.unsent):
                     break
             self._wait_and_read(until_s - time.monotonic())
             self._drop_arrived()
@@ -204,15 +203,24 @@ class MqttTransport(Endpoint):
             client, self._client = self._client, None
             if client is not None:
                 client.disconnect()
-                while _socket_of(client) is not None and client.want_write() and time.monotonic() < until_s:
-                    select.select([], [_socket_of(client)], [], until_s - time.monotonic())
-                    client.loop_write()
+                self._send_rest(client, until_s)
                 _hang_up(client)
             for end in (self._wake_read, self._wake_write):
                 if end >= 0:
                     os.close(end)
             self._wake_read = self._wake_write = -1
         self._drop_arrived()
+
+    @staticmethod
+    def _send_rest(client: _Client, until_s: float) -> None:
+        """Send what is unsent before a connection ends, as far as the broker takes it."""
+        try:
+            while (lane := client.lane) is not None and client.unsent and time.monotonic() < until_s:
+                select.select([], [lane], [], max(0.0, until_s - time.monotonic()))
+                lane.flush()
+                client.loop_write()
+        except OSError as error:
+            _logger.debug("the end of a connection: %s", error)
 
     # --- connecting ---
 
@@ -271,9 +279,9 @@ class MqttTransport(Endpoint):
         self._dialling = (thread, client)
         thread.start()
 
-    def _new_client(self) -> paho.Client:
+    def _new_client(self) -> _Client:
         five = self._redial.five
-        client = paho.Client(
+        client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
             clean_session=None if five else True,
@@ -293,10 +301,10 @@ class MqttTransport(Endpoint):
         client.on_subscribe = self._on_subscribe
         return client
 
-    def _adopt(self, client: paho.Client, now_s: float) -> None:
+    def _adopt(self, client: _Client, now_s: float) -> None:
         """The dialling thread is done: go on with its connection, or try again later."""
         with self._lock:
-            if _socket_of(client) is None:
+            if client.lane is None:
                 self._ended.append(Ended(self._dial_error or "connection lost"))
                 self._after(self._ended.pop(), now_s)
                 return
@@ -325,13 +333,14 @@ class MqttTransport(Endpoint):
     def _end(self, client: paho.Client, ended: Ended) -> None:
         """Let go of a connection; what follows from it happens in the next `_advance`."""
         with self._lock:
-            if client is not self._client or self._link is Link.CLOSED:
+            ours = self._client
+            if ours is None or client is not ours or self._link is Link.CLOSED:
                 return
             self._client = None
             self._accepted = False
             self._link = Link.DOWN
             self._ended.append(ended)
-            _hang_up(client)
+            _hang_up(ours)
 
     def _after(self, ended: Ended, now_s: float) -> None:
         """Decide version and time of the next attempt after `ended`, and tell who wants to know."""
@@ -362,16 +371,12 @@ class MqttTransport(Endpoint):
         self._end(client, Ended(words, self._link is Link.UP, early=self._link is not Link.UP))
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
-        if len(message.payload) > MAX_PUBLISH_BYTES:
-            self.refused_messages += 1
-            return
         try:
             topic = message.topic
         except UnicodeDecodeError:
             self.refused_messages += 1
             return
-        self._arrived.append(Inbound(topic, bytes(message.payload), message.retain))
-        self._arrived_bytes += len(message.payload)
+        self._take(Inbound(topic, bytes(message.payload), message.retain))
 
     def _on_subscribe(
         self, _client: paho.Client, _data: object, _mid: int, reasons: list[ReasonCode], _p: object
@@ -389,14 +394,40 @@ class MqttTransport(Endpoint):
 
     # --- sending and receiving ---
 
-    def _keep(self, client: paho.Client | None, message: Kept) -> None:
+    def _pass_by(self, client: _Client | None, topic: str, parts: Sequence[Buffer], size: int, retain: bool) -> bool:
+        """Send at QoS 0 on the short way; give whether something waits for the socket."""
+        lane = None if client is None else client.lane
+        if client is None or lane is None:
+            raise self._not_connected(topic)
+        try:
+            lane.publish(topic, parts, size, retain)
+        except OSError as error:
+            self._lost(client, error)
+            raise self._not_connected(topic) from error
+        self._bytes_sent += size
+        return bool(lane.unsent)
+
+    def _by_paho(self, client: _Client | None, message: Kept, qos: int) -> bool:
+        """Send at QoS 1, or with an expiry; give whether something waits for the socket."""
+        if qos == 1:
+            self._keep(client, message)
+        elif client is None:
+            raise self._not_connected(message.topic)
+        else:
+            self._hand_over(client, message, 0)
+        return client is not None and client.unsent
+
+    def _lost(self, client: _Client, error: OSError) -> None:
+        self._end(client, Ended(f"connection lost: {_words(error)}", self._link is Link.UP))
+
+    def _keep(self, client: _Client | None, message: Kept) -> None:
         if self._link is Link.CLOSED:
             raise self._not_connected(message.topic)
         number = self._unacknowledged.keep(message)
         if client is not None:
             self._send_kept(client, number, message)
 
-    def _send_kept(self, client: paho.Client, number: int, message: Kept) -> None:
+    def _send_kept(self, client: _Client, number: int, message: Kept) -> None:
         """Give a kept message to this connection; if it is lost meanwhile, the next one gets it."""
         client.on_publish = self._on_publish
         try:
@@ -404,7 +435,7 @@ class MqttTransport(Endpoint):
         except NotConnected:
             return
 
-    def _hand_over(self, client: paho.Client, message: Kept, qos: int) -> int:
+    def _hand_over(self, client: _Client, message: Kept, qos: int) -> int:
         """Give a message to paho, which writes what the socket takes; give paho's message id."""
         properties = None
         if message.expires_s is not None and self._redial.five:
@@ -432,17 +463,16 @@ class MqttTransport(Endpoint):
                 if client is None or client is not self._client:
                     continue
                 if events & select.POLLOUT:
-                    client.loop_write()
-                if events & ~select.POLLOUT:
+                    self._write(client)
+                if events & ~select.POLLOUT and client is self._client:
                     self._read(client)
 
-    def _watching(self, client: paho.Client | None) -> select.poll:
+    def _watching(self, client: _Client | None) -> select.poll:
         """The poller over the wake pipe and the connection, made anew only when what it watches has changed."""
-        connection = _socket_of(client)
         number, events = -1, 0
-        if client is not None and connection is not None:
-            number = connection.fileno()
-            events = select.POLLIN | (select.POLLOUT if client.want_write() else 0)
+        if client is not None and client.lane is not None:
+            number = client.lane.fileno()
+            events = select.POLLIN | (select.POLLOUT if client.unsent else 0)
         polled = (self._wake_read, number, events)
         if polled != self._polled:
             self._polled = polled
@@ -452,19 +482,42 @@ class MqttTransport(Endpoint):
                 self._poller.register(number, events)
         return self._poller
 
-    def _read(self, client: paho.Client) -> None:
-        """Read packets as long as there are some, up to the read-ahead."""
-        more = select.poll()
-        connection = _socket_of(client)
-        if connection is not None:
-            more.register(connection, select.POLLIN)
-        while connection is not None:
-            client.loop_read()
-            if len(self._arrived) >= READ_AHEAD_MESSAGES or self._arrived_bytes >= READ_AHEAD_BYTES:
+    def _write(self, client: _Client) -> None:
+        lane = client.lane
+        if lane is not None:
+            try:
+                lane.flush()
+            except OSError as error:
+                self._lost(client, error)
                 return
-            connection = _socket_of(client)
-            if connection is not None and not more.poll(0):
+        client.loop_write()
+
+    def _read(self, client: _Client) -> None:
+        """Read as long as there is something, up to the read-ahead; paho gets what is no message at QoS 0."""
+        more = True
+        while more and len(self._arrived) < READ_AHEAD_MESSAGES and self._arrived_bytes < READ_AHEAD_BYTES:
+            lane = client.lane
+            if lane is None:
                 return
+            try:
+                messages, more = lane.read()
+            except Nonsense as error:
+                self._end(client, Ended(f"it speaks no MQTT: {error}", self._link is Link.UP))
+                return
+            if lane.refused:
+                self.refused_messages += lane.refused
+                lane.refused = 0
+            for message in messages:
+                self._take(message)
+            while lane.others and client is self._client:
+                client.loop_read()
+
+    def _take(self, message: Inbound) -> None:
+        if len(message.payload) > MAX_PUBLISH_BYTES:
+            self.refused_messages += 1
+            return
+        self._arrived.append(message)
+        self._arrived_bytes += len(message.payload)
 
     def _dispatch(self) -> int:
         """Call the handlers of what arrived, without the lock."""
@@ -494,15 +547,38 @@ def _without_delay(_client: paho.Client, _data: object, connection: Any) -> None
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _socket_of(client: paho.Client | None) -> Any:
-    return None if client is None else client.socket()
+class _Client(paho.Client):
+    """paho, with a Lane for its socket."""
+
+    lane: Lane | None = None
+    """None while there is no socket."""
+
+    def _create_socket(self) -> Any:
+        five = self.protocol == MQTTProtocolVersion.MQTTv5
+        connection: Any = super()._create_socket()
+        self.lane = Lane(connection, five=five, most_bytes=MAX_PUBLISH_BYTES + _PACKET_OVERHEAD_BYTES)
+        self.on_socket_close = _forget_lane
+        return self.lane
+
+    @property
+    def unsent(self) -> bool:
+        """Something waits for the socket."""
+        return self.lane is not None and (bool(self.lane.unsent) or self.want_write())
 
 
-def _hang_up(client: paho.Client) -> None:
+def _forget_lane(client: paho.Client, _data: object, _connection: object) -> None:
+    if isinstance(client, _Client):
+        client.lane = None
+
+
+def _moment(expiry_s: int) -> float | None:
+    return time.monotonic() + expiry_s if expiry_s else None
+
+
+def _hang_up(client: _Client) -> None:
     """Close the socket of a connection that is given up."""
-    connection = _socket_of(client)
-    if connection is not None:
-        connection.close()
+    if client.lane is not None:
+        client.lane.close()
 
 
 def _drain(descriptor: int) -> None:

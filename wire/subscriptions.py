@@ -61,6 +61,8 @@ class Subscriptions:
     def __init__(self) -> None:
         self._handlers: dict[str, list[Handler]] = {}
         self._qos: dict[str, int] = {}
+        self._patterns: list[str] = []
+        """The filters with wildcards."""
         self.handler_errors = 0
         """Handlers that raised; each was logged."""
 
@@ -75,6 +77,8 @@ class Subscriptions:
         check_filter(topic_filter)
         if qos not in (0, 1):
             raise ValueError(f"QoS {qos}: only 0 and 1 are used")
+        if topic_filter not in self._handlers and ("+" in topic_filter or "#" in topic_filter):
+            self._patterns.append(topic_filter)
         self._handlers.setdefault(topic_filter, []).append(handler)
         news = qos > self._qos.get(topic_filter, -1)
         self._qos[topic_filter] = max(qos, self._qos.get(topic_filter, 0))
@@ -92,13 +96,15 @@ class Subscriptions:
         if handlers:
             return False
         del self._handlers[topic_filter], self._qos[topic_filter]
+        if topic_filter in self._patterns:
+            self._patterns.remove(topic_filter)
         return True
 
     def matching(self, topic: str) -> list[Handler]:
         found = list(self._handlers.get(topic, ()))
-        for topic_filter, handlers in self._handlers.items():
-            if topic_filter != topic and ("+" in topic_filter or "#" in topic_filter) and matches(topic_filter, topic):
-                found += handlers
+        for pattern in self._patterns:
+            if pattern != topic and matches(pattern, topic):
+                found += self._handlers[pattern]
         return found
 
     def dispatch(self, inbound: Inbound) -> None:

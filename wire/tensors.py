@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from wire.errors import MalformedFrame
 from wire.limits import MAX_DIM, MAX_RANK, MAX_TENSOR_BYTES
@@ -45,6 +45,10 @@ _NUMPY: Final[dict[Dtype, np.dtype[Any]]] = {
     Dtype.U8: np.dtype("u1"),
 }
 _OF_NUMPY: Final[dict[str, Dtype]] = {"<f4": Dtype.F32, "<f2": Dtype.F16, "<i4": Dtype.I32, "|u1": Dtype.U8}
+_OF_DTYPE: Final[dict[np.dtype[Any], Dtype]] = {np.dtype(name): dtype for name, dtype in _OF_NUMPY.items()}
+_ITEM_BYTES: Final = (0, 4, 2, 2, 1, 4, 1)
+"""By Dtype."""
+
 _INT8_MOST: Final = 127
 """Symmetric range: -128 is not used, so that the sign of a value never changes its magnitude."""
 
@@ -61,10 +65,10 @@ def tensor_bytes(dtype: Dtype, shape: Sequence[int], group: int = 0) -> int:
         return 0
     if not 1 <= len(shape) <= MAX_RANK:
         raise MalformedFrame(f"rank {len(shape)}, 1 to {MAX_RANK} are taken")
-    if not all(1 <= dim <= MAX_DIM for dim in shape):
+    if min(shape) < 1 or max(shape) > MAX_DIM:
         raise MalformedFrame(f"shape {tuple(shape)}: a dimension is not in 1 to {MAX_DIM}")
     count = math.prod(shape)
-    size = count * _NUMPY[dtype].itemsize
+    size = count * _ITEM_BYTES[dtype]
     if dtype is Dtype.I8:
         if group < 1 or shape[-1] % group:
             raise MalformedFrame(f"int8 groups of {group} don't divide rows of {shape[-1]}")
@@ -76,8 +80,7 @@ def tensor_bytes(dtype: Dtype, shape: Sequence[int], group: int = 0) -> int:
     return size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
+class Tensor(Struct, frozen=True, eq=False, gc=False):
     """`buffers` one after the other are the payload; they share memory with whatever the tensor was made from."""
 
     dtype: Dtype
@@ -88,12 +91,14 @@ class Tensor:
     @staticmethod
     def of(array: Array) -> Tensor:
         """Wrap a float32, float16, int32 or uint8 array; copied only if it is not contiguous and little-endian."""
-        plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        dtype = _OF_NUMPY.get(plain.dtype.str)
-        if dtype is None:
-            raise ValueError(f"no wire dtype for {array.dtype}; float32, float16, int32 and uint8 have one")
-        tensor_bytes(dtype, plain.shape)
-        return Tensor(dtype, plain.shape, 0, (_bytes_of(plain),))
+        dtype = _OF_DTYPE.get(array.dtype)
+        if dtype is None or not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+            dtype = _OF_NUMPY.get(array.dtype.str)
+            if dtype is None:
+                raise ValueError(f"no wire dtype for {array.dtype}; float32, float16, int32 and uint8 have one")
+        tensor_bytes(dtype, array.shape)
+        return Tensor(dtype, array.shape, 0, (_bytes_of(array),))
 
     @staticmethod
     def bf16(bits: Array) -> Tensor:
@@ -121,14 +126,19 @@ class Tensor:
     @staticmethod
     def received(dtype: Dtype, shape: tuple[int, ...], group: int, payload: Buffer) -> Tensor:
         """Put dtype and shape over bytes that came; raise MalformedFrame if the length does not fit them."""
-        view = memoryview(payload).cast("B")
+        view = memoryview(payload)
         expected = tensor_bytes(dtype, shape, group)
-        if len(view) != expected:
-            raise MalformedFrame(f"{dtype.name} {shape} is {expected} bytes, {len(view)} came")
+        if view.nbytes != expected:
+            raise MalformedFrame(f"{dtype.name} {shape} is {expected} bytes, {view.nbytes} came")
+        return Tensor.over(dtype, shape, group, view.cast("B"))
+
+    @staticmethod
+    def over(dtype: Dtype, shape: tuple[int, ...], group: int, payload: memoryview) -> Tensor:
+        """Put dtype and shape over flat bytes whose length was checked to be theirs."""
         if dtype is not Dtype.I8:
-            return Tensor(dtype, shape, 0, (view,))
+            return Tensor(dtype, shape, 0, (payload,))
         scale_bytes = math.prod(shape) // group * 4
-        return Tensor(dtype, shape, group, (view[:scale_bytes], view[scale_bytes:]))
+        return Tensor(dtype, shape, group, (payload[:scale_bytes], payload[scale_bytes:]))
 
     @property
     def nbytes(self) -> int:
@@ -173,5 +183,5 @@ def bf16_to_f32(bits: Array) -> npt.NDArray[np.float32]:
 
 
 def _bytes_of(array: Array) -> memoryview:
-    flat: npt.NDArray[np.uint8] = array.reshape(-1).view(np.uint8)
-    return flat.data
+    """A flat view of the bytes of a contiguous array."""
+    return array.data.cast("B")

@@ -159,13 +159,12 @@ class OnnxStage:
             raise EngineFailed(f"step of {count} rows at position {position} after {opened.rows} rows")
         rows = self._rows.get(count) or self._new_rows(count)
         binding = opened.bindings.get(count) or self._bind(opened, rows)
-        if given.shape != rows.given.shape[1:] or not _fits(given.dtype, rows.given.dtype):
-            raise EngineFailed(
-                f"given {given.dtype} {list(given.shape)}, expected {rows.given.dtype} {list(rows.given.shape[1:])}"
-            )
-        rows.given[0] = given
-        rows.last_row[0] = end - 1
-        rows.end[()] = end
+        into = rows.given_rows
+        if given.shape != into.shape or not (given.dtype == into.dtype or _fits(given.dtype, into.dtype)):
+            raise EngineFailed(f"given {given.dtype} {list(given.shape)}, expected {into.dtype} {list(into.shape)}")
+        into[...] = given
+        rows.last_row.fill(end - 1)
+        rows.end.fill(end)
         self._check_given(rows)
         # What lies behind `position` is overwritten from here on; if the step fails the slot ends there.
         opened.rows = position
@@ -173,7 +172,7 @@ class OnnxStage:
             self._session.run_with_iobinding(binding)
         except _FAILURES as error:
             raise EngineFailed(f"{self._name}: {_said(error)}") from error
-        if rows.hidden is not None and _has_special(rows.hidden_bits, self._spec.wire_dtype):
+        if rows.hidden is not None and _has_special(rows.hidden_bits, rows.scratch, self._spec.wire_dtype):
             raise self._overflow("the stage's output")
         opened.rows = end
         return rows.logits if rows.logits is not None else rows.output
@@ -196,7 +195,7 @@ class OnnxStage:
             least, most = int(rows.given.min()), int(rows.given.max())
             if least < 0 or most >= vocabulary:
                 raise EngineFailed(f"token ids {least} to {most} in a vocabulary of {vocabulary}")
-        elif rows.hidden is None and _has_special(rows.given_bits, self._spec.wire_dtype):
+        elif rows.hidden is None and _has_special(rows.given_bits, rows.scratch, self._spec.wire_dtype):
             raise self._overflow("the hidden states given")
 
     def _overflow(self, what: str) -> EngineFailed:
@@ -249,7 +248,10 @@ class _Rows:
         self.given: Array = (
             np.zeros((1, count), np.int64) if manifest.embedding else np.zeros((1, count, hidden), _WIRE_DTYPES[wire])
         )
-        self.given_bits = self.given.view(bits)
+        self.given_rows: Array = self.given[0]
+        if not manifest.embedding:
+            self.given_bits = self.given.view(bits)
+        self.scratch = np.zeros((1, count, hidden), bits)
         self.last_row = np.zeros(1, np.int32)
         self.end = np.zeros((), np.int32)
         self.hidden: Array | None = None
@@ -261,7 +263,7 @@ class _Rows:
 
     @property
     def size_bytes(self) -> int:
-        arrays = (self.given, self.hidden, self.logits)
+        arrays = (self.given, self.hidden, self.logits, self.scratch)
         return sum(array.nbytes for array in arrays if array is not None)
 
 
@@ -307,7 +309,7 @@ def _session(graph: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.I
 
 def _fits(given: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
     """Token ids may come in any integer type that int64 holds; hidden states come as they are wanted."""
-    return given == wanted or (wanted == np.int64 and given.kind in "iu" and given != np.uint64)
+    return wanted == np.int64 and given.kind in "iu" and given != np.uint64
 
 
 def _said(error: BaseException) -> str:
@@ -326,6 +328,8 @@ def _value(array: Array, wire: str = "") -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def _has_special(bits: npt.NDArray[np.unsignedinteger[Any]], wire_dtype: str) -> bool:
+def _has_special(bits: npt.NDArray[Any], scratch: npt.NDArray[Any], wire_dtype: str) -> bool:
+    """Is there an infinity or a NaN, whose exponent is all ones?"""
     exponent = _SPECIAL_BITS[wire_dtype]
-    return bool(((bits & exponent) == exponent).any())
+    np.bitwise_and(bits, exponent, out=scratch)
+    return bool(np.maximum.reduce(scratch, axis=None) == exponent)
