@@ -4,8 +4,8 @@
     1 board      client, broker, one stage
     N boards     the same model cut over N boards of equal speed, links not shaped
 
-Rounds are interleaved, since machines are noisy; figures are medians over rounds and ratios are within the run. The
-bound of N boards is the control's compute plus N measured hops.
+Machines are noisy: each answer stands between two runs of the control, and is compared with their mean. Figures are
+medians over all answers, ratios medians over the ratios of each with its own control. Every round deploys anew.
 """
 
 from __future__ import annotations
@@ -124,11 +124,10 @@ def ask(there: Client, boards: int, precision: str, tokens: int) -> dict[str, An
     return there.last("/v1/generate", request, lambda text: print(f"... {text}", file=sys.stderr))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All rounds; gives medians and the last answer per number of boards."""
+def measure(options: argparse.Namespace) -> dict[int, list[dict[str, Any]]]:
+    """All rounds; gives the answers per number of boards, each with the seconds per token of its control beside it."""
     counts = [1, options.boards]
-    token_s: dict[Any, list[float]] = {count: [] for count in (*counts, "control")}
-    answers: dict[int, dict[str, Any]] = {}
+    answers: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
         state = Path(folder)
         site = f"bench-{os.getpid()}"
@@ -154,20 +153,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for _ in range(options.rounds):
                     for count in counts:
                         ask(there, count, options.precision, 8)
-                        token_s["control"].append(bare.token_s())
-                        answers[count] = ask(there, count, options.precision, options.tokens)
-                        token_s[count].append(answers[count]["token_s"])
+                        before_s = bare.token_s()
+                        for _ in range(options.answers):
+                            answer = ask(there, count, options.precision, options.tokens)
+                            after_s = bare.token_s()
+                            answers[count].append({**answer, "bare_s": (before_s + after_s) / 2})
+                            before_s = after_s
         finally:
             if bare is not None:
                 bare.close()
             coordinator.stop()
-    return {"token_s": {key: median(values) for key, values in token_s.items()}, "answers": answers, "raw": token_s}
+    return answers
+
+
+def compute_s(answer: dict[str, Any]) -> float:
+    return float(sum(stage["measured_compute_s"] for stage in answer["stages"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--answers", type=int, default=6, help="answers per round and number of boards")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--link", default="none", choices=["none", "ethernet", "wifi"])
@@ -178,13 +185,18 @@ def main() -> None:
         return
     fetch(MODEL, cache_dir(), lambda text: print(f"... {text}", file=sys.stderr))
     found = measure(options)
-    bare_s, one_s, many_s = (found["token_s"][key] for key in ("control", 1, options.boards))
-    split = found["answers"][options.boards]
-    hop = split["stages"][0]["sent_bytes_per_token"]
+    ones, splits = found[1], found[options.boards]
+    bare_s = median(answer["bare_s"] for answer in (*ones, *splits))
+    one_s, many_s = (median(answer["token_s"] for answer in answers) for answers in (ones, splits))
+    ratio_one, ratio_many = (
+        median(answer["bare_s"] / answer["token_s"] for answer in answers) for answers in (ones, splits)
+    )
+    hop_s = median((answer["token_s"] - compute_s(answer)) / options.boards for answer in splits)
+    overhead_s = median((answer["token_s"] - answer["bare_s"]) / options.boards for answer in splits)
+    prediction = median(answer["predicted_token_s"] / answer["token_s"] for answer in splits)
+    stage = splits[-1]["stages"][0]
+    hop = stage["sent_bytes_per_token"]
     shaped = options.link != "none"
-    compute_s = sum(stage["measured_compute_s"] for stage in split["stages"])
-    ratio_one, ratio_many = bare_s / one_s, bare_s / many_s
-    prediction = split["predicted_token_s"] / many_s
     figures = [
         Figure("bare onnxruntime loop", 1 / bare_s, "tokens/s"),
         Figure("one board, whole path", 1 / one_s, "tokens/s"),
@@ -196,15 +208,23 @@ def main() -> None:
         Figure(f"{options.boards} boards / bare loop", ratio_many, "ratio")
         if shaped
         else at_least(f"{options.boards} boards / bare loop", ratio_many, "ratio", 0.75),
-        Figure("compute of all stages", compute_s * 1e3, "ms/token"),
-        Figure("compute of all stages / bare loop", compute_s / bare_s, "ratio"),
-        Figure("a hop: what is neither compute nor bare", (many_s - compute_s) / options.boards * 1e3, "ms"),
-        Figure("bytes per token per hop", hop, "bytes", "the formula", hop == split["stages"][0]["formula_bytes"]),
+        Figure("compute of all stages", median(map(compute_s, splits)) * 1e3, "ms/token"),
+        Figure(
+            "compute of all stages / bare loop",
+            median(compute_s(answer) / answer["bare_s"] for answer in splits),
+            "ratio",
+        ),
+        Figure("a hop: all but the steps", hop_s * 1e3, "ms"),
+        Figure("what a cut adds to the bare loop", overhead_s * 1e3, "ms"),
+        Figure("bytes per token per hop", hop, "bytes", "the formula", hop == stage["formula_bytes"]),
         at_most("a hop / llama.cpp RPC", hop / REFERENCE_BYTES, "ratio", 0.01),
         Figure("predicted / measured time per token", prediction, "ratio", "0.75 to 1.25", 0.75 <= prediction <= 1.25),
-        Figure("time to first token, split", split["time_to_first_token_s"], "s"),
+        Figure("time to first token, split", median(answer["time_to_first_token_s"] for answer in splits), "s"),
     ]
-    conditions = {**machine(), **vars(options), "raw_token_s": {str(k): v for k, v in found["raw"].items()}}
+    raw = {
+        str(count): [[answer["token_s"], answer["bare_s"]] for answer in answers] for count, answers in found.items()
+    }
+    conditions = {**machine(), **vars(options), "token_s_and_bare_s": raw}
     emit("inference", conditions, figures)
 
 
