@@ -117,6 +117,7 @@ def ask(there: Client, boards: int, precision: str, tokens: int) -> dict[str, An
         max_tokens=tokens + 1,
         ignore_stop=True,
         precision=precision,
+        objective="throughput",  # equal boards get equal shares; for one stream alone nearly all would go to one
         context_tokens=CONTEXT_TOKENS,
         boards_at_least=boards,
         boards_at_most=boards,

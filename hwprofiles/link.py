@@ -1,7 +1,9 @@
 """The device's own link: round trip and goodput, measured through the real transport to its own topic and back.
 
-Every probe is one QoS 0 publish that comes back by subscription: it crosses the device's link up and down, and the
-broker once. Nothing waits without a deadline, and a link that is slow gets a smaller load instead of more minutes.
+Every probe is one frame, as stages send them, that comes back by subscription: it crosses the device's link up and
+down, and the broker once. Nothing waits without a deadline, and a link that is slow gets a smaller load instead of more
+minutes. On a fast link a good part of a round trip is the code at its ends, which takes several times as long after a
+step that has filled the caches: so each round trip is measured after a call of `before`, which does the same.
 
 From the samples two figures are derived, under one assumption that can't be checked from one end: the link carries
 the same rate both ways.
@@ -15,18 +17,20 @@ the same rate both ways.
 
 from __future__ import annotations
 
-import os
 import secrets
-import struct
 from collections.abc import Callable
 from math import ceil
 from time import perf_counter
 from typing import Final
 
+import numpy as np
+
 from hwprofiles import stats
 from hwprofiles.measure import StopRule, sample
 from hwprofiles.profile import LinkMeasurement
 from hwprofiles.reading import Failed
+from wire.errors import MalformedFrame
+from wire.frames import LARGEST_CHUNK_BYTES, Kind, Parcel, Tensor, encode, header_bytes, parse
 from wire.transport import Inbound, Link, NotConnected, Transport
 
 Clock = Callable[[], float]
@@ -68,17 +72,18 @@ GOODPUT_RULE: Final = StopRule(
     warmup_min=1, warmup_max=1,
 )  # fmt: skip
 
-_HEADER: Final = struct.Struct("<4sQI")
-"""Magic, token of this measurement, sequence number. Anything else on the topic is ignored."""
-_MAGIC: Final = b"edlp"
-
 
 class _LinkLost(Exception):
     """An answer did not come: the text says what was waited for."""
 
 
 def measure_link(
-    transport: Transport, topic: str, broker_text: str, clock: Clock = perf_counter, token: int | None = None
+    transport: Transport,
+    topic: str,
+    broker_text: str,
+    clock: Clock = perf_counter,
+    token: int | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> LinkMeasurement | Failed:
     """Measure round trip and goodput over a started transport that this thread polls; it subscribes to `topic`, which
     nobody else should use, and unsubscribes at the end.
@@ -88,17 +93,22 @@ def measure_link(
     probe = _Probe(transport, topic, clock, secrets.randbits(63) if token is None else token)
     transport.subscribe(topic, probe.arrived)
     try:
-        return _measured(probe, broker_text)
+        return _measured(probe, broker_text, before)
     except _LinkLost as error:
         return Failed(f"{broker_text}: {error}")
     finally:
         transport.unsubscribe(topic)
 
 
-def _measured(probe: _Probe, broker_text: str) -> LinkMeasurement:
+def _measured(probe: _Probe, broker_text: str, before: Callable[[], None]) -> LinkMeasurement:
     probe.wait_until_up()
     probe.first_answer()
-    round_trip = sample(lambda: probe.seconds(1, ROUND_TRIP_BYTES), ROUND_TRIP_RULE, probe.clock)
+
+    def round_trip_s() -> float:
+        before()
+        return probe.seconds(1, ROUND_TRIP_BYTES)
+
+    round_trip = sample(round_trip_s, ROUND_TRIP_RULE, probe.clock)
     small_s = stats.median(round_trip.samples_s)
     for trial_chunk_bytes in TRIAL_CHUNK_BYTES:
         trial_s = probe.seconds(GOODPUT_CHUNKS, trial_chunk_bytes)
@@ -137,15 +147,17 @@ class _Probe:
         self._next = 0
         self._missing: set[int] = set()
         self._last_s = 0.0
-        self._filler = os.urandom(GOODPUT_CHUNK_BYTES)  # random: a compressing tunnel must not look fast
+        # Random: a compressing tunnel must not look fast.
+        self._filler = np.frombuffer(secrets.token_bytes(GOODPUT_CHUNK_BYTES), np.uint8)
 
     def arrived(self, message: Inbound) -> None:
         """Note one of our own messages; whatever else comes to the topic is ignored."""
-        if len(message.payload) < _HEADER.size:
+        try:
+            frame = parse(message.payload)
+        except MalformedFrame:
             return
-        magic, token, number = _HEADER.unpack_from(message.payload)
-        if magic == _MAGIC and token == self._token and number in self._missing:
-            self._missing.discard(number)
+        if frame.kind is Kind.PROBE and frame.request == self._token and frame.position in self._missing:
+            self._missing.discard(frame.position)
             self._last_s = self.clock()
 
     def wait_until_up(self) -> None:
@@ -193,12 +205,13 @@ class _Probe:
         numbers = range(self._next, self._next + messages)
         self._next += messages
         self._missing = set(numbers)
-        filler = memoryview(self._filler)[: payload_bytes - _HEADER.size]
+        filler = self._filler[: payload_bytes - header_bytes(1)]
         started_s = self.clock()
         try:
             for number in numbers:
-                header = _HEADER.pack(_MAGIC, self._token, number)
-                self._transport.publish(self._topic, (header, filler))
+                probe = Parcel(Kind.PROBE, request=self._token, position=number, tensor=Tensor.of(filler))
+                [frame] = encode(probe, self._token, 0, number, LARGEST_CHUNK_BYTES)
+                self._transport.publish(self._topic, frame)
         except NotConnected as error:
             raise _LinkLost(f"connection lost ({error})") from None
         return started_s

@@ -197,7 +197,8 @@ def _link(task: MeasureTask, login: BrokerLogin) -> LinkMeasurement | Failed:
     )
     transport.start()
     try:
-        return measure_link(transport, topics.INBOX.on(task.site, task.device, "probe"), login.url)
+        topic = topics.INBOX.on(task.site, task.device, "probe")
+        return measure_link(transport, topic, login.url, before=Cold(sweep_bytes()))
     finally:
         transport.close()
 

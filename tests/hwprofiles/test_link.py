@@ -15,6 +15,7 @@ from hwprofiles.link import (
 from hwprofiles.profile import LinkMeasurement
 from hwprofiles.reading import Failed
 from tests.hwprofiles.simulated import Clock, SimulatedTransport
+from wire.frames import Kind, Parcel, encode
 from wire.memory import MemoryBroker, MemoryTransport
 from wire.transport import Link
 
@@ -115,7 +116,9 @@ def test_connection_lost_in_the_middle_is_failed() -> None:
 def test_garbage_and_other_peoples_probes_on_the_topic_change_nothing() -> None:
     clean = measured(SimulatedTransport(Clock(), 1e6, 1e6, 0.01))
     noisy = SimulatedTransport(Clock(), 1e6, 1e6, 0.01)
-    noisy.extra = [b"", b"edlp", b"\x00" * 40, b"edlp" + (8).to_bytes(8, "little") + (30).to_bytes(4, "little")]
+    [ours_but_of_another] = encode(Parcel(Kind.PROBE, request=8, position=30), 8, 0, 30)
+    [ours_but_no_probe] = encode(Parcel(Kind.CLOSE, request=7, position=30), 8, 0, 30)
+    noisy.extra = [b"", b"elm", b"\x00" * 40, b"".join(ours_but_of_another), b"".join(ours_but_no_probe)]
     assert measured(noisy).round_trip.samples_s == pytest.approx(clean.round_trip.samples_s)
 
 
