@@ -23,6 +23,7 @@ from coordinator.measured import Key, StageMeasured, caught_up, counters_of, mea
 from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared
+from coordinator.turns import Hold
 from wire import frames
 from wire.errors import Refused, Unreachable, UsageError
 from wire.ids import new_request_id
@@ -107,30 +108,38 @@ class Serving:
         request.sampling()
         if bool(request.prompt) == bool(request.messages):
             raise UsageError("give either a prompt or messages", try_="edgelam run MODEL --prompt TEXT")
-        admitted: list[_Admitted] = []
-        async with aclosing(self._admit(request, admitted)) as events:
-            async for event in events:
-                yield event
-        [got] = admitted
+        hold = Hold()
         try:
-            answer = await self._begin(request, got)
-            async with aclosing(self._run(got.record, answer)) as events:
+            admitted: list[_Admitted] = []
+            async with aclosing(self._admit(request, admitted, hold)) as events:
                 async for event in events:
                     yield event
+            [got] = admitted
+            try:
+                answer = await self._begin(request, got)
+                async with aclosing(self._run(got.record, answer)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                got.turn.release()
         finally:
-            got.turn.release()
+            hold.close()
         rows = await self._measured(got.record, answer.before, len(answer.tokens) - 1)
         yield summary(got.record, answer.generation, answer.tokens, answer.text, answer.stop_ids, rows)
 
-    async def _admit(self, request: GenerateRequest, admitted: list[_Admitted]) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield status events until a deployment is ready and a turn is there; put both into `admitted`."""
+    async def _admit(
+        self, request: GenerateRequest, admitted: list[_Admitted], hold: Hold
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield status events until a deployment is ready and a turn is there; put both into `admitted`. The caller
+        closes `hold` in any case."""
         if self._waiting >= MAX_WAITING:
             raise Refused(f"busy: {MAX_WAITING} requests are waiting", try_="run again in a moment")
         self._waiting += 1
         try:
             while not admitted:
                 statuses: asyncio.Queue[str] = asyncio.Queue()
-                ensuring = asyncio.ensure_future(self._operations.ensure(deploy_request(request), _into(statuses)))
+                ensure = self._operations.ensure(deploy_request(request), _into(statuses), hold)
+                ensuring = asyncio.ensure_future(ensure)
                 try:
                     while not ensuring.done() or not statuses.empty():
                         text = await _either(statuses, ensuring)
@@ -144,7 +153,8 @@ class Serving:
                 if self._operations.usable(record):
                     admitted.append(_Admitted(record, prepared, turn))
                 else:
-                    turn.release()  # lost or replaced while we waited in line
+                    turn.release()
+                    hold.release()  # lost while we waited in line
         finally:
             self._waiting -= 1
 
