@@ -27,6 +27,7 @@ from coordinator.config import (
     write_address,
     write_atomically,
 )
+from coordinator.guard import door_names
 from coordinator.hub import Hub
 from coordinator.inference.serve import Serving
 from coordinator.notices import notice
@@ -238,7 +239,7 @@ class Runner:
     async def _serve_http(self, operations: Operations, serving: Serving) -> None:
         assert self.coordinator is not None and self._door is not None
         config = uvicorn.Config(
-            make_app(self.coordinator, operations, serving, self.key),
+            make_app(self.coordinator, operations, serving, self.key, door_names(self.options.listen)),
             host=self.options.listen,
             port=self.http_port,
             log_level="warning",
