@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.artifacts import Artifacts
 from coordinator.changes import Changes
-from coordinator.deployments import desired_for, ended_stages
+from coordinator.deployments import check_orders, desired_for, ended_stages
 from coordinator.fleet import (
     AppliedArrived,
     Device,
@@ -278,7 +278,10 @@ class Coordinator:
         return self.journal.next_epoch(max([self._desired_epoch, *applied], default=0))
 
     def put_in_force(self, record: DeploymentRecord) -> None:
-        """Journal a deployment and publish it; replaces one of the same name."""
+        """Journal a deployment and publish it; replaces one of the same name. Raises Refused, and changes nothing, if
+        a device could not be told: the message would be too large."""
+        others = [other for other in self._records.values() if other.name != record.name]
+        check_orders(record, others, self.artifacts_url)
         self.journal.save_deployment(record)
         if record.name in self._records:
             self.on_deployment_lost(record.name, f"{record.name} was replaced by epoch {record.plan.epoch} of it")

@@ -20,10 +20,10 @@ from tests.coordinator.plans import plan_of
 from tests.coordinator.test_deployments import record_of, report
 from tests.planning.boards import link, profile
 from wire import topics
-from wire.errors import UsageError
+from wire.errors import Refused, UsageError
 from wire.limits import MAX_CONTROL_BYTES, MAX_DEVICES, OFFLINE_AFTER_S, SUSPECT_AFTER_S
 from wire.memory import MemoryBroker
-from wire.messages import Desired, Kit, StageReport
+from wire.messages import ArtifactRef, Desired, Kit, StageReport
 
 DEVICE_TOPICS = (topics.STATE, topics.INFO, topics.PROFILE, topics.TELEMETRY, topics.APPLIED)
 GARBAGE = (
@@ -196,6 +196,59 @@ def test_what_can_not_be_journaled_is_not_published(tmp_path: Path) -> None:
         lab.coordinator.journal.open()
         await asyncio.sleep(0.05)
         assert not lab.boards["a"].orders
+
+    lab_test(scenario, tmp_path)
+
+
+def with_files(made: DeploymentRecord, device: str, count: int) -> DeploymentRecord:
+    """The same deployment, whose stage on `device` has so many files of weights."""
+    files = tuple(ArtifactRef(digest=f"sha256:{number:064x}", size_bytes=1) for number in range(count))
+    (order,) = made.orders[device]
+    return msgspec.structs.replace(
+        made, orders={**made.orders, device: (msgspec.structs.replace(order, weights=files),)}
+    )
+
+
+def test_orders_too_large_for_a_message_are_refused_before_anything_is_journaled(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        await lab.with_boards("a", "b")
+        running = record(lab.coordinator, "a")
+        lab.coordinator.put_in_force(running)
+        await until(lambda: bool(lab.boards["a"].orders))
+        told = losses(lab.coordinator)
+        too_large = with_files(record(lab.coordinator, "a", "b"), "b", 3000)
+        with pytest.raises(Refused, match=r"orders for b would take .*, a message may have") as raised:
+            lab.coordinator.put_in_force(too_large)
+        assert "--boards-at-least" in raised.value.try_
+        assert lab.coordinator.records() == [running] == lab.coordinator.journal.deployments()
+        assert not told, "what ran runs on"
+        lab.coordinator.put_in_force(with_files(record(lab.coordinator, "a", "b"), "b", 1000))
+        await until(lambda: bool(lab.boards["b"].orders))
+        assert len(lab.boards["b"].orders[-1].stages[0].weights) == 1000
+
+    lab_test(scenario, tmp_path)
+
+
+def test_what_a_device_holds_for_other_models_counts_too(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        await lab.with_boards("a")
+        lab.coordinator.put_in_force(with_files(record(lab.coordinator, "a"), "a", 1500))
+        another = with_files(record(lab.coordinator, "a"), "a", 1500)
+        plan = msgspec.structs.replace(another.plan, deployment="another")
+        with pytest.raises(Refused, match="orders for a"):
+            lab.coordinator.put_in_force(msgspec.structs.replace(another, name="another", plan=plan))
+        lab.coordinator.put_in_force(another)  # in place of the first it fits
+
+    lab_test(scenario, tmp_path)
+
+
+def test_a_plan_too_large_for_a_message_is_refused(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        made = record(lab.coordinator, "a")
+        plan = msgspec.structs.replace(made.plan, because="x" * MAX_CONTROL_BYTES)
+        with pytest.raises(Refused, match="the plan of tiny"):
+            lab.coordinator.put_in_force(msgspec.structs.replace(made, plan=plan))
+        assert not lab.coordinator.journal.deployments()
 
     lab_test(scenario, tmp_path)
 
