@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.inference.patience import first_token_timeout_s
 from coordinator.inference.requests import GenerateRequest, Generation, Token, request_meta
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.measured import Key, StageMeasured, caught_up, counters_of, measured
@@ -173,9 +174,11 @@ class Serving:
         coordinator, plan = self._coordinator, got.record.plan
         prompt_ids = await asyncio.to_thread(prompt_tokens, request, got.prepared, got.record)
         stop_ids = tuple(got.prepared.tokenizer.stop_ids)
-        meta = request_meta(coordinator.hub.reply_inbox, request, len(prompt_ids), stop_ids)
+        prompts = 1 + sum(other.deployment == plan.deployment for other in self._live.values())
+        first_s = first_token_timeout_s(plan, len(prompt_ids), prompts, request.stall_timeout_s)
+        meta = request_meta(coordinator.hub.reply_inbox, request, len(prompt_ids), stop_ids, first_s)
         generation = Generation(
-            new_request_id(), plan.deployment, plan.epoch, prompt_ids, meta, request.stall_timeout_s
+            new_request_id(), plan.deployment, plan.epoch, prompt_ids, meta, request.stall_timeout_s, first_s
         )
         return _Answer(generation, counters_of(plan, coordinator.telemetry()), got.prepared)
 

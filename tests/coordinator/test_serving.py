@@ -374,6 +374,25 @@ def test_a_lost_broker_ends_requests_and_the_next_one_says_what_is_wrong(play: C
     play(scenario)
 
 
+def test_a_prompt_may_take_as_long_as_the_plan_says_and_the_stages_keep_it_so_long(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(made: Ring) -> None:
+        monkeypatch.setattr(serve, "first_token_timeout_s", lambda _plan, _tokens, prompts, _floor_s: 100.0 * prompts)
+        works = []
+        for number in (1, 2):
+            works.append(asyncio.ensure_future(collect(made.serving.generate(request(stall_timeout_s=0.1)))))
+            meta = msgspec.json.decode((await made.prompt(number)).meta, type=RequestMeta)
+            assert meta.idle_timeout_s == 100.0 * number, "what runs beside it counts"
+        await asyncio.sleep(0.3)
+        assert not any(work.done() for work in works)
+        for number in (1, 2):
+            made.answer(await made.prompt(number), "ok")
+        assert [(await work)[-1]["text"] for work in works] == ["ok", "ok"]
+
+    play(scenario)
+
+
 def test_a_silent_stage_is_given_up_and_closed(play: Callable[[Scenario], None]) -> None:
     async def scenario(made: Ring) -> None:
         work = asyncio.ensure_future(collect(made.serving.generate(request(stall_timeout_s=0.1))))
