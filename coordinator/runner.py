@@ -129,6 +129,7 @@ class Runner:
         self.http_port = 0
         self.broker: Broker | None = None
         self.coordinator: Coordinator | None = None
+        self.shelf: Shelf | None = None
         self._advertiser: Advertiser | None = None
         self._browser: Browser | None = None
         self._server: uvicorn.Server | None = None
@@ -184,7 +185,8 @@ class Runner:
             broker_text=broker_text,
             hub=Hub(transport, options.site, self.boot, asyncio.get_running_loop()),
         )
-        operations = Operations(self.coordinator, Shelf(cache_dir()))
+        self.shelf = Shelf(cache_dir())
+        operations = Operations(self.coordinator, self.shelf)
         serving = Serving(self.coordinator, operations)
         self.coordinator.open()
         await self._await_broker(transport, url)
@@ -320,6 +322,8 @@ class Runner:
     async def stop(self) -> None:
         """End everything in order; what is retained stays with the broker until it ends too."""
         forget_address(self.options.state, self.boot)
+        if self.shelf is not None:
+            await self.shelf.close()
         if self._advertiser is not None:
             await asyncio.to_thread(self._advertiser.close)
         if self._browser is not None:

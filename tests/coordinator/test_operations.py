@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,11 @@ from coordinator.journal import DeployRequest
 from coordinator.operations import MAX_KIT_MODULES, Operations
 from coordinator.shelf import Shelf
 from coordinator.turns import Hold, Holds
+from models.build import pack as pack_module
+from models.cache import hash_file
 from models.graph import Graph
 from tests.coordinator.memory_site import Lab, running, until
+from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from tests.planning import boards
 from wire import topics
 from wire.errors import Degraded, EdgelamError, Refused, Unreachable, UsageError
@@ -469,3 +473,57 @@ def test_a_model_that_could_not_be_packed_is_tried_again_when_asked_again() -> N
         assert shelf.packed == 2 and not shelf._under_way and not shelf.prepared()
 
     asyncio.run(scenario())
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint each of whose files takes a moment to pack."""
+    config = tiny_config(blocks=6)
+    write_gguf(tmp_path / "tiny.gguf", config, random_tensors(config))
+    quick = pack_module.module_tensors
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return quick(*arguments)
+
+    monkeypatch.setattr(pack_module, "module_tensors", slow)
+    return tmp_path / "tiny.gguf"
+
+
+def test_packing_that_is_ended_leaves_nothing_that_is_taken_for_whole(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def packed() -> list[Path]:
+        return sorted((cache / "packs").glob("*/[!.]*"))
+
+    async def ended() -> None:
+        shelf = Shelf(cache)
+        work = asyncio.ensure_future(shelf.prepare(str(tiny), "int4", silent))
+        await until(lambda: bool(packed()), "the first file")
+        await shelf.close()
+        with pytest.raises(Unreachable, match="ending"):
+            await work
+
+    async def whole() -> int:
+        prepared = await Shelf(cache).prepare(str(tiny), "int4", silent)
+        for digest, path in prepared.packed.files.items():
+            assert hash_file(path) == digest
+        return len(prepared.packed.files)
+
+    asyncio.run(ended())
+    before = len(packed())
+    assert not list((cache / "packs").glob("*/index.json")) and not list((cache / "packs").glob("*/.*"))
+    assert before < asyncio.run(whole())
+
+
+def test_work_that_can_not_be_ended_does_not_hold_up_the_end() -> None:
+    async def scenario() -> None:
+        shelf = SlowShelf()
+        work = asyncio.ensure_future(shelf.prepare("tiny", "int4", silent))
+        await asyncio.sleep(0.02)
+        await shelf.close()
+        work.cancel()
+
+    started_s = time.monotonic()
+    asyncio.run(scenario())
+    assert time.monotonic() - started_s < 6, "SlowShelf takes 10 s"
