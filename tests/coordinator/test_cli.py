@@ -200,6 +200,20 @@ def test_all_models_are_listed(run: Run) -> None:
     assert all({"name", "licence", "cached"} <= set(model) for model in listed["models"])
 
 
+def test_the_cache_is_listed_and_emptied(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELAM_CACHE", str(run.folder / "cache"))
+    assert "nothing" in run("model", "cache").stdout
+    checkpoint = run.folder / "cache" / "models" / "some" / "some.gguf"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(bytes(2048))
+    listed = json.loads(run("model", "cache", "--json").stdout)
+    assert [(entry["name"], entry["size_bytes"]) for entry in listed["entries"]] == [("models/some", 2048)]
+    assert "models/some" in run("model", "cache").stdout
+    assert "not in the cache" in two_lines(run("model", "remove", "some"), ExitCode.USAGE)
+    assert "models/some" in run("model", "remove", "models/some").stdout
+    assert not checkpoint.exists()
+
+
 def test_a_reader_that_goes_away_is_nobodys_error(run: Run) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
@@ -248,6 +262,7 @@ def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(run: Run)
         assert "no devices yet" in run("devices").stdout
         assert json.loads(run("top", "--json").stdout)["status"]["broker_up"] is True
         assert "runs already" in two_lines(run.process("up"), ExitCode.REFUSED)
+        assert "coordinator runs here" in two_lines(run("model", "remove", "packs/x"), ExitCode.REFUSED)
         children = psutil.Process(up.pid).children(recursive=True)
         assert children, "a broker"
         up.send_signal(signal.SIGINT)
