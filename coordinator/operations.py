@@ -342,8 +342,8 @@ def best_plan(
             plan = make_plan(graph, candidates, msgspec.structs.replace(request, accept_unsteady=True), address)
         except Infeasible:
             raise refused from None
-    caution = "Some of the figures are unsteady (edgelam bench shows which), so the prediction is rough."
-    return msgspec.structs.replace(plan, because=f"{plan.because} {caution}")
+    caution = "Some of the figures are unsteady (edgelam bench shows which), so the prediction is rough"
+    return msgspec.structs.replace(plan, because=f"{plan.because}. {caution}")
 
 
 def _key(record: DeploymentRecord) -> Key:

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from coordinator import operations as operations_module
 from coordinator.journal import DeployRequest
-from coordinator.operations import MAX_KIT_MODULES, Operations
+from coordinator.operations import MAX_KIT_MODULES, Operations, best_plan
 from coordinator.shelf import Shelf
 from coordinator.turns import Hold, Holds
 from models.build import pack as pack_module
@@ -390,6 +390,17 @@ def test_words_that_mean_nothing_are_refused(changes: dict[str, str], play: Call
             await site.operations.plan(DeployRequest(model="tiny", **changes), silent)
 
     play(scenario)
+
+
+def test_what_is_said_of_a_plan_is_sentences_with_a_full_stop_between_them() -> None:
+    candidates = [boards.board("a", valid=False), boards.board("b", valid=False)]
+    graph = boards.graph(8)
+    rough = best_plan(graph, candidates, boards.request(boards_at_least=2), boards.address)
+    asked, caution = rough.because.split(". ")
+    assert asked.startswith("at least 2 boards") and caution.startswith("Some of the figures are unsteady")
+    assert not rough.because.endswith(".")
+    steady = best_plan(graph, [boards.board("a")], boards.request(), boards.address)
+    assert "unsteady" not in steady.because
 
 
 def test_removing_what_is_not_there_names_what_is(play: Callable[[Scenario], None]) -> None:
