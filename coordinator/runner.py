@@ -36,11 +36,12 @@ from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
 from wire.broker import Broker, Credential, start_broker
+from wire.client import parse_url
 from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties
 from wire.errors import EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import SITE_USER, checked_name, new_boot_id
 from wire.limits import CONTROL_KEEPALIVE_S
-from wire.mqtt import MqttTransport, parse_url
+from wire.mqtt import MqttTransport
 from wire.transport import Transport
 
 LOG = logging.getLogger("edgelam.up")
