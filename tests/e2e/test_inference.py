@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -73,13 +74,18 @@ def test_plan_explain_gives_a_reason_for_every_board(site: Site, tiny_model: str
 
 
 def test_topics_tail_decodes_tensors_to_shape_and_type(site: Site, tiny_model: str) -> None:
-    import threading
-
     site.run(tiny_model, 2)
-    later = threading.Timer(1.5, lambda: site.run(tiny_model, 2))
-    later.start()
+    enough = threading.Event()
+
+    def keep_talking() -> None:
+        while not enough.wait(0.5):
+            site.run(tiny_model, 2)
+
+    talker = threading.Thread(target=keep_talking)
+    talker.start()
     done = site.cli("topics", "tail", "edgelam/v1/+/act/#", "--count", "12", "--seconds", "20")
-    later.join()
+    enough.set()
+    talker.join()
     assert done.returncode == 0, done.stderr
     assert "HIDDEN F16[1x" in done.stdout
     assert "TOKENS I32[1]" in done.stdout
