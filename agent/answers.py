@@ -30,7 +30,8 @@ class AppliedNews:
     def news(self, applied: Applied, now_s: float) -> bool:
         """Whether to publish; if so it counts as said."""
         phases = tuple((r.deployment, r.stage, r.epoch, r.phase, r.detail, r.restarts) for r in applied.stages)
-        now = _Said(((applied.epoch,), *phases), tuple(report.fetched_bytes for report in applied.stages))
+        heard = (applied.epoch, applied.refused_epoch, applied.refused_because)
+        now = _Said((heard, *phases), tuple(report.fetched_bytes for report in applied.stages))
         if now == self._said:
             return False
         urgent = self._said is None or now.phases != self._said.phases

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import msgspec
+from msgspec import Struct
+
 from agent.converge import key_of
 from wire import topics
-from wire.messages import Desired
+from wire.limits import MAX_CONTROL_BYTES
+from wire.messages import Count, Desired
+
+
+class Refusal(Struct, frozen=True):
+    """An order that is not taken: its epoch, and why in words for its writer."""
+
+    epoch: int
+    because: str
+
+
+class _Epoch(Struct):
+    epoch: Count
+
+
+def epoch_of(payload: bytes | memoryview) -> int:
+    """The epoch in an order that is wrong otherwise; 0 if it can't be told. Lets its writer know which one it was."""
+    if len(payload) > MAX_CONTROL_BYTES:
+        return 0
+    try:
+        return msgspec.json.decode(payload, type=_Epoch).epoch
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return 0
 
 
 def is_inbox(topic: str, site: str) -> bool:

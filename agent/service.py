@@ -76,6 +76,8 @@ class Service:
         self._advertised: Advertised | None = None
         self._rival_info = ""
         self._refusal: Refused | None = None
+        self._refused_order = orders.Refusal(0, "")
+        """The newest order that could not be taken."""
         self._stop_asked = False
         self._reason = ""
         self._contradicted_s = -CONTRADICT_PERIOD_S
@@ -146,6 +148,7 @@ class Service:
         problem = orders.problem_with(message, self._site, self.config.name)
         if problem:
             self._tell("order-refused", "warning", f"an order makes no sense: {problem}")
+            self._refuse(message.epoch, problem)
             return
         if message.epoch < self._records.epoch:
             self.stale_orders += 1
@@ -154,10 +157,22 @@ class Service:
         try:
             self._records.advance_epoch(message.epoch)
         except OSError as error:
-            self._tell("state-not-saved", "error", f"{self.config.state_dir}: {error.strerror}; the order is not taken")
+            problem = f"{self.config.state_dir}: {error.strerror}; the order is not taken"
+            self._tell("state-not-saved", "error", problem)
+            self._refuse(message.epoch, problem)
             return
+        self._refused_order = orders.Refusal(0, "")
         self._stages.want(message)
         self._fetcher.only(self._used_files())
+
+    def unreadable_order(self, payload: bytes | memoryview, problem: str) -> None:
+        """An order that is none: its writer waits for an answer, unless nobody can tell which order it was."""
+        self._refuse(orders.epoch_of(payload), problem)
+
+    def _refuse(self, epoch: int, because: str) -> None:
+        """From now on `applied` says so, until an order is taken. What is older than the one taken is nobody's loss."""
+        if epoch > 0 and epoch >= self._records.epoch:
+            self._refused_order = orders.Refusal(epoch, because[:4096])
 
     def kit(self, message: Kit) -> None:
         if self._measuring is not None:
@@ -378,7 +393,14 @@ class Service:
 
     def _applied(self, now_s: float) -> Applied:
         reports = self._stages.reports(now_s) if self._stages is not None else ()
-        return Applied(device=self.config.name, boot=self.boot, epoch=self._records.epoch, stages=reports)
+        return Applied(
+            device=self.config.name,
+            boot=self.boot,
+            epoch=self._records.epoch,
+            stages=reports,
+            refused_epoch=self._refused_order.epoch,
+            refused_because=self._refused_order.because,
+        )
 
     def _device_state(self) -> DeviceState:
         note = self._measuring.note if self._measuring is not None else ""

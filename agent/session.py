@@ -34,11 +34,16 @@ LOG = logging.getLogger("edgelam.session")
 TELL_PERIOD_S: Final = 30.0
 S = TypeVar("S", bound=Struct)
 
+Unreadable = Callable[[bytes | memoryview, str], None]
+"""Hears of a message that could not be read: its bytes, and what is wrong with it."""
+
 
 class Listener(Protocol):
     """Who hears what came."""
 
     def desired(self, message: Desired) -> None: ...
+
+    def unreadable_order(self, payload: bytes | memoryview, problem: str) -> None: ...
 
     def kit(self, message: Kit) -> None: ...
 
@@ -64,7 +69,7 @@ class Session:
         self._read(topics.STATE, DeviceState, listener.own_state)
         self._read(topics.TELEMETRY, Telemetry, listener.own_heartbeat)
         self._read(topics.INFO, DeviceInfo, listener.own_info)
-        self._read(topics.DESIRED, Desired, listener.desired)
+        self._read(topics.DESIRED, Desired, listener.desired, listener.unreadable_order)
         transport.subscribe(topics.KIT.on(site), self._handler(Kit, lambda _topic, kit: listener.kit(kit)), qos=1)
 
         def command(topic: str, message: Command) -> None:
@@ -109,11 +114,22 @@ class Session:
     def event(self, event: Event) -> None:
         self.publish(topics.EVENT, event)
 
-    def _read(self, topic: topics.Topic, kind: type[S], handle: Callable[[S], None]) -> None:
-        handler = self._handler(kind, lambda _topic, message: handle(message))
+    def _read(
+        self,
+        topic: topics.Topic,
+        kind: type[S],
+        handle: Callable[[S], None],
+        unreadable: Unreadable = lambda _payload, _problem: None,
+    ) -> None:
+        handler = self._handler(kind, lambda _topic, message: handle(message), unreadable)
         self.transport.subscribe(topic.on(self.site, self._device), handler, qos=topic.qos)
 
-    def _handler(self, kind: type[S], handle: Callable[[str, S], None]) -> Callable[[Inbound], None]:
+    def _handler(
+        self,
+        kind: type[S],
+        handle: Callable[[str, S], None],
+        unreadable: Unreadable = lambda _payload, _problem: None,
+    ) -> Callable[[Inbound], None]:
         def read(inbound: Inbound) -> None:
             if not inbound.payload:
                 return  # A cleared retained topic says nothing.
@@ -125,6 +141,7 @@ class Session:
                 if not self._told_s or now_s - self._told_s > TELL_PERIOD_S:
                     self._told_s = now_s
                     LOG.warning("%s (%d refused so far)", error.message[:400], self.refused)
+                unreadable(inbound.payload, error.message[:400])
                 return
             handle(inbound.topic, message)
 

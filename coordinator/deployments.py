@@ -142,7 +142,10 @@ def readiness(plan: Plan, applied: Mapping[str, Applied], online: Callable[[str]
             waiting.append(f"{where}: the device is offline")
             continue
         report = _report_of(plan, stage, applied.get(stage.device))
-        if report is None:
+        refusal = _refusal_of(plan, applied.get(stage.device))
+        if report is None and refusal:
+            failed.append((stage.device, refusal))
+        elif report is None:
             waiting.append(f"{where}: no answer yet")
         elif report.phase == "failed":
             failed.append((stage.device, report.detail or "no reason given"))
@@ -175,6 +178,13 @@ def _report_of(plan: Plan, stage: PlannedStage, applied: Applied | None) -> Stag
         if (report.deployment, report.stage, report.epoch) == (plan.deployment, stage.stage, plan.epoch):
             return report
     return None
+
+
+def _refusal_of(plan: Plan, applied: Applied | None) -> str:
+    """Why a device does not take the orders of a plan; '' if it has not said that."""
+    if applied is None or applied.refused_epoch < plan.epoch:
+        return ""
+    return f"it refused the order: {applied.refused_because or 'no reason given'}"
 
 
 def ended_stages(before: Applied | None, now: Applied | None) -> tuple[StageReport, ...]:

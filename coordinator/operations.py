@@ -17,6 +17,7 @@ from coordinator.deployments import deployment_name, held_elsewhere, loading_tex
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.planning.plan import Plan, PlannedStage
 from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, make_plan, repriced, worth_moving
+from coordinator.planning.request import check, check_numbers
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared, Shelf, canonical
 from coordinator.turns import Hold, Holds, Key, Lines
@@ -59,8 +60,7 @@ class Operations:
 
     async def prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
         """Pack a model and ask all devices to measure its modules (those that have not)."""
-        if precision not in PRECISIONS:
-            raise UsageError(f"precision {precision!r} is unknown", try_=", ".join(PRECISIONS))
+        check_precision(precision)
         prepared = await self._shelf.prepare(canonical(model), precision, progress)
         await self._offer_kit(prepared)
         return prepared
@@ -94,13 +94,13 @@ class Operations:
 
     async def plan(self, request: DeployRequest, progress: Progress) -> tuple[Plan, Prepared, list[Candidate]]:
         """Plan a model on the devices that are online and measured; waits for measurements that are under way."""
-        request = _canonical(request)
-        if request.objective not in OBJECTIVES:
-            raise UsageError(f"objective {request.objective!r} is unknown", try_=", ".join(OBJECTIVES))
+        request = checked(request)
         prepared = await self.prepare(request.model, request.precision, progress)
-        await self._await_boards(request, prepared, progress)
-        candidates = self._candidates(request)
         name = deployment_name(request.model)
+        check(prepared.packed.graph, self._plan_request(request, name))
+        await self._await_boards(request, prepared, progress)
+        self._check_excluded(request)
+        candidates = self._candidates(request)
         plan = await asyncio.to_thread(
             best_plan,
             prepared.packed.graph,
@@ -109,6 +109,13 @@ class Operations:
             lambda stage: self._inbox(name, stage),
         )
         return plan, prepared, candidates
+
+    def _check_excluded(self, request: DeployRequest) -> None:
+        """Raise UsageError for a board to leave out that nobody has heard of: most likely a slip of the pen."""
+        known = [device.name for device in self._coordinator.devices()]
+        for name in request.excluded:
+            if name not in known:
+                raise UsageError(f"no board {name!r} to leave out", try_=f"one of: {', '.join(known)}")
 
     def _plan_request(self, request: DeployRequest, name: str) -> PlanRequest:
         return PlanRequest(
@@ -142,6 +149,9 @@ class Operations:
         """Wait until every online device has measured the model's modules; give those that have not in time."""
         coordinator = self._coordinator
         wanted = max(1, request.boards_at_least)
+        online = len(coordinator.online())
+        if online < wanted:
+            progress(f"waiting for boards: {online or 'none'} of site {coordinator.site} online yet, {wanted} wanted")
         await coordinator.changes.wait(lambda: len(coordinator.online()) >= wanted, MORE_BOARDS_TIMEOUT_S)
         if not await coordinator.changes.wait(lambda: bool(coordinator.online()), FIRST_BOARD_TIMEOUT_S):
             raise Unreachable(
@@ -172,7 +182,7 @@ class Operations:
         `hold` holds it from the moment it is chosen, so that nobody replaces it; the caller closes it, also when
         this raises. Raises Refused when requests with other settings run too long on a deployment of this name.
         """
-        request = _canonical(request)
+        request = checked(request)
         prepared = await self.prepare(request.model, request.precision, progress)
         async with self._line(request, progress):
             record = self._in_force_for(request) or await self._deploy(request, progress)
@@ -206,7 +216,7 @@ class Operations:
 
     async def deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
         """Plan anew and put the plan in force; keeps the running placement when moving is not worth it."""
-        request = _canonical(request)
+        request = checked(request)
         hold = Hold()
         try:
             async with self._line(request, progress):
@@ -361,7 +371,17 @@ def _use_text(record: DeploymentRecord, count: int) -> str:
     )
 
 
-def _canonical(request: DeployRequest) -> DeployRequest:
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is unknown", try_=", ".join(PRECISIONS))
+
+
+def checked(request: DeployRequest) -> DeployRequest:
+    """The request with the model's one name; raise UsageError for what can be refused before any work is done."""
+    check_precision(request.precision)
+    if request.objective not in OBJECTIVES:
+        raise UsageError(f"objective {request.objective!r} is unknown", try_=", ".join(OBJECTIVES))
+    check_numbers(request.context_tokens, request.slots, request.boards_at_least, request.boards_at_most)
     return msgspec.structs.replace(request, model=canonical(request.model))
 
 

@@ -121,9 +121,11 @@ class Coordinator:
 
     def applied(self) -> dict[str, Applied]:
         """What each device says that it runs, as far as it said so since our connection stands: what was true before
-        a broker died may not be true after it."""
+        a broker died may not be true after it. It may refuse what we never ordered: that is none of our business."""
         return {
             device.name: device.applied
+            if device.applied.refused_epoch <= self._desired_epoch
+            else msgspec.structs.replace(device.applied, refused_epoch=0, refused_because="")
             for device in self.devices()
             if device.applied is not None and device.name in self._applied_heard
         }

@@ -56,6 +56,9 @@ than this alone may be queued when nothing else is."""
 MAX_CONTROL_BYTES: Final = 262_144
 """Largest JSON control message."""
 
+LEAST_CONTEXT_TOKENS: Final = 2
+"""One token of a prompt and one of an answer."""
+
 MAX_PROMPT_TOKENS: Final = 131_072
 MAX_LIVE_REQUESTS: Final = 256
 MAX_DEVICES: Final = 256

@@ -98,7 +98,7 @@ class StageOrder(Struct, frozen=True, kw_only=True):
     hidden: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
     vocabulary: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
     wire_dtype: Literal["f32", "f16", "bf16"]
-    context_tokens: Annotated[int, Meta(ge=2, le=limits.MAX_PROMPT_TOKENS)]
+    context_tokens: Annotated[int, Meta(ge=limits.LEAST_CONTEXT_TOKENS, le=limits.MAX_PROMPT_TOKENS)]
     slots: Annotated[int, Meta(ge=1, le=limits.MAX_LIVE_REQUESTS)]
     prefill_chunk_tokens: Annotated[int, Meta(ge=2, le=4096)]
     inbox: InboxAddress
@@ -136,6 +136,9 @@ class Applied(Message, frozen=True, kw_only=True):
     boot: BootId
     epoch: Count
     stages: Annotated[tuple[StageReport, ...], Meta(max_length=64)] = ()
+    refused_epoch: Count = 0
+    """Epoch of a Desired that came after the one applied and was not taken; 0 when there is none."""
+    refused_because: Text = ""
 
 
 class StageCounters(Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from coordinator.planning.problem import hop_bytes, make_problem
 from hwprofiles.profile import Profile
 from models.graph import Graph, Module
 from wire.errors import UsageError
+from wire.limits import LEAST_CONTEXT_TOKENS, MAX_LIVE_REQUESTS, MAX_PROMPT_TOKENS
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
@@ -65,16 +66,32 @@ class Priced:
         return self.graph.modules[run.first : run.end]
 
 
+def check_numbers(context_tokens: int, slots: int, boards_at_least: int, boards_at_most: int | None) -> None:
+    """Raise UsageError for what no model and no boards could do, and no order could say (wire.messages.StageOrder)."""
+    if not LEAST_CONTEXT_TOKENS <= context_tokens <= MAX_PROMPT_TOKENS:
+        raise UsageError(
+            f"a context of {context_tokens} tokens is not possible",
+            try_=f"--context from {LEAST_CONTEXT_TOKENS} to {MAX_PROMPT_TOKENS}",
+        )
+    if not 1 <= slots <= MAX_LIVE_REQUESTS:
+        raise UsageError(f"{slots} slots are not possible", try_=f"--slots from 1 to {MAX_LIVE_REQUESTS}")
+    if boards_at_least < 1:
+        raise UsageError(f"at least {boards_at_least} boards: a plan has at least 1", try_="--boards-at-least 1")
+    if boards_at_most is not None and boards_at_most < boards_at_least:
+        raise UsageError(
+            f"at least {boards_at_least} and at most {boards_at_most} boards: no plan can be both",
+            try_=f"--boards-at-most {boards_at_least}, or a smaller --boards-at-least",
+        )
+
+
 def check(graph: Graph, request: PlanRequest) -> None:
     """Raise UsageError if the request contradicts itself or the model."""
+    check_numbers(request.context_tokens, request.slots, request.boards_at_least, request.boards_at_most)
     if request.context_tokens > graph.max_context_tokens:
         raise UsageError(
             f"context of {request.context_tokens} tokens: {graph.model} was made for {graph.max_context_tokens}",
             try_=f"a context of at most {graph.max_context_tokens} tokens",
         )
-    most = request.boards_at_most
-    if request.boards_at_least < 1 or (most is not None and most < request.boards_at_least):
-        raise UsageError(f"at least {request.boards_at_least} and at most {most} boards: no plan can be both")
     names = {module.name for module in graph.modules}
     for module, device in request.pins.items():
         if module not in names:
@@ -83,7 +100,10 @@ def check(graph: Graph, request: PlanRequest) -> None:
                 try_=f"embedding, block.0 to block.{graph.blocks - 1}, or head",
             )
         if device in request.excluded:
-            raise UsageError(f"pin {module} -> {device}: the same request excludes {device}")
+            raise UsageError(
+                f"pin {module} -> {device}: the same request excludes {device}",
+                try_=f"leave out the pin, or don't exclude {device}",
+            )
 
 
 def workload_of(request: PlanRequest) -> Workload:

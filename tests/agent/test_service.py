@@ -141,6 +141,23 @@ def test_orders_that_make_no_sense_are_refused_with_a_notice(lab: Lab) -> None:
     assert launcher.stage_workers == []
 
 
+def test_a_refused_order_is_told_in_what_is_applied_until_another_is_taken(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    torn = encode(desired_of(order_of(epoch=2), epoch=2)).replace(b'"context_tokens":64', b'"context_tokens":0')
+    lab.coordinator.publish(topics.DESIRED.on(SITE, DEVICE), torn)
+    lab.turn(lambda: applied(lab).refused_epoch == 2)
+    assert "context_tokens" in applied(lab).refused_because
+    assert phases(lab) == [(1, "ready")], "what runs goes on"
+    lab.publish(topics.DESIRED, desired_of(order_of(), order_of(), epoch=3), DEVICE)
+    lab.turn(lambda: applied(lab).refused_epoch == 3)
+    assert "listed twice" in applied(lab).refused_because
+    lab.coordinator.publish(topics.DESIRED.on(SITE, DEVICE), b"garbage")
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=4), epoch=4), DEVICE)
+    lab.turn(lambda: phases(lab) == [(4, "ready")])
+    assert (applied(lab).refused_epoch, applied(lab).refused_because) == (0, "")
+
+
 def test_a_killed_worker_is_started_again_and_the_reason_is_told(lab: Lab) -> None:
     launcher = FakeLauncher()
     running(lab, launcher)
@@ -261,6 +278,8 @@ def test_a_full_disk_refuses_the_order_instead_of_forgetting_the_epoch(lab: Lab,
     lab.publish(topics.DESIRED, desired_of(order_of()), DEVICE)
     lab.turn(lambda: b"state-not-saved" in b"".join(lab.seen.get(topics.EVENT.on(SITE, DEVICE), [])))
     assert launcher.stage_workers == []
+    lab.turn(lambda: applied(lab).refused_epoch == 1)
+    assert "No space left" in applied(lab).refused_because
 
 
 def test_every_step_of_the_table_leads_somewhere_and_others_are_named() -> None:

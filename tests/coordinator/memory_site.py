@@ -84,6 +84,11 @@ class Board(Client):
     def apply(self, epoch: int, *reports: StageReport) -> None:
         self.say(topics.APPLIED, Applied(device=self.name, boot=self.boot, epoch=epoch, stages=reports), self.name)
 
+    def refuse(self, epoch: int, because: str) -> None:
+        """Say that an order was not taken, and that nothing runs."""
+        told = Applied(device=self.name, boot=self.boot, epoch=0, refused_epoch=epoch, refused_because=because)
+        self.say(topics.APPLIED, told, self.name)
+
     def leave(self) -> None:
         self.say(topics.STATE, DeviceState(state="offline", boot=self.boot, since_unix=0.0, reason="bye"), self.name)
 

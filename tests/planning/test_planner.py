@@ -18,8 +18,11 @@ from coordinator.planning.planner import (
     worth_moving,
 )
 from hwprofiles.reading import Absent, Failed
+from tests.agent.fakes import order_of
 from tests.planning.boards import MB, address, board, graph, link, request
 from wire.errors import ExitCode, UsageError, render
+from wire.limits import MAX_LIVE_REQUESTS, MAX_PROMPT_TOKENS
+from wire.messages import StageOrder
 
 ETHERNET = link(0.5e-3, 100e6 / 8)
 WIFI = link(5e-3, 20e6 / 8)
@@ -151,13 +154,28 @@ def test_contradictory_pins_are_named() -> None:
         ({"pins": {"block.99": "orin"}}, "no such module"),
         ({"pins": {"head": "orin"}, "excluded": ("orin",)}, "the same request excludes orin"),
         ({"boards_at_least": 3, "boards_at_most": 2}, "no plan can be both"),
-        ({"boards_at_least": 0}, "no plan can be both"),
+        ({"boards_at_least": 0}, "a plan has at least 1"),
         ({"context_tokens": 100_000}, "was made for 2048"),
     ],
 )
 def test_requests_that_contradict_themselves_are_usage_errors(changes: dict[str, object], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=words) as refused:
         plan(shelf(), **changes)
+    assert refused.value.try_
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("context_tokens", -1), ("context_tokens", 0), ("context_tokens", 1), ("context_tokens", MAX_PROMPT_TOKENS + 1),
+     ("slots", 0), ("slots", MAX_LIVE_REQUESTS + 1)],
+)  # fmt: skip
+def test_what_no_order_can_say_is_not_planned(field: str, value: int) -> None:
+    endless = msgspec.structs.replace(graph(), max_context_tokens=2**31)
+    with pytest.raises(UsageError, match="not possible") as refused:
+        make_plan(endless, shelf(), request(**{field: value}), address)
+    assert refused.value.try_
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({**msgspec.to_builtins(order_of()), field: value}, type=StageOrder)
 
 
 @pytest.mark.parametrize(
