@@ -11,9 +11,9 @@ Errors are raised.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,7 +21,7 @@ from coordinator.inference.patience import first_token_timeout_s
 from coordinator.inference.requests import GenerateRequest, Generation, Token, request_meta
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.measured import Key, StageMeasured, caught_up, counters_of, measured
-from coordinator.operations import Operations
+from coordinator.operations import Operations, checked
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared
 from coordinator.turns import Hold
@@ -32,6 +32,8 @@ from wire.messages import StageCounters
 
 COUNTERS_WAIT_S = 4.0
 """How long the end of a request waits for the stages' counters, which come once a second."""
+T = TypeVar("T")
+
 MAX_WAITING = 64
 """Requests that wait for a deployment or for their turn, over all deployments."""
 
@@ -39,10 +41,13 @@ MAX_WAITING = 64
 class _Admitted:
     """What a request has got when its turn has come."""
 
-    def __init__(self, record: DeploymentRecord, prepared: Prepared, turn: asyncio.Semaphore) -> None:
+    def __init__(
+        self, record: DeploymentRecord, prepared: Prepared, turn: asyncio.Semaphore, prompt_ids: list[int]
+    ) -> None:
         self.record = record
         self.prepared = prepared
         self.turn = turn
+        self.prompt_ids = prompt_ids
 
 
 class _Answer:
@@ -117,7 +122,7 @@ class Serving:
                     yield event
             [got] = admitted
             try:
-                answer = await self._begin(request, got)
+                answer = self._begin(request, got)
                 async with aclosing(self._run(got.record, answer)) as events:
                     async for event in events:
                         yield event
@@ -132,32 +137,38 @@ class Serving:
         self, request: GenerateRequest, admitted: list[_Admitted], hold: Hold
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield status events until a deployment is ready and a turn is there; put both into `admitted`. The caller
-        closes `hold` in any case."""
+        closes `hold` in any case. A prompt that can't be served is refused before any deployment is changed for it."""
         if self._waiting >= MAX_WAITING:
             raise Refused(f"busy: {MAX_WAITING} requests are waiting", try_="run again in a moment")
         self._waiting += 1
         try:
+            prompts: list[list[int]] = []
+            async with aclosing(_with_status(lambda say: self._prompt(request, say), prompts)) as events:
+                async for event in events:
+                    yield event
+            wanted = deploy_request(request)
             while not admitted:
-                statuses: asyncio.Queue[str] = asyncio.Queue()
-                ensure = self._operations.ensure(deploy_request(request), _into(statuses), hold)
-                ensuring = asyncio.ensure_future(ensure)
-                try:
-                    while not ensuring.done() or not statuses.empty():
-                        text = await _either(statuses, ensuring)
-                        if text is not None:
-                            yield {"event": "status", "text": text}
-                    record, prepared = ensuring.result()
-                finally:
-                    ensuring.cancel()
+                ensured: list[tuple[DeploymentRecord, Prepared]] = []
+                ensuring = _with_status(lambda say: self._operations.ensure(wanted, say, hold), ensured)
+                async with aclosing(ensuring) as events:
+                    async for event in events:
+                        yield event
+                [(record, prepared)] = ensured
                 turn = self._turn(record)
                 await turn.acquire()
                 if self._operations.usable(record):
-                    admitted.append(_Admitted(record, prepared, turn))
+                    admitted.append(_Admitted(record, prepared, turn, prompts[0]))
                 else:
                     turn.release()
                     hold.release()  # lost while we waited in line
         finally:
             self._waiting -= 1
+
+    async def _prompt(self, request: GenerateRequest, say: Callable[[str], None]) -> list[int]:
+        """Tokenize the prompt, off the event loop; raise UsageError if it can't be served."""
+        checked(deploy_request(request))
+        prepared = await self._operations.prepare(request.model, request.precision, say)
+        return await asyncio.to_thread(prompt_tokens, request, prepared)
 
     def _turn(self, record: DeploymentRecord) -> asyncio.Semaphore:
         """One turn per slot: stages refuse what exceeds their slots, so requests wait here."""
@@ -169,10 +180,9 @@ class Serving:
             self._turns[record.name] = (record.plan.epoch, turn)
         return turn
 
-    async def _begin(self, request: GenerateRequest, got: _Admitted) -> _Answer:
-        """Tokenize the prompt, off the event loop, and make the request."""
-        coordinator, plan = self._coordinator, got.record.plan
-        prompt_ids = await asyncio.to_thread(prompt_tokens, request, got.prepared, got.record)
+    def _begin(self, request: GenerateRequest, got: _Admitted) -> _Answer:
+        """Make the request."""
+        coordinator, plan, prompt_ids = self._coordinator, got.record.plan, got.prompt_ids
         stop_ids = tuple(got.prepared.tokenizer.stop_ids)
         prompts = 1 + sum(other.deployment == plan.deployment for other in self._live.values())
         first_s = first_token_timeout_s(plan, len(prompt_ids), prompts, request.stall_timeout_s)
@@ -225,11 +235,27 @@ def _into(statuses: asyncio.Queue[str]) -> Callable[[str], None]:
     return say
 
 
-async def _either(statuses: asyncio.Queue[str], ensuring: asyncio.Future[Any]) -> str | None:
+async def _with_status(
+    work: Callable[[Callable[[str], None]], Awaitable[T]], result: list[T]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Run `work(say)`; yield its status events while it runs, and put what it gives into `result`."""
+    statuses: asyncio.Queue[str] = asyncio.Queue()
+    working = asyncio.ensure_future(work(_into(statuses)))
+    try:
+        while not working.done() or not statuses.empty():
+            text = await _either(statuses, working)
+            if text is not None:
+                yield {"event": "status", "text": text}
+        result.append(working.result())
+    finally:
+        working.cancel()
+
+
+async def _either(statuses: asyncio.Queue[str], working: asyncio.Future[Any]) -> str | None:
     """The next status, or None when the future is done first."""
     getting = asyncio.ensure_future(statuses.get())
     try:
-        await asyncio.wait({getting, ensuring}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({getting, working}, return_when=asyncio.FIRST_COMPLETED)
         return getting.result() if getting.done() else None
     finally:
         getting.cancel()
@@ -246,7 +272,7 @@ def deploy_request(request: GenerateRequest) -> DeployRequest:
     )
 
 
-def prompt_tokens(request: GenerateRequest, prepared: Prepared, record: DeploymentRecord) -> list[int]:
+def prompt_tokens(request: GenerateRequest, prepared: Prepared) -> list[int]:
     """Token ids of the prompt; raise UsageError if there is none or it does not fit the context."""
     tokenizer = prepared.tokenizer
     if request.messages:
@@ -255,12 +281,12 @@ def prompt_tokens(request: GenerateRequest, prepared: Prepared, record: Deployme
         ids = tokenizer.encode(request.prompt)
     else:
         ids = tokenizer.chat([{"role": "user", "content": request.prompt}])
-    limit = record.plan.context_tokens
+    limit = request.context_tokens
     if not ids:
         raise UsageError("the prompt has no tokens", try_="a prompt of at least one word")
     if len(ids) + request.max_tokens > limit:
         raise UsageError(
-            f"prompt of {len(ids)} tokens and {request.max_tokens} new ones exceed the deployment's context of {limit}",
+            f"prompt of {len(ids)} tokens and {request.max_tokens} new ones exceed the context of {limit}",
             try_=f"--max-tokens {max(1, limit - len(ids))}, a shorter prompt, or --context",
         )
     return list(ids)

@@ -65,6 +65,9 @@ class FakeOperations:
         self.cancelled = 0
         self.holds = Holds(lambda: None)
 
+    async def prepare(self, _model: str, _precision: str, _progress: Callable[[str], None]) -> Any:
+        return FakePrepared()
+
     async def ensure(self, _request: DeployRequest, progress: Callable[[str], None], hold: Hold) -> tuple[Any, Any]:
         self.asked += 1
         progress("packing")
@@ -477,11 +480,26 @@ def test_a_request_that_makes_no_sense_is_refused_before_anything_is_packed(
     play(scenario)
 
 
-def test_a_prompt_that_does_not_fit_gives_its_turn_back(play: Callable[[Scenario], None]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "x" * 2000}, "exceed the context of 1024"),
+        ({"prompt": "x", "max_tokens": 64, "context_tokens": 64}, "exceed the context of 64"),
+        ({"context_tokens": 1}, "not possible"),
+        ({"precision": "int5"}, "int5"),
+        ({"boards_at_least": 3, "boards_at_most": 2}, "no plan can be both"),
+    ],
+)
+def test_what_can_only_be_refused_changes_no_deployment(
+    changes: dict[str, Any], words: str, play: Callable[[Scenario], None]
+) -> None:
     async def scenario(made: Ring) -> None:
-        with pytest.raises(UsageError, match="context"):
-            await collect(made.serving.generate(request(prompt="x" * 300)))
-        assert turns_free(made) == SLOTS
+        before = made.lab.coordinator.records()
+        with pytest.raises(UsageError, match=words) as refused:
+            await collect(made.serving.generate(request(**changes)))
+        assert refused.value.try_
+        assert made.operations.asked == 0, "no deployment was looked for"
+        assert made.lab.coordinator.records() == before
 
     play(scenario)
 
