@@ -87,10 +87,14 @@ class _Radio:
         known = {entry.address for addresses in psutil.net_if_addrs().values() for entry in addresses}
         return tuple(text for text in self._interfaces if text in known or ipaddress.ip_address(text).is_loopback)
 
+    def _without_address(self) -> str:
+        named = " or ".join(self._interfaces or ())
+        return f"this host has no address {named}" if named else "this host has no address yet"
+
     def follow(self, wanted: tuple[str, ...]) -> bool:
         """Open, move or close so as to use these addresses; True if something changed."""
         if wanted == self.addresses and (self.zeroconf is not None or not wanted):
-            self.problem = self.problem if wanted else "this host has no address yet"
+            self.problem = self.problem if wanted else self._without_address()
             return False
         try:
             if not wanted:

@@ -178,6 +178,11 @@ def test_a_host_that_gets_its_address_late_is_found_then(site: str, log: Log, mo
     late.close()
 
 
+def test_an_address_that_this_host_does_not_have_is_named() -> None:
+    with pytest.raises(Unreachable, match=r"\(this host has no address 192\.0\.2\.9\)"):
+        find_coordinator("nobody", 0.3, ["192.0.2.9"])
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 def test_an_ordinary_user_and_root_find_each_other_on_one_host(coordinator: str) -> None:
     program = textwrap.dedent(f"""
