@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """The command line; each setting is also an environment variable and a key of the configuration file."""
     top = Parser(prog=PROGRAM, description="The agent of a board: finds its coordinator, measures itself, runs stages.")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}", help="print the version and end")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="serve until stopped", description="Serve until stopped.")
     bench = commands.add_parser("bench", help="measure this board and print its profile")

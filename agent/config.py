@@ -144,7 +144,7 @@ def _speed(text: str) -> float:
 
 def _threads(text: str) -> int:
     if not text.isdigit() or not 0 <= int(text) <= 1024:
-        raise UsageError(f"--threads {text!r}: not a number from 0 (all) to 1024")
+        raise UsageError(f"--threads {text!r}: not a number from 0 to 1024", try_="0 is all processors")
     return int(text)
 
 
@@ -176,12 +176,18 @@ def _site(text: str) -> str:
     return checked_name(text, "site")
 
 
+def _words(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
 def _key(text: str) -> str:
     """The site key is the first line of the file."""
     try:
         lines = Path(text).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"site key file {text}: {error}", try_="a file whose first line is the key") from None
+    except OSError as error:
+        raise UsageError(f"site key file {text}: {_words(error)}", try_="a file whose first line is the key") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"site key file {text}: not text", try_="a file whose first line is the key") from None
     if not lines or not lines[0].strip():
         raise UsageError(f"site key file {text} is empty", try_="a file whose first line is the key")
     return lines[0].strip()
@@ -247,8 +253,10 @@ def _read_file(named: str | None) -> dict[str, str]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"configuration {path}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"configuration {path}: {_words(error)}", try_="check --config and EDGELAM_CONFIG") from None
+    except ValueError as error:
+        raise UsageError(f"configuration {path}: not JSON ({error})", try_='for example {"site": "lab"}') from None
     known = {setting.flag for setting in SETTINGS}
     if not isinstance(found, dict) or not set(found) <= known:
         strange = sorted(set(found) - known) if isinstance(found, dict) else "not an object"

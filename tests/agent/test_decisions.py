@@ -56,12 +56,15 @@ def test_systemd_and_the_user_say_where_state_and_cache_are(tmp_path: Path) -> N
     [
         ("name", "Pi5"), ("site", "a.b"), ("broker", "http://x"), ("broker", "mqtt://x:99999"), ("cache-limit", "much"),
         ("via", "ftp=x:1"), ("via", "mqtt=x"), ("emulate-speed", "0"), ("emulate-speed", "1.5"), ("threads", "-1"),
+        ("threads", "x"), ("config", "/dev/null"), ("site-key-file", "/dev/null"), ("site-key-file", "/usr/bin/env"),
         ("site-key-file", "/nonexistent"), ("log-level", "loud"), ("config", "/nonexistent"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_the_users_mistake_and_named(flag: str, text: str) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as refused:
         load({flag: text}, {"HOME": "/nonexistent"})
+    assert refused.value.try_, "a mistake comes with a remedy"
+    assert "Errno" not in refused.value.message and "codec" not in refused.value.message
 
 
 def test_sizes_and_addresses_are_read_as_people_write_them() -> None:
