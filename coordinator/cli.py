@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Final
+from typing import Annotated, Final
 
 import typer
 
-from coordinator.commands.common import write_text
+from coordinator.commands.common import Json, print_json, write_text
 from coordinator.commands.model import app as model_app
 from coordinator.commands.run import run
 from coordinator.commands.show import devices, plan
 from coordinator.commands.testbed import app as testbed_app
 from coordinator.commands.topics import app as topics_app
 from wire.errors import EdgelamError, ExitCode, UsageError, render
-from wire.version import VERSION
+from wire.version import PROTOCOL, VERSION
 
 app = typer.Typer(
     name="edgelam",
@@ -44,9 +44,27 @@ carry one inside themselves, so importing click would name another class."""
 
 
 @app.command()
-def version() -> None:
+def version(json: Json = False) -> None:
     """Print the version."""
-    write_text(VERSION)
+    if json:
+        print_json({"schema": "edgelam.version/1", "version": VERSION, "protocol": PROTOCOL})
+    else:
+        write_text(VERSION)
+
+
+def _version_and_end(wanted: bool) -> None:
+    if wanted:
+        write_text(VERSION)
+        raise typer.Exit(int(ExitCode.OK))
+
+
+@app.callback()
+def _before_any_command(
+    version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_version_and_end, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    del version_wanted  # its callback has done all there is to do
 
 
 @functools.cache

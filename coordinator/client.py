@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -33,17 +35,45 @@ def raise_told(body: Any) -> None:
         raise kind(str(body.get("message", "unknown error")), try_=str(body.get("try", "")))
 
 
+def checked_url(url: str) -> str:
+    """The URL; raise UsageError if it is none of a coordinator."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise _no_address(url, str(error).lower()) from None
+    if parts.scheme not in ("http", "https"):
+        raise _no_address(url, "it does not begin with http://")
+    if not parts.hostname:
+        raise _no_address(url, "it names no host")
+    return url
+
+
+def _no_address(url: str, reason: str) -> UsageError:
+    return UsageError(f"{url!r} is no address of a coordinator: {reason}", try_="--coordinator http://HOST:8571")
+
+
+def reason_of(error: httpx.HTTPError) -> str:
+    """What went wrong with a call, in words: 'connection refused'."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    text = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
+    if text.startswith("[SSL"):
+        return "it does not speak TLS: http:// instead of https://"
+    return text.lower() or "the connection broke off"
+
+
 class Client:
     """Calls to one coordinator; every failure is an EdgelamError."""
 
     def __init__(self, url: str | None = None, site_key: str = "") -> None:
-        self.url = coordinator_url(url)
+        self.url = checked_url(coordinator_url(url))
         headers = {"Authorization": f"Bearer {site_key}"} if site_key else {}
         timeout = httpx.Timeout(STREAM_SILENCE_S, connect=CONNECT_TIMEOUT_S)
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
         except httpx.InvalidURL as error:
-            raise UsageError(f"{self.url!r} is no address ({error})", try_="--coordinator http://HOST:8571") from None
+            raise _no_address(self.url, str(error)) from None
 
     def __enter__(self) -> Client:
         return self
@@ -100,5 +130,5 @@ class Client:
 
     def _unreachable(self, error: httpx.HTTPError) -> Unreachable:
         return Unreachable(
-            f"no coordinator at {self.url} ({type(error).__name__}: {error})", try_="edgelam up, or check --coordinator"
+            f"no coordinator at {self.url} ({reason_of(error)})", try_="edgelam up, or check --coordinator"
         )

@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +31,7 @@ from coordinator.guard import door_names
 from coordinator.hub import Hub
 from coordinator.inference.serve import Serving
 from coordinator.notices import notice
-from coordinator.operations import Operations
+from coordinator.operations import Operations, check_precision
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
@@ -142,6 +142,7 @@ class Runner:
     def check(self) -> None:
         """Refuse what can't work, before anything is started; take the state folder for ourselves."""
         checked_name(self.options.site, "site")
+        check_precision(self.options.precision)
         state = self.options.state
         try:
             state.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,8 @@ class Runner:
                 try_="stop it, or give another --state folder",
             ) from None
 
-    async def start(self) -> None:
+    async def start(self) -> Address:
+        """Start all parts; give where clients and boards find us."""
         options = self.options
         self.key = site_key(options.state, options.listen)
         url, broker_text = self._start_broker()
@@ -195,18 +197,17 @@ class Runner:
         self._advertise(url)
         self._tasks.append(asyncio.create_task(self._watch()))
         self._tasks.append(asyncio.create_task(self._prepare_models(operations)))
-        write_address(
-            options.state,
-            Address(
-                site=options.site,
-                boot=self.boot,
-                pid=os.getpid(),
-                http_url=f"http://{'127.0.0.1' if options.listen == '0.0.0.0' else options.listen}:{self.http_port}",
-                mqtt_url=url,
-                broker=broker_text,
-            ),
+        address = Address(
+            site=options.site,
+            boot=self.boot,
+            pid=os.getpid(),
+            http_url=f"http://{'127.0.0.1' if options.listen == '0.0.0.0' else options.listen}:{self.http_port}",
+            mqtt_url=url,
+            broker=broker_text,
         )
+        write_address(options.state, address)
         self._greet(url, broker_text)
+        return address
 
     def _start_broker(self) -> tuple[str, str]:
         options = self.options
@@ -346,8 +347,8 @@ class Runner:
             self._lock.close()
 
 
-async def serve(options: Options) -> None:
-    """Run a coordinator until SIGINT or SIGTERM."""
+async def serve(options: Options, on_ready: Callable[[Address], None] = lambda _address: None) -> None:
+    """Run a coordinator until SIGINT or SIGTERM; `on_ready` is called once when it can be reached."""
     runner = Runner(options)
     runner.check()
     loop = asyncio.get_running_loop()
@@ -361,7 +362,7 @@ async def serve(options: Options) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     try:
-        await runner.start()
+        on_ready(await runner.start())
         await runner.run()
     finally:
         await runner.stop()

@@ -13,9 +13,11 @@ from coordinator.client import Client
 from coordinator.commands.common import (
     CoordinatorUrl,
     Json,
+    Precision,
     SiteKeyFile,
     client,
     model_name,
+    model_names,
     print_json,
     status_line,
     write_file,
@@ -30,9 +32,12 @@ from wire.errors import Unreachable, UsageError
 def bench(
     device: Annotated[list[str] | None, typer.Argument(help="Boards; default: all.")] = None,
     model: Annotated[
-        str, typer.Option(help="Have the boards measure this model's modules first, if they have not.")
+        str,
+        typer.Option(
+            help="Have the boards measure this model's modules first, if they have not.", autocompletion=model_names
+        ),
     ] = "smollm2",
-    precision: Annotated[str, typer.Option(help="int4, int8 or f32.")] = "int4",
+    precision: Precision = "int4",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown instead of plain tables.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")] = None,
     json: Json = False,

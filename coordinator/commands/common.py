@@ -7,13 +7,29 @@ import os
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
 
 from coordinator.client import Client
+from coordinator.planning.plan import Objective
+from models.catalog import entries
 from wire.errors import ExitCode, UsageError
+
+
+def model_names(incomplete: str) -> list[str]:
+    """Names and aliases of the catalog that begin so, for the shell."""
+    names = [name for entry in entries() for name in (entry.name, *entry.aliases)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(help="Catalog name, path to a .gguf or safetensors, or hf:REPO.", autocompletion=model_names),
+]
+Precision = Annotated[Literal["int4", "int8", "f32"], typer.Option(help="Precision of the model's weights.")]
+WhatFor = Annotated[Objective, typer.Option(help="latency: each answer soon; throughput: many answers in little time.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 CoordinatorUrl = Annotated[

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from coordinator.client import Client
-from coordinator.commands.common import status_line, write_text
+from coordinator.commands.common import Precision, status_line, write_text
 from coordinator.commands.run import follow
 from coordinator.config import state_dir
 from coordinator.inference.requests import GenerateRequest
@@ -40,7 +40,7 @@ def demo(
     link: Annotated[Literal["none", "ethernet", "wifi"] | None, typer.Option(help="All boards on this link.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = PROMPT,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="New tokens at most.")] = 64,
-    precision: Annotated[str, typer.Option(help="int4, int8 or f32.")] = "int4",
+    precision: Precision = "int4",
 ) -> None:
     """Run SmolLM2-135M over virtual boards of unequal speed and links, every activation over MQTT.
 

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from coordinator.client import Client
-from coordinator.commands.common import Json, print_json, status_line, write_text
+from coordinator.commands.common import Json, ModelName, model_names, print_json, status_line, write_text
 from coordinator.config import read_address, state_dir
 from coordinator.screens.table import table
 from models.cache import cache_dir
@@ -48,8 +48,9 @@ def list_models(json: Json = False) -> None:
 
 @app.command(name="fetch")
 def fetch_model(
-    name: Annotated[str, typer.Argument(help="Catalog name or hf:ORG/NAME.")],
+    name: Annotated[str, typer.Argument(help="Catalog name or hf:ORG/NAME.", autocompletion=model_names)],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    json: Json = False,
 ) -> None:
     """Get a model into the cache, checked by digest. Does nothing when it is there.
 
@@ -58,15 +59,18 @@ def fetch_model(
     entry = find(name)
     if entry is not None and not is_cached(entry, cache_dir()) and not yes and sys.stdin.isatty():
         question = f"{entry.source}: {bytes_text(entry.file_bytes)}, licence {entry.licence}. Download?"
-        if not typer.confirm(question):
+        if not typer.confirm(question, err=True):
             raise Refused("not downloaded: you said no")
     path = fetch(name, cache_dir(), status_line)
-    write_text(str(path))
+    if json:
+        print_json({"schema": "edgelam.fetched/1", "model": name, "path": str(path)})
+    else:
+        write_text(str(path))
 
 
 @app.command()
 def show(
-    model: Annotated[str, typer.Argument(help="Catalog name, path or hf:ORG/NAME.")],
+    model: ModelName,
     json: Json = False,
 ) -> None:
     """Show what a checkpoint says of itself: family, sizes, licence."""

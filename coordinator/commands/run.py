@@ -10,7 +10,10 @@ import typer
 from coordinator.commands.common import (
     CoordinatorUrl,
     Json,
+    ModelName,
+    Precision,
     SiteKeyFile,
+    WhatFor,
     client,
     model_name,
     print_json,
@@ -23,7 +26,7 @@ from wire.errors import Unreachable, UsageError
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Catalog name, path to a .gguf or safetensors, or hf:REPO.")],
+    model: ModelName,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; '-' reads it from stdin.")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -32,8 +35,8 @@ def run(
     seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
     raw: Annotated[bool, typer.Option(help="Send the prompt as it is, without the chat template.")] = False,
     ignore_stop: Annotated[bool, typer.Option(help="Go on after a stop token, to --max-tokens.")] = False,
-    precision: Annotated[str, typer.Option(help="int4, int8 or f32.")] = "int4",
-    objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    precision: Precision = "int4",
+    objective: WhatFor = "latency",
     context: Annotated[int, typer.Option(help="Tokens that prompt and answer may have together.")] = 1024,
     boards_at_least: Annotated[int, typer.Option(help="Spread over at least this many boards.")] = 1,
     boards_at_most: Annotated[int, typer.Option(help="Use at most this many boards.")] = 64,

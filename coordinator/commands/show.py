@@ -11,7 +11,10 @@ import typer
 from coordinator.commands.common import (
     CoordinatorUrl,
     Json,
+    ModelName,
+    Precision,
     SiteKeyFile,
+    WhatFor,
     client,
     model_name,
     print_json,
@@ -37,9 +40,9 @@ def devices(json: Json = False, coordinator: CoordinatorUrl = None, site_key_fil
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Catalog name, path to a .gguf or safetensors, or hf:REPO.")],
-    precision: Annotated[str, typer.Option(help="int4, int8 or f32.")] = "int4",
-    objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    model: ModelName,
+    precision: Precision = "int4",
+    objective: WhatFor = "latency",
     context: Annotated[int, typer.Option(help="Tokens that prompt and answer may have together.")] = 1024,
     slots: Annotated[int, typer.Option(help="Requests that may be live at once.")] = 4,
     boards_at_least: Annotated[int, typer.Option(help="Spread over at least this many boards.")] = 1,

@@ -59,6 +59,7 @@ def up(
         bool, typer.Option("--detach", "-d", help="Come back at once; end with: edgelam testbed down.")
     ] = False,
     folder: Folder = None,
+    json: Json = False,
 ) -> None:
     """Start virtual boards with real agents; Ctrl-C ends them.
 
@@ -76,10 +77,13 @@ def up(
     testbed = commands.up(options)
     for warning in testbed.warnings:
         status_line(f"warning: {warning}")
-    for board in testbed.boards:
-        write_text(board.text())
+    if json:
+        _print_status(testbed.status())
+    else:
+        write_text("\n".join(board.text() for board in testbed.boards))
     if detach:
-        write_text("end them with: edgelam testbed down" + ("" if site == DEFAULT_SITE else f" --site {site}"))
+        say = status_line if json else write_text
+        say("end them with: edgelam testbed down" + ("" if site == DEFAULT_SITE else f" --site {site}"))
         return
     status_line("boards are up; Ctrl-C ends them")
     ended = threading.Event()
@@ -92,6 +96,10 @@ def up(
                 raise typer.Exit(int(ExitCode.FAILED))
 
 
+def _print_status(found: commands.TestbedStatus) -> None:
+    print_json({"schema": "edgelam.testbed/1", **msgspec.to_builtins(found)})
+
+
 @app.command()
 def status(site: Site = DEFAULT_SITE, folder: Folder = None, json: Json = False) -> None:
     """Show the boards of a testbed."""
@@ -99,14 +107,17 @@ def status(site: Site = DEFAULT_SITE, folder: Folder = None, json: Json = False)
     if found is None:
         raise UsageError(f"no testbed of site {site!r} is up", try_="edgelam testbed up")
     if json:
-        print_json({"schema": "edgelam.testbed/1", **msgspec.to_builtins(found)})
+        _print_status(found)
         return
     rows = [(board.name, board.state, board.pid, board.is_, board.log) for board in found.boards]
     write_text(table(("board", "state", "pid", "is", "log"), rows, right=(2,)))
 
 
 @app.command()
-def down(site: Site = DEFAULT_SITE, folder: Folder = None) -> None:
+def down(site: Site = DEFAULT_SITE, folder: Folder = None, json: Json = False) -> None:
     """End a testbed: no process, no control group, no file of it remains."""
     there = commands.down(folder_of(site, folder))
+    if json:
+        print_json({"schema": "edgelam.testbed-down/1", "site": site, "was_up": there})
+        return
     write_text("the testbed is down" if there else f"no testbed of site {site!r} was up")

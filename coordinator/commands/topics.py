@@ -11,10 +11,11 @@ from coordinator.commands.common import CoordinatorUrl, Json, SiteKeyFile, clien
 from coordinator.screens.table import table
 from coordinator.screens.wiretap import describe, row
 from wire import topics as wire_topics
-from wire.errors import Unreachable
+from wire.errors import Unreachable, UsageError
 from wire.ids import SITE_USER, new_boot_id
 from wire.limits import DATA_KEEPALIVE_S
 from wire.mqtt import MqttTransport
+from wire.subscriptions import check_filter
 from wire.transport import Inbound, Link
 
 app = typer.Typer(help="What crosses the broker: list, tail.", no_args_is_help=True)
@@ -39,13 +40,25 @@ def list_topics(json: Json = False) -> None:
     )
 
 
+def _check_filter(topic_filter: str) -> None:
+    try:
+        check_filter(topic_filter)
+    except ValueError:
+        raise UsageError(
+            f"{topic_filter!r} is no topic filter of MQTT",
+            try_="'+' for a whole level, '#' for all levels from here and so at the end: 'edgelam/v1/+/act/#'",
+        ) from None
+
+
 @app.command()
 def tail(
     topic_filter: Annotated[str, typer.Argument(help="MQTT filter; default: everything of the site.")] = "",
     count: Annotated[int, typer.Option("--count", "-n", help="End after so many messages; 0 = never.")] = 0,
     seconds: Annotated[float, typer.Option(help="End after so long; 0 = never.")] = 0.0,
     broker: Annotated[str, typer.Option(help="mqtt://HOST:PORT; default: the coordinator's.")] = "",
-    json: Json = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document per message on stdout instead of text.")
+    ] = False,
     coordinator: CoordinatorUrl = None,
     site_key_file: SiteKeyFile = None,
 ) -> None:
@@ -53,6 +66,8 @@ def tail(
 
     Example: edgelam topics tail 'edgelam/v1/+/act/#' -n 20
     """
+    if topic_filter:
+        _check_filter(topic_filter)
     with client(coordinator, site_key_file) as there:
         status = there.get("/v1/status")
     key = read_site_key(site_key_file)

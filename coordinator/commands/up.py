@@ -7,9 +7,11 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
-from coordinator.config import DEFAULT_SITE, state_dir
+from coordinator.commands.common import Precision, model_names, print_json
+from coordinator.config import DEFAULT_SITE, Address, state_dir
 from coordinator.runner import Options, serve
 
 
@@ -22,11 +24,15 @@ def up(
     http_port: Annotated[int, typer.Option(help="Port of the HTTP door; 0: 8571 if free, else any.")] = 0,
     broker: Annotated[str, typer.Option(help="Use this broker (mqtt://HOST:PORT) and start none.")] = "",
     model: Annotated[
-        list[str] | None, typer.Option(help="Have boards measure MODEL at once; may be given again.")
+        list[str] | None,
+        typer.Option(help="Have boards measure MODEL at once; may be given again.", autocompletion=model_names),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Precision of --model: int4, int8 or f32.")] = "int4",
+    precision: Precision = "int4",
     state: Annotated[Path | None, typer.Option(help="State folder; default $EDGELAM_STATE.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Once it can be reached, print where, as one JSON document on stdout.")
+    ] = False,
 ) -> None:
     """Start broker, coordinator and HTTP door; boards find it by mDNS.
 
@@ -48,4 +54,9 @@ def up(
         precision=precision,
         state=state or state_dir(),
     )
-    asyncio.run(serve(options))
+
+    def ready(address: Address) -> None:
+        if json:
+            print_json({"schema": "edgelam.up/1", **msgspec.to_builtins(address)})
+
+    asyncio.run(serve(options, ready))

@@ -9,16 +9,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+import httpx
 import psutil
 import pytest
 
 from coordinator.cli import main
+from coordinator.client import reason_of
+from coordinator.commands import model as model_commands
+from coordinator.commands.common import Precision
 from coordinator.config import Address, write_address
+from coordinator.operations import OBJECTIVES, PRECISIONS
+from coordinator.planning.plan import Objective
+from testbed import commands as testbeds
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from wire.broker import start_broker
 from wire.errors import ExitCode
@@ -55,6 +62,9 @@ class Run:
         printed = self._capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return Done(ended.value.code, printed.out, printed.err)
+
+    def setenv(self, name: str, value: str) -> None:
+        self._monkeypatch.setenv(name, value)
 
     def process(self, *arguments: str) -> Done:
         done = subprocess.run(
@@ -106,6 +116,8 @@ def started(run: Run, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def test_the_version_is_printed(run: Run) -> None:
     assert run.process("version").stdout == f"{VERSION}\n"
+    assert run("--version") == Done(0, f"{VERSION}\n", "")
+    assert json.loads(run("version", "--json").stdout)["version"] == VERSION
 
 
 @pytest.mark.parametrize(
@@ -129,6 +141,10 @@ def test_without_a_coordinator_every_client_says_so(arguments: tuple[str, ...], 
         (("run", "smollm2"), "no prompt"),
         (("testbed", "up", "--preset", "nosuch"), "--preset"),
         (("up", "--http-port", "x"), "--http-port"),
+        (("up", "--model", "smollm2", "--precision", "x"), "precision"),
+        (("plan", "smollm2", "--objective", "x"), "--objective"),
+        (("topics", "tail", "edgelam/#/x"), "edgelam/#/x"),
+        (("topics", "tail", "edgelam/v1+/x"), "edgelam/v1+/x"),
         (("model", "show", "nosuch"), "nosuch"),
         (("model", "show", "./nosuch.gguf"), "nosuch.gguf"),
         (("testbed", "status"), "no testbed"),
@@ -152,15 +168,28 @@ def test_a_coordinator_that_is_gone_is_unreachable(run: Run) -> None:
         port = free.getsockname()[1]
     address = Address(site="s", boot="b", pid=1, http_url=f"http://127.0.0.1:{port}", mqtt_url="mqtt://x:1", broker="")
     write_address(run.folder / "state", address)
-    assert str(port) in two_lines(run("devices"), ExitCode.UNREACHABLE)
+    told = two_lines(run("devices"), ExitCode.UNREACHABLE)
+    assert str(port) in told and "(connection refused)" in told
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://", "ftp://127.0.0.1/", "http://127.0.0.1:99999"])
 def test_an_address_that_is_none_is_said(url: str, run: Run) -> None:
-    done = run("devices", "--coordinator", url)
-    assert done.returncode in (int(ExitCode.USAGE), int(ExitCode.UNREACHABLE)), done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 2
+    assert "no address of a coordinator" in two_lines(run("devices", "--coordinator", url), ExitCode.USAGE)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (httpx.ConnectError("[Errno 111] Connection refused"), "connection refused"),
+        (httpx.ConnectError("[Errno -2] Name or service not known"), "name or service not known"),
+        (httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)"), "does not speak TLS"),
+        (httpx.ReadTimeout("timed out"), "no answer in time"),
+        (httpx.ReadError(""), "broke off"),
+    ],
+)
+def test_why_a_coordinator_is_not_reached_is_said_in_words(error: httpx.HTTPError, words: str) -> None:
+    assert words in reason_of(error)
+    assert not set("[]") & set(reason_of(error))
 
 
 def test_something_that_is_no_coordinator_is_said(run: Run) -> None:
@@ -214,6 +243,73 @@ def test_the_cache_is_listed_and_emptied(run: Run, monkeypatch: pytest.MonkeyPat
     assert not checkpoint.exists()
 
 
+def test_fetching_a_model_gives_one_document(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(name: str, cache: Path, progress: Callable[[str], None]) -> Path:
+        progress("fetching")
+        return cache / f"{name}.gguf"
+
+    monkeypatch.setattr(model_commands, "fetch", fetched)
+    done = run("model", "fetch", "some", "--json")
+    assert json.loads(done.stdout)["path"].endswith("some.gguf")
+    assert "fetching" in done.stderr
+
+
+def test_a_testbed_gives_one_document_going_up_and_one_going_down(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = testbeds.BoardStatus(name="pi4", pid=7, state="running", is_="slow", log="/log")
+    shown = testbeds.TestbedStatus(site="lab", coordinator="", kept=True, boards=(board,), warnings=("loud",))
+
+    class Up:
+        boards = ()
+        warnings = shown.warnings
+
+        def status(self) -> testbeds.TestbedStatus:
+            return shown
+
+    monkeypatch.setattr(testbeds, "up", lambda _options: Up())
+    done = run("testbed", "up", "--detach", "--site", "lab", "--json")
+    assert json.loads(done.stdout)["boards"][0]["name"] == "pi4"
+    assert "loud" in done.stderr and "edgelam testbed down --site lab" in done.stderr
+    assert json.loads(run("testbed", "down", "--json").stdout)["was_up"] is False
+
+
+def completions(run: Run, *words: str) -> set[str]:
+    """What the shell is told for the last word."""
+    asked = {
+        "_EDGELAM_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(("edgelam", *words)),
+        "COMP_CWORD": str(len(words)),
+    }
+    for name, value in asked.items():
+        run.setenv(name, value)
+    return set(run().stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("plan", "smollm2", "--precision", "int"), {"int4", "int8"}),
+        (("run", "smollm2", "--objective", "th"), {"throughput"}),
+        (("bench", "--precision", "f"), {"f32"}),
+        (("up", "--precision", "f"), {"f32"}),
+        (("testbed", "up", "--preset", "sh"), {"shelf"}),
+        (("testbed", "up", "--link", "eth"), {"ethernet"}),
+        (("demo", "--link", "wi"), {"wifi"}),
+        (("run", "smollm2-135m-"), {"smollm2-135m-instruct"}),
+        (("plan", "smollm2-135m-"), {"smollm2-135m-instruct"}),
+        (("model", "fetch", "smollm2-135m-"), {"smollm2-135m-instruct"}),
+        (("up", "--model", "smollm2-135m-"), {"smollm2-135m-instruct"}),
+    ],
+    ids=" ".join,
+)
+def test_the_shell_completes_values_and_models(words: tuple[str, ...], offered: set[str], run: Run) -> None:
+    assert completions(run, *words) == offered
+
+
+def test_what_the_command_line_offers_is_what_the_coordinator_takes() -> None:
+    assert set(get_args(get_args(Precision)[0])) == set(PRECISIONS)
+    assert set(get_args(Objective)) == set(OBJECTIVES)
+
+
 def test_a_reader_that_goes_away_is_nobodys_error(run: Run) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
@@ -255,6 +351,48 @@ def test_up_says_that_a_port_is_taken(option: str, taken: int, run: Run) -> None
 )
 def test_up_refuses_options_that_can_not_work(arguments: tuple[str, str], run: Run) -> None:
     assert arguments[1] in two_lines(run("up", *arguments), ExitCode.USAGE)
+
+
+def test_up_prints_one_document_when_it_can_be_reached_and_runs_on(run: Run) -> None:
+    with subprocess.Popen(
+        command("up", "--site", f"t{os.getpid()}", "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as up:
+        try:
+            assert up.stdout is not None
+            told = json.loads(up.stdout.readline())
+            assert told["schema"] == "edgelam.up/1" and told["pid"] == up.pid
+            assert "no devices yet" in run("devices", "--coordinator", told["http_url"]).stdout
+            up.send_signal(signal.SIGTERM)
+            assert up.stdout.read() == "" and up.wait(PATIENCE_S) == int(ExitCode.OK)
+        finally:
+            up.kill()
+
+
+def test_plan_says_at_once_that_it_waits_for_boards(run: Run) -> None:
+    config = tiny_config()
+    model = run.folder / "tiny.gguf"
+    write_gguf(model, config, random_tensors(config))
+    run.setenv("EDGELAM_CACHE", str(run.folder / "cache"))
+    with started(run):
+        with subprocess.Popen(
+            command("plan", str(model), "--context", "64"), stderr=subprocess.PIPE, text=True
+        ) as plan:
+            try:
+                assert plan.stderr is not None
+                said: list[str] = []
+                while not any("waiting for boards: none" in line for line in said):
+                    line = plan.stderr.readline()
+                    assert line, said
+                    said.append(line)
+                assert plan.poll() is None, "it goes on waiting"
+            finally:
+                plan.kill()
+        for option in (("--context", "0"), ("--boards-at-least", "0"), ("--slots", "0")):
+            two_lines(run("plan", str(model), *option), ExitCode.USAGE)
+        two_lines(run("run", str(model), "-p", "Hi", "--context", "1"), ExitCode.USAGE)
 
 
 def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(run: Run) -> None:

@@ -338,10 +338,19 @@ def test_a_board_that_does_not_take_its_order_is_named_at_once(play: Callable[[S
 
 @pytest.mark.parametrize(
     "changes",
-    [{"context_tokens": 0}, {"context_tokens": 1}, {"slots": 0}, {"slots": 1000}, {"precision": "x"},
-     {"objective": "x"}, {"boards_at_least": 0}, {"boards_at_least": 2, "boards_at_most": 1}, {"excluded": ("nobody",)}],
+    [
+        {"context_tokens": 0},
+        {"context_tokens": 1},
+        {"slots": 0},
+        {"slots": 1000},
+        {"precision": "x"},
+        {"objective": "x"},
+        {"boards_at_least": 0},
+        {"boards_at_least": 2, "boards_at_most": 1},
+        {"excluded": ("nobody",)},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_can_not_be_is_refused_and_what_runs_goes_on(
     changes: dict[str, Any], play: Callable[[Scenario], None]
 ) -> None:
