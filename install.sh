@@ -139,7 +139,9 @@ require_machine() {
     # A 64-bit kernel under a 32-bit system is common on Raspberry Pi OS.
     [ "$(getconf LONG_BIT)" = 64 ] || stop "this is a 32-bit system" "the 64-bit image of the same system" 3
     if [ -n "$service" ] && [ ! -d "$root/run/systemd/system" ]; then
-        stop "systemd does not run here" "./install.sh --no-service, then: $program run" 3
+        remedy="./install.sh --no-service, then: $program run"
+        [ -n "$dry_run" ] || stop "systemd does not run here" "$remedy" 3
+        say "note     systemd does not run here, so this would stop before its first step; try: $remedy"
     fi
     place=$opt
     while [ ! -d "$place" ]; do place=$(dirname "$place"); done
@@ -349,7 +351,7 @@ is_enabled() { systemctl --quiet is-enabled "edgelam-$role.service" 2>/dev/null;
 make_enabled() { run systemctl enable "edgelam-$role.service"; }
 
 # Starting waits for READY=1; a release that never says it is taken back.
-is_running() { [ ! -e "$pending" ] && systemctl --quiet is-active "edgelam-$role.service"; }
+is_running() { [ ! -e "$pending" ] && systemctl --quiet is-active "edgelam-$role.service" 2>/dev/null; }
 make_running() {
     hint="journalctl -u edgelam-$role -n 50"
     previous=$(cat "$pending" 2>/dev/null || true)

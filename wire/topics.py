@@ -78,7 +78,7 @@ DESIRED: Final = Topic(
 )  # fmt: skip
 APPLIED: Final = Topic(
     "applied", f"{ROOT}/{{site}}/dev/{{device}}/applied", "Applied", 1, True, Writer.DEVICE,
-    "the stages that the device does run, each with its phase",
+    "the stages that the device does run, each with its phase, and the order that it could not take",
 )  # fmt: skip
 COMMAND: Final = Topic(
     "command", f"{ROOT}/{{site}}/dev/{{device}}/cmd/{{verb}}", "Command", 1, False, Writer.COORDINATOR,

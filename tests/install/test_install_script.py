@@ -219,10 +219,22 @@ def test_what_will_not_do_is_refused_before_anything_is_touched(
 def test_without_systemd_it_offers_to_install_the_programs_only(machine: FakeMachine) -> None:
     (machine.root / "run/systemd/system").rmdir()
     refused = machine.run()
-    assert "try: ./install.sh --no-service" in refused.stderr
+    assert refused.returncode == 3 and "try: ./install.sh --no-service" in refused.stderr
     assert machine.run("--no-service").returncode == 0
     assert changed(machine.run("--no-service").stdout) == 0
     assert not [call for call in machine.calls() if call.startswith("systemctl")]
+
+
+def test_a_dry_run_without_systemd_tells_the_steps_and_that_they_need_it(machine: FakeMachine) -> None:
+    with_it = machine.run("--dry-run").stdout
+    (machine.root / "run/systemd/system").rmdir()
+    before = machine.files()
+    planned = machine.run("--dry-run")
+    assert (planned.returncode, planned.stderr) == (0, "")
+    [note] = set(planned.stdout.splitlines()) - set(with_it.splitlines())
+    assert "systemd does not run here" in note and "--no-service" in note
+    assert "starts at boot" in planned.stdout and machine.files() == before
+    assert "note" not in machine.run("--dry-run", "--no-service").stdout
 
 
 def test_a_damaged_bundle_is_refused(machine: FakeMachine, tmp_path: Path) -> None:
