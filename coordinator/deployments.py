@@ -15,9 +15,9 @@ from msgspec import Struct
 from coordinator.journal import DeploymentRecord
 from coordinator.planning.plan import Plan, PlannedStage
 from models.graph import Graph
-from wire.errors import Refused
+from wire.errors import PeerError, Refused
 from wire.limits import MAX_CONTROL_BYTES
-from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport
+from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport, decode
 from wire.units import bytes_text
 
 MAX_NAME = 32
@@ -108,7 +108,8 @@ def desired_for(device: str, epoch: int, records: Iterable[DeploymentRecord], ar
 
 
 def check_orders(record: DeploymentRecord, others: Iterable[DeploymentRecord], artifacts_url: str) -> None:
-    """Raise Refused if what a device would be told, with all other deployments, is more than a message may be.
+    """Raise Refused if what a device would be told, with all other deployments, is more than a message may be, or
+    holds what none may hold.
 
     Asked before a deployment is journaled: devices refuse such a message, and a restart would send it again.
     """
@@ -121,7 +122,18 @@ def check_orders(record: DeploymentRecord, others: Iterable[DeploymentRecord], a
                 f"{device} would hold {len(desired.stages)} stages, at most {MAX_STAGES} are possible",
                 try_="take another deployment out of force first",
             )
+        _check_readable(device, msgspec.structs.replace(desired, epoch=record.plan.epoch))
     _check_size(f"the plan of {record.name}", msgspec.json.encode(record.plan))
+
+
+def _check_readable(device: str, desired: Desired) -> None:
+    """One order that can't be read keeps a device from all others, which travel in the same message."""
+    try:
+        decode(msgspec.json.encode(desired), Desired, f"the orders for {device}")
+    except PeerError as error:
+        raise Refused(
+            f"{device} could not take its orders: {error.message}", try_="other values of --context and --slots"
+        ) from None
 
 
 def _check_size(what: str, data: bytes) -> None:

@@ -463,7 +463,7 @@ def _nobody(site: str | None, timeout_s: float, where: str, others: Sequence[Fou
     instead = f"; seen instead: {_listed(others)}" if others else "; nobody else was seen"
     return Unreachable(
         f"{what} answered over mDNS within {timeout_s:g} s{where}{instead}",
-        try_="edgelam up on the coordinator in the same network, or give its address: --broker mqtt://HOST:1883",
+        try_="edgelam up on the coordinator in the same network, or give its address: --broker mqtt://HOST:8570",
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import msgspec
 import pytest
 from msgspec import Struct
 
-from coordinator.deployments import deployment_name, desired_for, held_elsewhere, make_orders, readiness
+from coordinator.deployments import check_orders, deployment_name, desired_for, held_elsewhere, make_orders, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.planning.plan import Plan
 from models.graph import Edge, Graph, Module
 from tests.coordinator.plans import plan_of
+from wire.errors import Refused
 from wire.ids import is_name
 from wire.messages import Applied, ArtifactRef, StageReport
 
@@ -103,6 +105,30 @@ def test_a_device_is_told_the_stages_of_all_deployments() -> None:
     record = record_of(plan_of("a", "b"))
     assert len(desired_for("a", 9, [record], "http://x").stages) == 1
     assert desired_for("c", 9, [record], "http://x").stages == ()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"context_tokens": 0}, {"slots": 0}, {"slots": 1000}, {"prefill_chunk_tokens": 1}], ids=str
+)
+def test_orders_that_a_device_could_not_read_are_refused(changes: dict[str, int]) -> None:
+    fine = record_of(plan_of("a", "b"))
+    check_orders(fine, [], "http://x")
+    with pytest.raises(Refused, match="b could not take its orders"):
+        broken = msgspec.structs.replace(fine.orders["b"][0], **changes)
+        check_orders(msgspec.structs.replace(fine, orders={**fine.orders, "b": (broken,)}), [], "http://x")
+
+
+def test_a_refused_order_counts_for_the_plan_that_it_came_with_and_earlier_ones() -> None:
+    plan = plan_of("a")
+
+    def failed(refused_epoch: int, *reports: StageReport) -> bool:
+        told = applied(plan, "a", *reports)
+        told = msgspec.structs.replace(told, refused_epoch=refused_epoch, refused_because="no such field")
+        return bool(readiness(plan, {"a": told}, lambda _: True).failed)
+
+    assert failed(plan.epoch) and failed(plan.epoch + 1)
+    assert not failed(plan.epoch - 1)
+    assert not failed(plan.epoch + 1, report(plan, 0, "ready")), "what was taken before goes on"
 
 
 @pytest.mark.parametrize("phase", ["waiting", "fetching", "loading", "stopping"])
