@@ -213,7 +213,7 @@ def contradict(shorter: Samples, longer: Samples) -> bool:
 
 
 def _settle_contradictions(taken: dict[tuple[Point, int], Samples], run: Run, plan: MeasurePlan, clock: Clock) -> None:
-    """More rows in the cache are never less work: what says otherwise is measured again, and is invalid if it insists."""
+    """More rows in the cache are never less work: what says otherwise is measured again, then invalid if it insists."""
     for (point, stack), other in [(a, b) for a in taken for b in taken if _same_but_longer(a, b)]:
         longer = taken[other]
         for _ in range(plan.retries):
