@@ -86,14 +86,16 @@ def board_names(count: int) -> list[str]:
 
 
 @contextmanager
-def running_site(folder: Path, boards: int, arguments: tuple[str, ...] = ()) -> Iterator[Site]:
+def running_site(
+    folder: Path, boards: int, arguments: tuple[str, ...] = (), memory_bytes: int = 1 << 30
+) -> Iterator[Site]:
     """A coordinator and equal boards without shaped links, all found over mDNS on loopback."""
     name = f"t{os.getpid()}-{os.urandom(3).hex()}"
     coordinator = CoordinatorProcess(folder, name, arguments)
     address = coordinator.start()
     site = Site(folder, coordinator, address)
     try:
-        specs = tuple(BoardSpec(name=board, memory_bytes=1 << 30) for board in board_names(boards))
+        specs = tuple(BoardSpec(name=board, memory_bytes=memory_bytes) for board in board_names(boards))
         site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
         site.await_states(dict.fromkeys(board_names(boards), "online"))
         yield site
