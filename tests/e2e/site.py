@@ -21,6 +21,18 @@ from testbed.site import CoordinatorProcess
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 
 
+def edgelam(state: Path, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+    """The command line as a process of its own, with what `state` remembers."""
+    return subprocess.run(
+        [sys.executable, "-m", "coordinator.cli", *arguments],
+        env={**os.environ, "EDGELAM_STATE": str(state), "COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
 class Site:
     """A running site. `run` gives the last event of a request; `cli` runs the command line against it."""
 
@@ -59,13 +71,7 @@ class Site:
             return there.last("/v1/generate", request, lambda _text: None)
 
     def cli(self, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "coordinator.cli", *arguments],
-            env={**os.environ, "EDGELAM_STATE": str(self.folder), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        return edgelam(self.folder, *arguments, timeout_s=timeout_s)
 
     def states(self) -> dict[str, str]:
         return {row["device"]: row["state"] for row in self.get("/v1/devices")["devices"]}
