@@ -108,6 +108,7 @@ def test_a_site_without_a_coordinator_is_said_by_the_program(command: str, tmp_p
         assert url in told
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_gone_for_good_is_named_and_its_return_is_enough(shop: Shop) -> None:
     shop.assert_serves()
     shop.broker.stop()
