@@ -36,7 +36,7 @@ PROGRESS_PERIOD_S = 2.0
 MORE_BOARDS_TIMEOUT_S = 6.0
 """For boards that are just joining: found over mDNS, connected and heard within it."""
 FIRST_BOARD_TIMEOUT_S = 15.0
-BROKER_TIMEOUT_S = 8.0
+BROKER_TIMEOUT_S = 6.0
 """A broker that we supervise is back within three seconds of its end; one of somebody else may never be."""
 MAX_KIT_MODULES = 64
 """What a Kit message holds (wire.messages); of more models than that, the earliest offered are measured no more."""
