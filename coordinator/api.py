@@ -13,15 +13,13 @@
     GET  /v1/artifacts/{digest}     file by digest, with ranges
 
 NDJSON: one JSON object per line; an error is {"event": "error", "message", "try", "exit_code"}. Plain answers give
-errors as the same object with an HTTP status. With a site key, every caller that is not on this machine must send
-`Authorization: Bearer KEY`.
+errors as the same object with an HTTP status. Bodies are sent as application/json. With a site key, every caller that
+is not on this machine must send `Authorization: Bearer KEY`; pages in a browser are kept out (coordinator.guard).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -30,41 +28,28 @@ import msgspec
 from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Send
 
+from coordinator.guard import LOOPBACK_NAMES, Guard
 from coordinator.inference.requests import GenerateRequest
 from coordinator.inference.serve import Serving
 from coordinator.journal import DeployRequest
 from coordinator.operations import Operations
 from coordinator.planning.explain import explain
+from coordinator.replies import error_body, error_reply, json_reply
 from coordinator.service import Coordinator
 from coordinator.view import device_rows, status_row
 from models.catalog import entries
-from wire.errors import EdgelamError, ExitCode, Refused, UsageError
+from wire.errors import EdgelamError, UsageError
 from wire.ids import is_digest
 
 LOG = logging.getLogger("edgelam.api")
 MAX_BODY_BYTES = 4 * 1024 * 1024
 
 T = TypeVar("T", bound=Struct)
-HTTP_STATUS = {
-    ExitCode.USAGE: 400,
-    ExitCode.REFUSED: 409,
-    ExitCode.UNREACHABLE: 503,
-    ExitCode.DEGRADED: 503,
-    ExitCode.FAILED: 500,
-}
-
-
-def error_body(error: EdgelamError) -> dict[str, Any]:
-    return {"event": "error", "message": error.message, "try": error.try_, "exit_code": int(error.exit_code)}
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
 
 
 async def _body(request: Request, kind: type[T]) -> T:
@@ -91,7 +76,7 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
         try:
             return await handler(request)
         except EdgelamError as error:
-            return _json(error_body(error), HTTP_STATUS.get(error.exit_code, 500))
+            return error_reply(error)
 
     return run
 
@@ -155,23 +140,23 @@ class Api:
         self.serving = serving
 
     async def status(self, _request: Request) -> Response:
-        return _json(status_row(self.coordinator))
+        return json_reply(status_row(self.coordinator))
 
     async def devices(self, _request: Request) -> Response:
-        return _json({"schema": "edgelam.devices/1", "devices": device_rows(self.coordinator)})
+        return json_reply({"schema": "edgelam.devices/1", "devices": device_rows(self.coordinator)})
 
     async def profile(self, request: Request) -> Response:
         device = request.path_params["device"]
         profile = self.coordinator.profiles().get(device)
         if profile is None:
             raise UsageError(f"no profile of {device!r}", try_="edgelam devices")
-        return _json(profile)
+        return json_reply(profile)
 
     async def notices(self, _request: Request) -> Response:
-        return _json({"schema": "edgelam.notices/1", "notices": list(self.coordinator.notices)})
+        return json_reply({"schema": "edgelam.notices/1", "notices": list(self.coordinator.notices)})
 
     async def models(self, _request: Request) -> Response:
-        return _json({"schema": "edgelam.models/1", "models": [msgspec.to_builtins(entry) for entry in entries()]})
+        return json_reply({"schema": "edgelam.models/1", "models": [msgspec.to_builtins(entry) for entry in entries()]})
 
     async def plan(self, request: Request) -> Response:
         wanted = await _body(request, DeployRequest)
@@ -202,7 +187,7 @@ class Api:
 
     async def undeploy(self, request: Request) -> Response:
         await self.operations.remove(request.path_params["name"])
-        return _json({"removed": request.path_params["name"]})
+        return json_reply({"removed": request.path_params["name"]})
 
     async def generate(self, request: Request) -> Response:
         wanted = await _body(request, GenerateRequest)
@@ -212,7 +197,9 @@ class Api:
         digest = request.path_params["digest"]
         path = self.coordinator.artifacts.path_of(digest) if is_digest(digest) else None
         if path is None:
-            return _json({"event": "error", "message": f"no artifact {digest[:80]}", "try": "", "exit_code": 1}, 404)
+            return json_reply(
+                {"event": "error", "message": f"no artifact {digest[:80]}", "try": "", "exit_code": 1}, 404
+            )
         return FileResponse(path, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'})
 
     def routes(self) -> list[Route]:
@@ -234,49 +221,27 @@ class Api:
         ]
 
 
-class SiteKeyGuard:
-    """ASGI middleware: callers from other machines must know the site key, where there is one."""
-
-    def __init__(self, app: ASGIApp, site_key: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {site_key}".encode()
-        self._open = not site_key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._open and not _is_local(scope):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                refusal = error_body(Refused("wrong or missing site key", try_="--site-key-file FILE"))
-                await _json(refusal, 401)(scope, receive, send)
-                return
-        try:
-            await self._app(scope, receive, send)
-        except ClientDisconnect:
-            LOG.debug("a client went away")
-
-
-def _is_local(scope: Scope) -> bool:
-    client = scope.get("client")
-    try:
-        return client is not None and ipaddress.ip_address(client[0]).is_loopback
-    except ValueError:
-        return False
-
-
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     words = UsageError(f"{request.method} {request.url.path[:200]}: no such thing here", try_="GET /v1/status")
-    return _json(error_body(words), status)
+    return error_reply(words, status)
 
 
 async def _failed(_request: Request, error: Exception) -> Response:
     """Starlette raises the error again afterwards, so the server logs it."""
-    return _json(_defect(error), 500)
+    return json_reply(_defect(error), 500)
 
 
-def make_app(coordinator: Coordinator, operations: Operations, serving: Serving, site_key: str) -> ASGIApp:
+def make_app(
+    coordinator: Coordinator,
+    operations: Operations,
+    serving: Serving,
+    site_key: str,
+    names: frozenset[str] = LOOPBACK_NAMES,
+) -> ASGIApp:
+    """The door. `names`: under which names of this machine it is served (coordinator.guard)."""
     app = Starlette(
         routes=Api(coordinator, operations, serving).routes(),
         exception_handlers={HTTPException: _no_such_route, Exception: _failed},
     )
-    return SiteKeyGuard(app, site_key)
+    return Guard(app, site_key, names)

@@ -16,6 +16,8 @@ ANSWER_TIMEOUT_S = 30.0
 STREAM_SILENCE_S = 900.0
 """Packing a large model or fetching weights over a slow link says nothing for a while."""
 
+JSON = {"Content-Type": "application/json"}
+
 _BY_CODE: dict[int, type[EdgelamError]] = {
     ExitCode.USAGE: UsageError,
     ExitCode.REFUSED: Refused,
@@ -69,7 +71,7 @@ class Client:
         """POST a request and yield its events; an error event is raised."""
         data = msgspec.json.encode(request)
         try:
-            with self._http.stream("POST", path, content=data) as response:
+            with self._http.stream("POST", path, content=data, headers=JSON) as response:
                 for line in response.iter_lines():
                     if line:
                         event = self._parse(line.encode())

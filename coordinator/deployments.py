@@ -15,11 +15,20 @@ from msgspec import Struct
 from coordinator.journal import DeploymentRecord
 from coordinator.planning.plan import Plan, PlannedStage
 from models.graph import Graph
+from wire.errors import Refused
+from wire.limits import MAX_CONTROL_BYTES
 from wire.messages import Applied, ArtifactRef, Desired, StageOrder, StageReport
 from wire.units import bytes_text
 
 MAX_NAME = 32
 """Characters of a topic level and DNS label of ours (wire.ids)."""
+
+
+LARGEST_EPOCH = 2**63 - 1
+"""Epochs grow: what fits with this one fits with every later one."""
+
+MAX_STAGES = 64
+"""Stages in one Desired message (wire.messages)."""
 
 
 class Readiness(Struct, frozen=True, kw_only=True):
@@ -96,6 +105,31 @@ def desired_for(device: str, epoch: int, records: Iterable[DeploymentRecord], ar
     """All stages that a device should run, over all deployments."""
     stages = tuple(order for record in records for order in record.orders.get(device, ()))
     return Desired(device=device, epoch=epoch, artifacts_url=artifacts_url, stages=stages)
+
+
+def check_orders(record: DeploymentRecord, others: Iterable[DeploymentRecord], artifacts_url: str) -> None:
+    """Raise Refused if what a device would be told, with all other deployments, is more than a message may be.
+
+    Asked before a deployment is journaled: devices refuse such a message, and a restart would send it again.
+    """
+    records = [*others, record]
+    for device in record.orders:
+        desired = desired_for(device, LARGEST_EPOCH, records, artifacts_url)
+        _check_size(f"the orders for {device}", msgspec.json.encode(desired))
+        if len(desired.stages) > MAX_STAGES:
+            raise Refused(
+                f"{device} would hold {len(desired.stages)} stages, at most {MAX_STAGES} are possible",
+                try_="take another deployment out of force first",
+            )
+    _check_size(f"the plan of {record.name}", msgspec.json.encode(record.plan))
+
+
+def _check_size(what: str, data: bytes) -> None:
+    if len(data) > MAX_CONTROL_BYTES:
+        raise Refused(
+            f"{what} would take {bytes_text(len(data))}, a message may have {bytes_text(MAX_CONTROL_BYTES)}",
+            try_="more boards, with fewer modules each: --boards-at-least; or another model",
+        )
 
 
 def readiness(plan: Plan, applied: Mapping[str, Applied], online: Callable[[str], bool]) -> Readiness:

@@ -123,6 +123,9 @@ class Journal:
             (digest, size_bytes, str(path)),
         )
 
+    def forget_artifact(self, digest: str) -> None:
+        self._db.execute("DELETE FROM artifact WHERE digest = ?", (digest,))
+
     def artifacts(self) -> dict[str, tuple[int, Path]]:
         rows = self._db.execute("SELECT digest, size_bytes, path FROM artifact")
         return {digest: (int(size), Path(path)) for digest, size, path in rows}

@@ -19,6 +19,7 @@ from coordinator.planning.plan import Plan, PlannedStage
 from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, make_plan, repriced, worth_moving
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared, Shelf, canonical
+from coordinator.turns import Hold, Holds, Key, Lines
 from models.build.stage import build_stage_graph
 from models.graph import Graph
 from wire import topics
@@ -31,6 +32,9 @@ PREFILL_CHUNK_TOKENS = 64
 """Rows per prefill step: chunking costs no compute down to 32, and lets all stages work at once."""
 MEASURE_TIMEOUT_S = 180.0
 READY_TIMEOUT_S = 600.0
+BUSY_TIMEOUT_S = 120.0
+"""How long a change of a deployment waits for the requests that run on it: most answers are over by then, and who
+waits at a terminal still does. docs/architecture.md states it."""
 PROGRESS_PERIOD_S = 2.0
 """Between two lines about the same thing: people read them, and logs keep them."""
 MORE_BOARDS_TIMEOUT_S = 6.0
@@ -51,6 +55,8 @@ class Operations:
         self._coordinator = coordinator
         self._shelf = shelf
         self._changing = asyncio.Lock()
+        self._lines = Lines()
+        self._holds = Holds(coordinator.changes.ring)
         self._kit: dict[str, KitModule] = {}
 
     async def prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
@@ -172,18 +178,24 @@ class Operations:
             progress(f"going on without the measurements of {', '.join(pending())}")
         return pending()
 
-    async def ensure(self, request: DeployRequest, progress: Progress) -> tuple[DeploymentRecord, Prepared]:
-        """Give a deployment that answers `request` and is ready: the one in force, or a new one."""
+    async def ensure(self, request: DeployRequest, progress: Progress, hold: Hold) -> tuple[DeploymentRecord, Prepared]:
+        """Give a deployment that answers `request` and is ready: the one in force, or a new one.
+
+        `hold` holds it from the moment it is chosen, so that nobody replaces it; the caller closes it, also when
+        this raises. Raises Refused when requests with other settings run too long on a deployment of this name.
+        """
         request = _canonical(request)
         prepared = await self.prepare(request.model, request.precision, progress)
         await self._await_broker()
-        record = self._in_force_for(request)
-        if record is None:
-            async with self._turn(progress):
-                # Another request may have deployed it meanwhile.
-                record = self._in_force_for(request) or await self._deploy(request, progress)
+        async with self._line(request, progress):
+            record = self._in_force_for(request) or await self._deploy(request, progress)
+            hold.take(self._holds, _key(record))
         await self._await_ready(record, progress)
         return record, prepared
+
+    def _line(self, request: DeployRequest, progress: Progress) -> contextlib.AbstractAsyncContextManager[None]:
+        name = deployment_name(request.model)
+        return self._lines.turn(name, lambda: progress(f"waiting for another change of {name}"))
 
     @contextlib.asynccontextmanager
     async def _turn(self, progress: Progress) -> AsyncIterator[None]:
@@ -208,20 +220,57 @@ class Operations:
     async def deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
         """Plan anew and put the plan in force; keeps the running placement when moving is not worth it."""
         request = _canonical(request)
-        async with self._turn(progress):
-            record = await self._deploy(request, progress)
-        await self._await_ready(record, progress)
+        hold = Hold()
+        try:
+            async with self._line(request, progress):
+                record = await self._deploy(request, progress)
+                hold.take(self._holds, _key(record))
+            await self._await_ready(record, progress)
+        finally:
+            hold.close()
         return record
 
     async def _deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
-        """Plan and put in force, without waiting until it is ready."""
-        plan, prepared, candidates = await self.plan(request, progress)
-        running = self._in_force_for(request)
-        if running is not None and not await asyncio.to_thread(_worth_moving, running.plan, plan, prepared, candidates):
-            return running
-        record = await self._put_in_force(request, plan, prepared)
-        progress(f"epoch {record.plan.epoch}: {len(record.plan.stages)} stages on {len(record.orders)} boards")
-        return record
+        """Plan and put in force, without waiting until it is ready. The caller has the turn in the name's line."""
+        while True:
+            async with self._turn(progress):
+                plan, prepared, candidates = await self.plan(request, progress)
+                running = self._in_force_for(request)
+                if running is not None:
+                    move = await asyncio.to_thread(_worth_moving, running.plan, plan, prepared, candidates)
+                    if not move:
+                        return running
+                if self._in_use(plan.deployment) is None:
+                    record = await self._put_in_force(request, plan, prepared)
+                    progress(
+                        f"epoch {record.plan.epoch}: {len(record.plan.stages)} stages on {len(record.orders)} boards"
+                    )
+                    return record
+            # Other models need not wait meanwhile; and then the boards' memory may be another, so it is planned again.
+            await self._await_unused(plan.deployment, progress)
+
+    def _in_use(self, name: str) -> DeploymentRecord | None:
+        """The deployment of this name that works and that somebody holds."""
+        for record in self._coordinator.records():
+            if record.name == name and self._holds.count(_key(record)) and self.usable(record):
+                return record
+        return None
+
+    async def _await_unused(self, name: str, progress: Progress) -> None:
+        """Wait until nobody uses a deployment; raise Refused naming what runs after BUSY_TIMEOUT_S."""
+        record = self._in_use(name)
+        if record is not None:
+            progress(
+                f"{_use_text(record, self._holds.count(_key(record)))}; waiting for it, {BUSY_TIMEOUT_S:.0f} s at most"
+            )
+        if await self._coordinator.changes.wait(lambda: self._in_use(name) is None, BUSY_TIMEOUT_S):
+            return
+        record = self._in_use(name)
+        if record is not None:
+            raise Refused(
+                f"busy for {BUSY_TIMEOUT_S:.0f} s: {_use_text(record, self._holds.count(_key(record)))}",
+                try_="run again when that is over, or ask with the same settings",
+            )
 
     async def _put_in_force(self, request: DeployRequest, plan: Plan, prepared: Prepared) -> DeploymentRecord:
         """Journal, then publish."""
@@ -306,8 +355,23 @@ def best_plan(
             plan = make_plan(graph, candidates, msgspec.structs.replace(request, accept_unsteady=True), address)
         except Infeasible:
             raise refused from None
-    caution = "Some of the figures are unsteady (edgelam bench shows which), so the prediction is rough."
-    return msgspec.structs.replace(plan, because=f"{plan.because} {caution}")
+    caution = "Some of the figures are unsteady (edgelam bench shows which), so the prediction is rough"
+    return msgspec.structs.replace(plan, because=f"{plan.because}. {caution}")
+
+
+def _key(record: DeploymentRecord) -> Key:
+    return record.name, record.plan.epoch
+
+
+def _use_text(record: DeploymentRecord, count: int) -> str:
+    """'2 requests use smollm2 as it is deployed (int4, latency, context 1024, 4 boards)'."""
+    asked, boards = record.request, len(record.orders)
+    who = "1 request uses" if count == 1 else f"{count} requests use"
+    where = "1 board" if boards == 1 else f"{boards} boards"
+    return (
+        f"{who} {record.name} as it is deployed "
+        f"({asked.precision}, {asked.objective}, context {asked.context_tokens}, {where})"
+    )
 
 
 def _canonical(request: DeployRequest) -> DeployRequest:

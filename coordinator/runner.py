@@ -27,6 +27,7 @@ from coordinator.config import (
     write_address,
     write_atomically,
 )
+from coordinator.guard import door_names
 from coordinator.hub import Hub
 from coordinator.inference.serve import Serving
 from coordinator.notices import notice
@@ -36,11 +37,12 @@ from coordinator.shelf import Shelf
 from models.cache import cache_dir
 from wire.addresses import host_addresses
 from wire.broker import Broker, Credential, start_broker
+from wire.client import parse_url
 from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties
 from wire.errors import EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import SITE_USER, checked_name, new_boot_id
 from wire.limits import CONTROL_KEEPALIVE_S
-from wire.mqtt import MqttTransport, parse_url
+from wire.mqtt import MqttTransport
 from wire.transport import Transport
 
 LOG = logging.getLogger("edgelam.up")
@@ -133,6 +135,7 @@ class Runner:
         self.http_port = 0
         self.broker: Broker | None = None
         self.coordinator: Coordinator | None = None
+        self.shelf: Shelf | None = None
         self._advertiser: Advertiser | None = None
         self._browser: Browser | None = None
         self._server: uvicorn.Server | None = None
@@ -188,7 +191,8 @@ class Runner:
             broker_text=broker_text,
             hub=Hub(transport, options.site, self.boot, asyncio.get_running_loop()),
         )
-        operations = Operations(self.coordinator, Shelf(cache_dir()))
+        self.shelf = Shelf(cache_dir())
+        operations = Operations(self.coordinator, self.shelf)
         serving = Serving(self.coordinator, operations)
         self.coordinator.open()
         await self._await_broker(transport, url)
@@ -243,7 +247,7 @@ class Runner:
     async def _serve_http(self, operations: Operations, serving: Serving) -> None:
         assert self.coordinator is not None and self._door is not None
         config = uvicorn.Config(
-            make_app(self.coordinator, operations, serving, self.key),
+            make_app(self.coordinator, operations, serving, self.key, door_names(self.options.listen)),
             host=self.options.listen,
             port=self.http_port,
             log_level="warning",
@@ -324,6 +328,8 @@ class Runner:
     async def stop(self) -> None:
         """End everything in order; what is retained stays with the broker until it ends too."""
         forget_address(self.options.state, self.boot)
+        if self.shelf is not None:
+            await self.shelf.close()
         if self._advertiser is not None:
             await asyncio.to_thread(self._advertiser.close)
         if self._browser is not None:

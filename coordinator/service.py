@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.artifacts import Artifacts
 from coordinator.changes import Changes
-from coordinator.deployments import desired_for, ended_stages
+from coordinator.deployments import check_orders, desired_for, ended_stages
 from coordinator.fleet import (
     AppliedArrived,
     Device,
@@ -83,6 +83,7 @@ class Coordinator:
         self.journal.open()
         self.artifacts.open()
         self._records = {record.name: record for record in self.journal.deployments()}
+        self._prune_artifacts()
         self._ordered = {device for record in self._records.values() for device in record.orders}
         # What was taken out of force shortly before a crash may not have been published: a fresh epoch makes devices
         # look again. Stages keep the epoch of their plan, so nothing is loaded anew.
@@ -278,7 +279,10 @@ class Coordinator:
         return self.journal.next_epoch(max([self._desired_epoch, *applied], default=0))
 
     def put_in_force(self, record: DeploymentRecord) -> None:
-        """Journal a deployment and publish it; replaces one of the same name."""
+        """Journal a deployment and publish it; replaces one of the same name. Raises Refused, and changes nothing, if
+        a device could not be told: the message would be too large."""
+        others = [other for other in self._records.values() if other.name != record.name]
+        check_orders(record, others, self.artifacts_url)
         self.journal.save_deployment(record)
         if record.name in self._records:
             self.on_deployment_lost(record.name, f"{record.name} was replaced by epoch {record.plan.epoch} of it")
@@ -288,6 +292,7 @@ class Coordinator:
         self._desired_epoch = record.plan.epoch if later else self.next_epoch()
         self._publish_orders()
         self.hub.publish(topics.PLAN, msgspec.json.encode(record.plan), record.name)
+        self._prune_artifacts()
         self.changes.ring()
 
     def take_out_of_force(self, name: str) -> None:
@@ -298,6 +303,15 @@ class Coordinator:
         self.hub.publish(topics.PLAN, b"", name)
         self.on_deployment_lost(name, f"{name} was taken out of force")
         self.changes.ring()
+
+    def _prune_artifacts(self) -> None:
+        """Keep on disk what a deployment in force or the kit refers to."""
+        modules = self._kit.modules if self._kit is not None else ()
+        keep = {ref.digest for module in modules for _, ref in module.graphs}
+        for record in self._records.values():
+            for order in (order for orders in record.orders.values() for order in orders):
+                keep |= {order.graph.digest, *(ref.digest for ref in order.weights)}
+        self.artifacts.prune(keep, time.time())
 
     def offer_kit(self, kit: Kit) -> None:
         self._kit = kit

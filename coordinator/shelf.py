@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from coordinator.background import in_background
 from models.build.kit import KitEntry, build_kit
 from models.build.pack import Packed, pack
 from models.catalog import find, resolve
 from models.formats.checkpoint import Checkpoint, open_checkpoint
 from models.text import Tokenizer
-from wire.errors import EdgelamError
+from wire.errors import EdgelamError, Unreachable
 
 Progress = Callable[[str], None]
+
+END_WAIT_S = 1.0
+"""For the file that is being packed: a block takes less, and what takes more is left to die with the process."""
 
 
 def canonical(model: str) -> str:
@@ -41,6 +46,7 @@ class Shelf:
         self.cache = cache
         self._ready: dict[tuple[str, str], Prepared] = {}
         self._under_way: dict[tuple[str, str], asyncio.Future[Prepared]] = {}
+        self._ending = threading.Event()
 
     def prepared(self) -> list[Prepared]:
         return list(self._ready.values())
@@ -55,10 +61,21 @@ class Shelf:
             return self._ready[key]
         work = self._under_way.get(key)
         if work is None:
-            work = asyncio.ensure_future(asyncio.to_thread(self._prepare, model, precision, progress))
+            work = in_background(lambda: self._prepare(model, precision, progress), f"pack {model}")
             self._under_way[key] = work
             work.add_done_callback(lambda done: self._keep(key, done))
         return await asyncio.shield(work)
+
+    async def close(self) -> None:
+        """End the packing that is under way; waits END_WAIT_S at most. What was packed is found by the next one."""
+        self._ending.set()
+        if self._under_way:
+            await asyncio.wait(list(self._under_way.values()), timeout=END_WAIT_S)
+
+    def _go_on(self, _done: int, _all: int) -> None:
+        """Asked by the packer before each file."""
+        if self._ending.is_set():
+            raise Unreachable("the coordinator is ending", try_="edgelam up, then run again")
 
     def _keep(self, key: tuple[str, str], done: asyncio.Future[Prepared]) -> None:
         del self._under_way[key]
@@ -72,7 +89,7 @@ class Shelf:
             checkpoint = open_checkpoint(path, self.cache)
             progress(f"packing {model} at {precision}")
             wire_dtype = "f32" if precision == "f32" else "f16"
-            packed = pack(checkpoint, precision, wire_dtype, self.cache)
+            packed = pack(checkpoint, precision, wire_dtype, self.cache, self._go_on)
             named = msgspec.structs.replace(packed.graph, model=model)
         except OSError as error:
             raise EdgelamError(

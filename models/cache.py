@@ -50,6 +50,18 @@ class _Remembered(Struct, frozen=True, kw_only=True):
     digest: str
 
 
+def remembered_digests(cache: Path) -> list[tuple[str, str]]:
+    """Give (digest, path) of every file whose digest is remembered; the file may be gone or another by now."""
+    found = []
+    for note in (cache / "digests").glob("*.json"):
+        try:
+            known = msgspec.json.decode(note.read_bytes(), type=_Remembered)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            continue  # damaged: it says nothing
+        found.append((known.digest, known.path))
+    return found
+
+
 def file_digest(path: Path, cache: Path | None) -> str:
     """Give 'sha256:<hex>' of a file's content, remembered in `cache` until path, size, mtime or inode change."""
     if cache is None:

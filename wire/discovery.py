@@ -464,9 +464,10 @@ def _nobody(site: str | None, timeout_s: float, where: str, others: Sequence[Fou
 
 
 def _listed(found: Sequence[Found]) -> str:
-    latest = {(one.site, one.role, one.name): one for one in found}
+    """Coordinators first: whoever looks for one has most likely named another site."""
+    latest = {(one.role != "coordinator", one.site, one.name): one for one in found}
     texts = [
-        f"{role if role == 'coordinator' else f'agent {name}'} of site {site} at {one.addresses[0]}"
-        for (site, role, name), one in sorted(latest.items())
+        f"{f'agent {name}' if agent else 'coordinator'} of site {site} at {one.addresses[0]}"
+        for (agent, site, name), one in sorted(latest.items())
     ]
     return ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")

@@ -1,4 +1,4 @@
-"""The Transport contract over MQTT, with paho. The only file that imports paho.
+"""The Transport contract over MQTT, with paho. Only this file and wire.client import paho.
 
 All paho calls are made under one lock; handlers run outside of it, after the reading, so that a handler's publish goes
 out at once instead of being queued inside paho's callback. Each attempt to connect is a new paho client: subscriptions
@@ -22,60 +22,33 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from typing import Final
 
-import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.client import Client as PahoClient
+from paho.mqtt.client import DisconnectFlags, MQTTMessage, error_string
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from wire.client import Client, Session, parse_url
 from wire.endpoint import Ended, Endpoint, Kept, Redial, Unacknowledged
-from wire.errors import UsageError
-from wire.lane import Lane, Nonsense
+from wire.lane import Nonsense
 from wire.limits import MAX_PUBLISH_BYTES
 from wire.subscriptions import check_message, joined
 from wire.transport import Buffer, Handler, Inbound, Link, NotConnected, Will
 
 _logger = logging.getLogger("edgelam.wire")
 
-DEFAULT_PORT: Final = 1883
-CONNECT_TIMEOUT_S: Final = 3.0
 HANDSHAKE_TIMEOUT_S: Final = 5.0
 FIRST_HANDSHAKE_TIMEOUT_S: Final = 2.0
 """For a first CONNECT in MQTT 5: some brokers of version 3.1.1 neither refuse it nor close, but wait for more."""
 
 CLOSE_TIMEOUT_S: Final = 2.0
 
-MAX_INFLIGHT: Final = 20
-"""QoS 1 messages without acknowledgement: the broker's own default, more would be queued there and may be dropped."""
-
 READ_AHEAD_BYTES: Final = 1_048_576
 READ_AHEAD_MESSAGES: Final = 64
 """What one `poll` reads before handlers run: bounds memory and lets the worker compute in between."""
-
-_PACKET_OVERHEAD_BYTES: Final = 4096
-"""Topic and properties around a payload, for the largest packet we announce to take."""
-
-
-class Address(NamedTuple):
-    host: str
-    port: int
-
-
-def parse_url(url: str) -> Address:
-    """'mqtt://host:port' (port 1883 if left out) -> Address; raise UsageError."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        parts, host, port = urlsplit(""), None, None
-    if parts.scheme != "mqtt" or not host or parts.path not in ("", "/") or parts.username is not None:
-        raise UsageError(
-            f"broker {url!r} is no address of a broker", try_="mqtt://HOST:PORT, as in mqtt://10.0.0.5:1883"
-        )
-    return Address(host, DEFAULT_PORT if port is None else port)
 
 
 class MqttTransport(Endpoint):
@@ -99,18 +72,14 @@ class MqttTransport(Endpoint):
         """
         super().__init__()
         self._address = parse_url(url)
-        self.client_id = client_id
-        self._keepalive_s = keepalive_s
-        self._will = will
-        self._username = username
-        self._password = password
+        self._session = Session(client_id, keepalive_s, will, username, password)
         self.refused_messages = 0
         """QoS 1 messages that the broker refused; those that it sent over MAX_PUBLISH_BYTES, or with a broken topic."""
         self._lock = threading.RLock()
         """Guards paho, the link, what is pending and the wake pipe."""
-        self._client: _Client | None = None
+        self._client: Client | None = None
         """The connection, once the TCP part of it stands."""
-        self._dialling: tuple[threading.Thread, _Client] | None = None
+        self._dialling: tuple[threading.Thread, Client] | None = None
         self._dial_error = ""
         self._accepted = False
         self._redial = Redial(five)
@@ -204,7 +173,7 @@ class MqttTransport(Endpoint):
             if client is not None:
                 client.disconnect()
                 self._send_rest(client, until_s)
-                _hang_up(client)
+                client.hang_up()
             for end in (self._wake_read, self._wake_write):
                 if end >= 0:
                     os.close(end)
@@ -212,7 +181,7 @@ class MqttTransport(Endpoint):
         self._drop_arrived()
 
     @staticmethod
-    def _send_rest(client: _Client, until_s: float) -> None:
+    def _send_rest(client: Client, until_s: float) -> None:
         """Send what is unsent before a connection ends, as far as the broker takes it."""
         try:
             while (lane := client.lane) is not None and client.unsent and time.monotonic() < until_s:
@@ -230,7 +199,7 @@ class MqttTransport(Endpoint):
             self._after(self._ended.popleft(), now_s)
         if self._link is Link.UP:
             if now_s >= self._next_misc_s:
-                self._next_misc_s = now_s + min(1.0, self._keepalive_s / 4)
+                self._next_misc_s = now_s + min(1.0, self._session.keepalive_s / 4)
                 with self._lock:
                     if self._client is not None:
                         self._client.loop_misc()
@@ -261,16 +230,15 @@ class MqttTransport(Endpoint):
         self._link = Link.CONNECTING
         self._next_attempt_s = math.inf
         self._dial_error = ""
-        client = self._new_client()
+        client = Client(self._session, self._redial.five)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
 
         def run() -> None:
-            properties = None
-            if client.protocol == MQTTProtocolVersion.MQTTv5:
-                properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-                properties.MaximumPacketSize = MAX_PUBLISH_BYTES + _PACKET_OVERHEAD_BYTES
-            start = True if properties is not None else paho.MQTT_CLEAN_START_FIRST_ONLY
             try:
-                client.connect(*self._address, self._keepalive_s, clean_start=start, properties=properties)
+                client.dial(self._address)
             except (OSError, ValueError) as error:
                 self._dial_error = _words(error)
             self._notify()
@@ -279,29 +247,7 @@ class MqttTransport(Endpoint):
         self._dialling = (thread, client)
         thread.start()
 
-    def _new_client(self) -> _Client:
-        five = self._redial.five
-        client = _Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=self.client_id,
-            clean_session=None if five else True,
-            protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
-            reconnect_on_failure=False,
-        )
-        client.connect_timeout = CONNECT_TIMEOUT_S
-        client.max_inflight_messages_set(MAX_INFLIGHT)
-        if self._username:
-            client.username_pw_set(self._username, self._password)
-        if self._will is not None:
-            client.will_set(self._will.topic, self._will.payload, qos=1, retain=True)
-        client.on_socket_open = _without_delay
-        client.on_connect = self._on_connect
-        client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
-        client.on_subscribe = self._on_subscribe
-        return client
-
-    def _adopt(self, client: _Client, now_s: float) -> None:
+    def _adopt(self, client: Client, now_s: float) -> None:
         """The dialling thread is done: go on with its connection, or try again later."""
         with self._lock:
             if client.lane is None:
@@ -330,7 +276,7 @@ class MqttTransport(Endpoint):
                 self._send_kept(client, number, message)
         self._tell_up()
 
-    def _end(self, client: paho.Client, ended: Ended) -> None:
+    def _end(self, client: PahoClient, ended: Ended) -> None:
         """Let go of a connection; what follows from it happens in the next `_advance`."""
         with self._lock:
             ours = self._client
@@ -340,7 +286,7 @@ class MqttTransport(Endpoint):
             self._accepted = False
             self._link = Link.DOWN
             self._ended.append(ended)
-            _hang_up(ours)
+            ours.hang_up()
 
     def _after(self, ended: Ended, now_s: float) -> None:
         """Decide version and time of the next attempt after `ended`, and tell who wants to know."""
@@ -353,7 +299,7 @@ class MqttTransport(Endpoint):
 
     # --- paho's callbacks: inside a paho call, under the lock; they only note what happened ---
 
-    def _on_connect(self, client: paho.Client, _data: object, _flags: object, reason: ReasonCode, _p: object) -> None:
+    def _on_connect(self, client: PahoClient, _data: object, _flags: object, reason: ReasonCode, _p: object) -> None:
         if client is not self._client:
             return
         if reason.is_failure:
@@ -363,14 +309,14 @@ class MqttTransport(Endpoint):
             self._accepted = True
 
     def _on_disconnect(
-        self, client: paho.Client, _data: object, flags: paho.DisconnectFlags, reason: ReasonCode, _p: object
+        self, client: PahoClient, _data: object, flags: DisconnectFlags, reason: ReasonCode, _p: object
     ) -> None:
         words = (
             f"the broker ended it: {reason}".lower() if flags.is_disconnect_packet_from_server else "connection lost"
         )
         self._end(client, Ended(words, self._link is Link.UP, early=self._link is not Link.UP))
 
-    def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
+    def _on_message(self, _client: PahoClient, _data: object, message: MQTTMessage) -> None:
         try:
             topic = message.topic
         except UnicodeDecodeError:
@@ -379,14 +325,14 @@ class MqttTransport(Endpoint):
         self._take(Inbound(topic, bytes(message.payload), message.retain))
 
     def _on_subscribe(
-        self, _client: paho.Client, _data: object, _mid: int, reasons: list[ReasonCode], _p: object
+        self, _client: PahoClient, _data: object, _mid: int, reasons: list[ReasonCode], _p: object
     ) -> None:
         for reason in reasons:
             if reason.is_failure:
                 self._last_error = f"the broker refused a subscription ({reason})".lower()
-                _logger.warning("%s: %s", self.client_id, self._last_error)
+                _logger.warning("%s: %s", self._session.client_id, self._last_error)
 
-    def _on_publish(self, _client: paho.Client, _data: object, mid: int, reason: ReasonCode, _p: object) -> None:
+    def _on_publish(self, _client: PahoClient, _data: object, mid: int, reason: ReasonCode, _p: object) -> None:
         message = self._unacknowledged.acknowledged(mid)
         if message is not None and reason.is_failure:
             self.refused_messages += 1
@@ -394,7 +340,7 @@ class MqttTransport(Endpoint):
 
     # --- sending and receiving ---
 
-    def _pass_by(self, client: _Client | None, topic: str, parts: Sequence[Buffer], size: int, retain: bool) -> bool:
+    def _pass_by(self, client: Client | None, topic: str, parts: Sequence[Buffer], size: int, retain: bool) -> bool:
         """Send at QoS 0 on the short way; give whether something waits for the socket."""
         lane = None if client is None else client.lane
         if client is None or lane is None:
@@ -407,7 +353,7 @@ class MqttTransport(Endpoint):
         self._bytes_sent += size
         return bool(lane.unsent)
 
-    def _by_paho(self, client: _Client | None, message: Kept, qos: int) -> bool:
+    def _by_paho(self, client: Client | None, message: Kept, qos: int) -> bool:
         """Send at QoS 1, or with an expiry; give whether something waits for the socket."""
         if qos == 1:
             self._keep(client, message)
@@ -417,17 +363,17 @@ class MqttTransport(Endpoint):
             self._hand_over(client, message, 0)
         return client is not None and client.unsent
 
-    def _lost(self, client: _Client, error: OSError) -> None:
+    def _lost(self, client: Client, error: OSError) -> None:
         self._end(client, Ended(f"connection lost: {_words(error)}", self._link is Link.UP))
 
-    def _keep(self, client: _Client | None, message: Kept) -> None:
+    def _keep(self, client: Client | None, message: Kept) -> None:
         if self._link is Link.CLOSED:
             raise self._not_connected(message.topic)
         number = self._unacknowledged.keep(message)
         if client is not None:
             self._send_kept(client, number, message)
 
-    def _send_kept(self, client: _Client, number: int, message: Kept) -> None:
+    def _send_kept(self, client: Client, number: int, message: Kept) -> None:
         """Give a kept message to this connection; if it is lost meanwhile, the next one gets it."""
         client.on_publish = self._on_publish
         try:
@@ -435,7 +381,7 @@ class MqttTransport(Endpoint):
         except NotConnected:
             return
 
-    def _hand_over(self, client: _Client, message: Kept, qos: int) -> int:
+    def _hand_over(self, client: Client, message: Kept, qos: int) -> int:
         """Give a message to paho, which writes what the socket takes; give paho's message id."""
         properties = None
         if message.expires_s is not None and self._redial.five:
@@ -443,7 +389,7 @@ class MqttTransport(Endpoint):
             properties.MessageExpiryInterval = max(1, round(message.expires_s - time.monotonic()))
         info = client.publish(message.topic, message.payload, qos, message.retain, properties)
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
-            raise NotConnected(f"{message.topic}: {paho.error_string(info.rc)}".rstrip("."))
+            raise NotConnected(f"{message.topic}: {error_string(info.rc)}".rstrip("."))
         self._bytes_sent += len(message.payload)
         return info.mid
 
@@ -467,7 +413,7 @@ class MqttTransport(Endpoint):
                 if events & ~select.POLLOUT and client is self._client:
                     self._read(client)
 
-    def _watching(self, client: _Client | None) -> select.poll:
+    def _watching(self, client: Client | None) -> select.poll:
         """The poller over the wake pipe and the connection, made anew only when what it watches has changed."""
         number, events = -1, 0
         if client is not None and client.lane is not None:
@@ -482,7 +428,7 @@ class MqttTransport(Endpoint):
                 self._poller.register(number, events)
         return self._poller
 
-    def _write(self, client: _Client) -> None:
+    def _write(self, client: Client) -> None:
         lane = client.lane
         if lane is not None:
             try:
@@ -492,7 +438,7 @@ class MqttTransport(Endpoint):
                 return
         client.loop_write()
 
-    def _read(self, client: _Client) -> None:
+    def _read(self, client: Client) -> None:
         """Read as long as there is something, up to the read-ahead; paho gets what is no message at QoS 0."""
         more = True
         while more and len(self._arrived) < READ_AHEAD_MESSAGES and self._arrived_bytes < READ_AHEAD_BYTES:
@@ -542,43 +488,8 @@ class MqttTransport(Endpoint):
                     return  # full of wake-ups already: the reader will come
 
 
-def _without_delay(_client: paho.Client, _data: object, connection: Any) -> None:
-    """Runs at every connect, the automatic ones too."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-class _Client(paho.Client):
-    """paho, with a Lane for its socket."""
-
-    lane: Lane | None = None
-    """None while there is no socket."""
-
-    def _create_socket(self) -> Any:
-        five = self.protocol == MQTTProtocolVersion.MQTTv5
-        connection: Any = super()._create_socket()
-        self.lane = Lane(connection, five=five, most_bytes=MAX_PUBLISH_BYTES + _PACKET_OVERHEAD_BYTES)
-        self.on_socket_close = _forget_lane
-        return self.lane
-
-    @property
-    def unsent(self) -> bool:
-        """Something waits for the socket."""
-        return self.lane is not None and (bool(self.lane.unsent) or self.want_write())
-
-
-def _forget_lane(client: paho.Client, _data: object, _connection: object) -> None:
-    if isinstance(client, _Client):
-        client.lane = None
-
-
 def _moment(expiry_s: int) -> float | None:
     return time.monotonic() + expiry_s if expiry_s else None
-
-
-def _hang_up(client: _Client) -> None:
-    """Close the socket of a connection that is given up."""
-    if client.lane is not None:
-        client.lane.close()
 
 
 def _drain(descriptor: int) -> None:

@@ -7,19 +7,19 @@ def bytes_text(count: float) -> str:
     """1_536 -> '1.5 KB'. Powers of 1024, as memory is sold."""
     value = float(count)
     for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(value) < 1024 or unit == "TB":
+        if abs(value) < (1024 if unit == "B" else 1023.95) or unit == "TB":
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
 
 
 def seconds_text(seconds: float) -> str:
-    """0.0123 -> '12.3 ms'."""
-    if abs(seconds) < 1e-3:
+    """0.0123 -> '12.3 ms'. What would be rounded up to the next unit is given in that."""
+    if abs(seconds) < 999.5e-6:
         return f"{seconds * 1e6:.0f} us"
-    if abs(seconds) < 1:
+    if abs(seconds) < 0.99995:
         return f"{seconds * 1e3:.1f} ms"
-    if abs(seconds) < 120:
+    if abs(seconds) < 119.95:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min"
 

@@ -28,7 +28,7 @@ from testbed.site import CoordinatorProcess, remove_tree, until
 from wire.errors import EdgelamError, Unreachable
 
 MODEL = "smollm2"
-PROMPT = "What is the capital of France, and what is it famous for?"
+PROMPT = "Explain in two sentences why the sky is blue."
 ONLINE_TIMEOUT_S = 60.0
 
 

@@ -37,6 +37,9 @@ def run(
     context: Annotated[int, typer.Option(help="Tokens that prompt and answer may have together.")] = 1024,
     boards_at_least: Annotated[int, typer.Option(help="Spread over at least this many boards.")] = 1,
     boards_at_most: Annotated[int, typer.Option(help="Use at most this many boards.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without a token after which to give up; the first may take longer, by plan.")
+    ] = 30.0,
     json: Json = False,
     coordinator: CoordinatorUrl = None,
     site_key_file: SiteKeyFile = None,
@@ -63,6 +66,7 @@ def run(
         context_tokens=context,
         boards_at_least=boards_at_least,
         boards_at_most=boards_at_most,
+        stall_timeout_s=timeout,
     )
     with client(coordinator, site_key_file) as there:
         end = follow(there.stream("/v1/generate", request), show=not json)

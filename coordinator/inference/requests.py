@@ -40,6 +40,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     boards_at_least: int = 1
     boards_at_most: int = 64
     stall_timeout_s: float = 30.0
+    """Between two tokens. The first one may take longer, by the plan (coordinator.inference.patience)."""
 
     def sampling(self) -> Sampling:
         """Checked sampling parameters; raise UsageError naming the one out of range."""
@@ -77,6 +78,7 @@ class Generation:
         prompt_ids: list[int],
         meta: RequestMeta,
         stall_timeout_s: float,
+        first_timeout_s: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.deployment = deployment
@@ -85,6 +87,8 @@ class Generation:
         self.prompt_ids = prompt_ids
         self.meta = meta
         self.stall_timeout_s = stall_timeout_s
+        self.first_timeout_s = stall_timeout_s if first_timeout_s is None else first_timeout_s
+        """For the first token: the prompt goes through all stages before it."""
         self.started_s = time.monotonic()
         self._queue: asyncio.Queue[Token | EdgelamError] = asyncio.Queue()
         self._next_index = 0
@@ -133,13 +137,15 @@ class Generation:
             self._queue.put_nowait(error)
 
     async def next_token(self) -> Token:
-        """Wait for the next token; raise the request's error, or Unreachable after `stall_timeout_s` of silence."""
+        """Wait for the next token; raise the request's error, or Unreachable after `stall_timeout_s` of silence
+        (`first_timeout_s` before the first one)."""
+        timeout_s = self.stall_timeout_s if self._next_index else self.first_timeout_s
         try:
-            item = await asyncio.wait_for(self._queue.get(), self.stall_timeout_s)
+            item = await asyncio.wait_for(self._queue.get(), timeout_s)
         except asyncio.TimeoutError:
             self.finished = True
             raise Unreachable(
-                f"no token came for {self.stall_timeout_s:.0f} s (after {self._next_index} tokens)",
+                f"no token came for {timeout_s:.0f} s (after {self._next_index} tokens)",
                 try_="edgelam devices shows which board is silent; then run again",
             ) from None
         if isinstance(item, EdgelamError):
@@ -161,14 +167,19 @@ def _stage_error(meta: bytes) -> EdgelamError:
 
 
 def request_meta(
-    reply: InboxAddress, request: GenerateRequest, prompt_tokens: int, stop_ids: tuple[int, ...]
+    reply: InboxAddress,
+    request: GenerateRequest,
+    prompt_tokens: int,
+    stop_ids: tuple[int, ...],
+    first_timeout_s: float,
 ) -> RequestMeta:
-    """What every stage must know; raise UsageError for sampling parameters out of range."""
+    """What every stage must know; raise UsageError for sampling parameters out of range. Stages keep a silent request
+    at least as long as its requester waits for it."""
     return RequestMeta(
         reply=reply,
         sampling=request.sampling(),
         prompt_tokens=prompt_tokens,
         max_new_tokens=request.max_tokens,
         stop_ids=() if request.ignore_stop else stop_ids,
-        idle_timeout_s=max(60.0, request.stall_timeout_s),
+        idle_timeout_s=max(60.0, request.stall_timeout_s, first_timeout_s),
     )

@@ -17,12 +17,14 @@ from typing import Any
 
 import msgspec
 
+from coordinator.inference.patience import first_token_timeout_s
 from coordinator.inference.requests import GenerateRequest, Generation, Token, request_meta
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.measured import Key, StageMeasured, caught_up, counters_of, measured
 from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared
+from coordinator.turns import Hold
 from wire import frames
 from wire.errors import Refused, Unreachable, UsageError
 from wire.ids import new_request_id
@@ -107,30 +109,38 @@ class Serving:
         request.sampling()
         if bool(request.prompt) == bool(request.messages):
             raise UsageError("give either a prompt or messages", try_="edgelam run MODEL --prompt TEXT")
-        admitted: list[_Admitted] = []
-        async with aclosing(self._admit(request, admitted)) as events:
-            async for event in events:
-                yield event
-        [got] = admitted
+        hold = Hold()
         try:
-            answer = await self._begin(request, got)
-            async with aclosing(self._run(got.record, answer)) as events:
+            admitted: list[_Admitted] = []
+            async with aclosing(self._admit(request, admitted, hold)) as events:
                 async for event in events:
                     yield event
+            [got] = admitted
+            try:
+                answer = await self._begin(request, got)
+                async with aclosing(self._run(got.record, answer)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                got.turn.release()
         finally:
-            got.turn.release()
+            hold.close()
         rows = await self._measured(got.record, answer.before, len(answer.tokens) - 1)
         yield summary(got.record, answer.generation, answer.tokens, answer.text, answer.stop_ids, rows)
 
-    async def _admit(self, request: GenerateRequest, admitted: list[_Admitted]) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield status events until a deployment is ready and a turn is there; put both into `admitted`."""
+    async def _admit(
+        self, request: GenerateRequest, admitted: list[_Admitted], hold: Hold
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield status events until a deployment is ready and a turn is there; put both into `admitted`. The caller
+        closes `hold` in any case."""
         if self._waiting >= MAX_WAITING:
             raise Refused(f"busy: {MAX_WAITING} requests are waiting", try_="run again in a moment")
         self._waiting += 1
         try:
             while not admitted:
                 statuses: asyncio.Queue[str] = asyncio.Queue()
-                ensuring = asyncio.ensure_future(self._operations.ensure(deploy_request(request), _into(statuses)))
+                ensure = self._operations.ensure(deploy_request(request), _into(statuses), hold)
+                ensuring = asyncio.ensure_future(ensure)
                 try:
                     while not ensuring.done() or not statuses.empty():
                         text = await _either(statuses, ensuring)
@@ -144,7 +154,8 @@ class Serving:
                 if self._operations.usable(record):
                     admitted.append(_Admitted(record, prepared, turn))
                 else:
-                    turn.release()  # lost or replaced while we waited in line
+                    turn.release()
+                    hold.release()  # lost while we waited in line
         finally:
             self._waiting -= 1
 
@@ -163,9 +174,11 @@ class Serving:
         coordinator, plan = self._coordinator, got.record.plan
         prompt_ids = await asyncio.to_thread(prompt_tokens, request, got.prepared, got.record)
         stop_ids = tuple(got.prepared.tokenizer.stop_ids)
-        meta = request_meta(coordinator.hub.reply_inbox, request, len(prompt_ids), stop_ids)
+        prompts = 1 + sum(other.deployment == plan.deployment for other in self._live.values())
+        first_s = first_token_timeout_s(plan, len(prompt_ids), prompts, request.stall_timeout_s)
+        meta = request_meta(coordinator.hub.reply_inbox, request, len(prompt_ids), stop_ids, first_s)
         generation = Generation(
-            new_request_id(), plan.deployment, plan.epoch, prompt_ids, meta, request.stall_timeout_s
+            new_request_id(), plan.deployment, plan.epoch, prompt_ids, meta, request.stall_timeout_s, first_s
         )
         return _Answer(generation, counters_of(plan, coordinator.telemetry()), got.prepared)
 

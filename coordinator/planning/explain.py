@@ -222,4 +222,5 @@ def _better(one: _Answer, now: _Answer) -> bool:
 
 
 def _instead(other: _Answer, now: _Answer) -> str:
-    return f"{seconds_text(other.figure_s)} instead of {seconds_text(now.figure_s)} per token"
+    then, today = seconds_text(other.figure_s), seconds_text(now.figure_s)
+    return f"{then} per token, as now" if then == today else f"{then} instead of {today} per token"

@@ -63,13 +63,16 @@ def _room_text(priced: Priced, run: Run) -> str:
     if run.first == 0 and run.end == length:
         return "holds the whole model"
     if run.first == 0 or run.end < length:
-        most = count_blocks(priced, run.first, int(np.flatnonzero(fits[run.first]).max()))
+        first, end = run.first, int(np.flatnonzero(fits[run.first]).max())
     else:
-        most = count_blocks(priced, int(np.flatnonzero(fits[:, length]).min()), length)
+        first, end = int(np.flatnonzero(fits[:, length]).min()), length
+    most = count_blocks(priced, first, end)
     if most > count_blocks(priced, run.first, run.end):
         return f"memory would allow {most} blocks"
     if count_blocks(priced, run.first, run.end) == priced.graph.blocks:
         return "holds all blocks"
+    if (first, end) != (run.first, run.end):
+        return f"memory would allow the {'head' if end > run.end else 'embedding'} too"
     cost = priced.costs[run.device]
     _, memory_bytes = stage_memory(priced.graph, priced.workload, cost, priced.modules(run))
     return f"memory is full ({bytes_text(memory_bytes)} of {bytes_text(cost.memory_limit_bytes)})"
@@ -105,8 +108,9 @@ def _unused_reason(priced: Priced, solution: Solution, device: int, *, what_if: 
         if both is None:
             return "no placement gives it a share besides the chosen boards"
         value_s, chosen_s = _figure(priced, both), _figure(priced, solution)
-        word = "equally long" if value_s <= chosen_s * (1 + EQUAL) else "longer"
-        return f"not needed: with it a token would take {word}, {seconds_text(value_s)} not {seconds_text(chosen_s)}"
+        if seconds_text(value_s) == seconds_text(chosen_s):
+            return f"not needed: with it a token would take as long, {seconds_text(value_s)}"
+        return f"not needed: with it a token would take {seconds_text(value_s)}, not {seconds_text(chosen_s)}"
     own_s = block_s(priced, cost)
     slowest_s = max(block_s(priced, priced.costs[run.device]) for run in solution.placement)
     return f"not needed: {seconds_text(own_s)} per block, the slowest chosen board takes {seconds_text(slowest_s)}"

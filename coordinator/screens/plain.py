@@ -64,7 +64,9 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     ]
     if plan["alone"]:
         lines.append(plan["alone"])
-    lines += [f"left out: {left['device']}: {left['because']}" for left in plan["left_out"]]
+    if plan["left_out"]:
+        lines.append("left out")
+        lines += [f"  {left['device']}: {left['because']}" for left in plan["left_out"]]
     return "\n".join(lines)
 
 

@@ -278,6 +278,7 @@ def test_an_idle_supervisor_is_small_and_quiet(site: Site, tmp_path: Path) -> No
     libraries = Path(f"/proc/{process.pid}/maps").read_text()
     process.terminate()
     process.communicate(timeout=15)
+    print(f"an idle supervisor: {beat.memory_used_bytes / 1e6:.1f} MB, {fraction:.2%} of a core")
     assert beat.memory_used_bytes < 50 << 20
     assert fraction < 0.01
     assert not any(name in libraries for name in ("numpy", "onnxruntime", "torch"))

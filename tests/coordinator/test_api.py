@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from coordinator import api
 from coordinator.api import MAX_BODY_BYTES, Lines, make_app
 from coordinator.client import raise_told
+from coordinator.guard import door_names
 from coordinator.hub import Hub
 from coordinator.inference.requests import GenerateRequest
 from coordinator.journal import DeployRequest
@@ -31,6 +32,8 @@ from wire.memory import MemoryBroker, MemoryTransport
 from wire.messages import DeviceState, encode
 
 KEY = "a-site-key"
+HERE = "http://127.0.0.1:8571"
+NAMES = frozenset({"localhost", "shelf", "shelf.local"})
 FAILURES = (
     (UsageError, 400), (Refused, 409), (Unreachable, 503), (Degraded, 503), (CorruptData, 500), (EdgelamError, 500),
 )  # fmt: skip
@@ -104,11 +107,11 @@ class Door:
         self.coordinator = coordinator
         self.operations = FakeOperations()
         self.serving = FakeServing()
-        self.app = make_app(coordinator, self.operations, self.serving, key)  # type: ignore[arg-type]
+        self.app = make_app(coordinator, self.operations, self.serving, key, NAMES)  # type: ignore[arg-type]
 
     def client(self, host: str = "127.0.0.1", key: str = "") -> TestClient:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return TestClient(self.app, client=(host, 40000), headers=headers, raise_server_exceptions=False)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        return TestClient(self.app, base_url=HERE, client=(host, 40000), headers=headers, raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -309,7 +312,8 @@ def test_a_body_without_end_is_refused_at_the_cap(door: Door) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/plan", "headers": [], "query_string": b""}
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/plan", "headers": headers, "query_string": b""}
     asyncio.run(door.app(scope | {"client": ("127.0.0.1", 1), "server": ("h", 1)}, receive, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 400
     assert read <= MAX_BODY_BYTES + 2 * 65536
@@ -405,6 +409,103 @@ def test_a_key_in_another_dress_does_not_open(coordinator: Coordinator) -> None:
 
 def test_without_a_key_the_door_listens_on_loopback_only_so_everyone_is_local(door: Door) -> None:
     assert door.client("127.0.0.1").get("/v1/status").status_code == 200
+
+
+# Pages in a browser.
+
+
+def visit(door: Door, **headers: str) -> Any:
+    """What a browser on this machine sends for a page: the answer to a request that would run a prompt."""
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return door.client().post("/v1/generate", json={"model": "tiny", "prompt": "x"}, headers=sent)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1:8571", "127.0.0.1", "localhost:8571", "LOCALHOST", "[::1]:8571", "192.168.7.2:8571", "10.0.0.9:80",
+        "shelf:8571", "Shelf.local", "shelf.local.:8571", "[fe80::1]:8571",
+    ],
+)  # fmt: skip
+def test_the_door_opens_under_every_address_and_every_name_of_this_machine(host: str, door: Door) -> None:
+    assert visit(door, host=host).status_code == 200
+    assert visit(door, host=host, origin=f"http://{host}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example", "evil.example:8571", "127.0.0.1.evil.example:8571", "localhost.evil.example", "shelf.evil",
+        "me@127.0.0.1", "127.0.0.1@evil.example", "", ":8571", "127.0.0.1:x", "127.0.0.1/..", "[::1", "x" * 5000,
+        "2130706433",
+    ],
+)  # fmt: skip
+def test_a_name_that_somebody_pointed_at_this_machine_does_not_open(host: str, door: Door) -> None:
+    for response in (visit(door, host=host), visit(door, host=host, origin=f"http://{host}")):
+        assert response.status_code == 403
+        assert_error(response.json(), Refused)
+        assert len(response.text) < 500
+    assert door.client().get("/v1/devices", headers={"Host": host}).status_code == 403
+    assert not door.serving.asked
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.example", "null", "http://127.0.0.1:3000", "http://127.0.0.1", "http://localhost:8571", "file://",
+        "https://evil.example:8571", "127.0.0.1:8571", "", "http://127.0.0.1:8571.evil.example", "data://127.0.0.1:8571",
+    ],
+)  # fmt: skip
+def test_a_page_of_another_site_can_not_drive_the_coordinator(origin: str, door: Door) -> None:
+    response = visit(door, origin=origin)
+    assert response.status_code == 403
+    assert_error(response.json(), Refused)
+    assert door.client().delete("/v1/deployments/tiny", headers={"Origin": origin}).status_code == 403
+    assert not door.serving.asked and not door.operations.asked
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
+)
+def test_what_a_browser_says_of_a_requests_origin_is_heeded(site: str, status: int, door: Door) -> None:
+    assert door.client().get("/v1/status", headers={"Sec-Fetch-Site": site}).status_code == status
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "application/jsonp"],
+)
+def test_what_a_form_can_send_is_no_request(kind: str, door: Door) -> None:
+    body = b'{"model": "tiny", "prompt": "x"}'
+    response = door.client().post("/v1/generate", content=body, headers={"Content-Type": kind})
+    assert response.status_code == 415
+    assert_error(response.json(), UsageError)
+    assert not door.serving.asked
+
+
+def test_json_may_name_its_encoding(door: Door) -> None:
+    assert visit(door, content_type="Application/JSON; charset=utf-8").status_code == 200
+
+
+def test_a_preflight_gets_no_leave(door: Door) -> None:
+    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    response = door.client().options("/v1/generate", headers=asked)
+    assert response.status_code == 403
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_who_sends_the_site_key_may_use_any_name(coordinator: Coordinator) -> None:
+    door = Door(coordinator, KEY)
+    named = {"Host": "coordinator.lan:8571"}
+    assert door.client("10.0.0.9", KEY).get("/v1/status", headers=named).status_code == 200
+    assert door.client("127.0.0.1").get("/v1/status", headers=named).status_code == 403
+
+
+def test_the_names_of_this_machine_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "Shelf.example.org")
+    assert door_names("0.0.0.0") >= {"localhost", "shelf", "shelf.local", "shelf.example.org"}
+    monkeypatch.setattr("socket.gethostname", lambda: "")
+    assert "" not in door_names("127.0.0.1") and ".local" not in door_names("127.0.0.1")
 
 
 # Clients that go away.

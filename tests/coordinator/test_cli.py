@@ -19,6 +19,7 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.config import Address, write_address
+from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from wire.broker import start_broker
 from wire.errors import ExitCode
 from wire.topics import TABLE
@@ -199,6 +200,20 @@ def test_all_models_are_listed(run: Run) -> None:
     assert all({"name", "licence", "cached"} <= set(model) for model in listed["models"])
 
 
+def test_the_cache_is_listed_and_emptied(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELAM_CACHE", str(run.folder / "cache"))
+    assert "nothing" in run("model", "cache").stdout
+    checkpoint = run.folder / "cache" / "models" / "some" / "some.gguf"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(bytes(2048))
+    listed = json.loads(run("model", "cache", "--json").stdout)
+    assert [(entry["name"], entry["size_bytes"]) for entry in listed["entries"]] == [("models/some", 2048)]
+    assert "models/some" in run("model", "cache").stdout
+    assert "not in the cache" in two_lines(run("model", "remove", "some"), ExitCode.USAGE)
+    assert "models/some" in run("model", "remove", "models/some").stdout
+    assert not checkpoint.exists()
+
+
 def test_a_reader_that_goes_away_is_nobodys_error(run: Run) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
@@ -247,6 +262,7 @@ def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(run: Run)
         assert "no devices yet" in run("devices").stdout
         assert json.loads(run("top", "--json").stdout)["status"]["broker_up"] is True
         assert "runs already" in two_lines(run.process("up"), ExitCode.REFUSED)
+        assert "coordinator runs here" in two_lines(run("model", "remove", "packs/x"), ExitCode.REFUSED)
         children = psutil.Process(up.pid).children(recursive=True)
         assert children, "a broker"
         up.send_signal(signal.SIGINT)
@@ -254,6 +270,47 @@ def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(run: Run)
     assert "Traceback" not in run.log()
     assert not (run.folder / "state" / "coordinator.json").exists()
     assert not psutil.wait_procs(children, 5)[1]
+
+
+SLOW_PACKER = """
+import time
+from models.build import pack
+quick = pack.module_tensors
+def slow(*arguments):
+    time.sleep(0.3)
+    return quick(*arguments)
+pack.module_tensors = slow
+from coordinator.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_ends_at_once_while_it_packs_a_model(number: signal.Signals, run: Run) -> None:
+    config = tiny_config(blocks=60)  # 18 s of packing
+    model = run.folder / "tiny.gguf"
+    write_gguf(model, config, random_tensors(config))
+    cache = run.folder / "cache"
+    with (run.folder / "log").open("w") as log:
+        up = subprocess.Popen(
+            [sys.executable, "-c", SLOW_PACKER, "up", "--site", f"t{os.getpid()}", "--model", str(model)],
+            env={**os.environ, "EDGELAM_CACHE": str(cache)},
+            stderr=log,
+        )
+    try:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not list(cache.glob("packs/*/*.safetensors")):
+            assert up.poll() is None and time.monotonic() < deadline_s, run.log()
+            time.sleep(0.02)
+        told_s = time.monotonic()
+        up.send_signal(number)
+        up.wait(PATIENCE_S)
+        assert time.monotonic() - told_s < 9, "half of what packing takes"
+    finally:
+        up.kill()
+        up.wait()
+    assert "Traceback" not in run.log()
+    assert not list(cache.glob("packs/*/index.json")), "nobody takes it for whole"
 
 
 def test_a_killed_coordinator_does_not_stand_in_the_way_of_the_next(run: Run) -> None:

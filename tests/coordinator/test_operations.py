@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,14 @@ from msgspec import Struct
 
 from coordinator import operations as operations_module
 from coordinator.journal import DeployRequest
-from coordinator.operations import MAX_KIT_MODULES, Operations
+from coordinator.operations import MAX_KIT_MODULES, Operations, best_plan
 from coordinator.shelf import Shelf
+from coordinator.turns import Hold, Holds
+from models.build import pack as pack_module
+from models.cache import hash_file
 from models.graph import Graph
 from tests.coordinator.memory_site import Lab, running, until
+from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from tests.planning import boards
 from wire import topics
 from wire.errors import Degraded, EdgelamError, Refused, Unreachable, UsageError
@@ -94,8 +99,8 @@ class Site:
         await until(lambda: set(names) <= set(self.lab.coordinator.profiles()), "profiles")
 
     def report(self, phase: str, detail: str = "") -> None:
-        """All boards carry out their latest orders as far as `phase`."""
-        for board in self.lab.boards.values():
+        """All boards that have orders carry out the latest as far as `phase`."""
+        for board in (board for board in self.lab.boards.values() if board.orders):
             desired: Desired = board.orders[-1]
             reports = [
                 StageReport(deployment=o.deployment, epoch=o.epoch, stage=o.stage, phase=phase, detail=detail)  # type: ignore[arg-type]
@@ -109,8 +114,30 @@ class Site:
 
         await until(came, f"orders of {deployment}")
 
-    def ensure(self, model: str = "tiny") -> asyncio.Future[Any]:
-        return asyncio.ensure_future(self.operations.ensure(DeployRequest(model=model), self.said.append))
+    def ensure(self, model: str = "tiny", hold: Hold | None = None, **changes: Any) -> asyncio.Future[Any]:
+        """What a request does first. `hold` stays; without one it is over when the deployment is there."""
+        request, own = DeployRequest(model=model, **changes), hold or Hold()
+
+        async def run() -> Any:
+            try:
+                return await self.operations.ensure(request, self.said.append, own)
+            finally:
+                if hold is None:
+                    own.close()
+
+        return asyncio.ensure_future(run())
+
+    async def ensured(self, hold: Hold, **changes: Any) -> Any:
+        """A request whose deployment is ready, and that goes on."""
+        work = self.ensure(hold=hold, **changes)
+        await self.carry_out(work)
+        return (await work)[0]
+
+    async def carry_out(self, work: asyncio.Future[Any]) -> None:
+        """The boards load what they are told until the request has its deployment."""
+        while not work.done():
+            self.report("ready")
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -184,6 +211,109 @@ def test_a_deployment_can_be_removed_while_it_loads_and_who_waits_is_told(play: 
             await work
 
     play(scenario)
+
+
+# What runs is not replaced.
+
+
+def test_a_request_with_other_settings_waits_for_those_that_run_and_says_for_what(
+    play: Callable[[Scenario], None],
+) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        running = Hold()
+        first = await site.ensured(running)
+        other = site.ensure(context_tokens=64)
+        await until(lambda: any("waiting for it" in text for text in site.said), "it is said")
+        assert any("1 request uses tiny" in text and "context 1024" in text for text in site.said)
+        await asyncio.sleep(0.05)
+        assert site.lab.coordinator.in_force(first) and not other.done()
+        running.close()
+        await site.carry_out(other)
+        second, _ = await other
+        assert second.plan.context_tokens == 64 and second.plan.epoch > first.plan.epoch
+
+    play(scenario)
+
+
+def test_what_runs_too_long_is_named_and_goes_on(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(site: Site) -> None:
+        monkeypatch.setattr(operations_module, "BUSY_TIMEOUT_S", 0.05)
+        await site.measured("a")
+        first = await site.ensured(Hold())
+        with pytest.raises(Refused, match=r"1 request uses tiny .*int4, latency, context 1024, 1 board"):
+            await site.ensure(context_tokens=64)
+        with pytest.raises(Refused, match="busy"):
+            await site.operations.deploy(DeployRequest(model="tiny", objective="throughput"), silent)
+        assert site.lab.coordinator.in_force(first)
+        again, _ = await site.ensure()
+        assert again == first, "and the next one is not kept from it"
+
+    play(scenario)
+
+
+def test_who_waits_for_a_change_is_not_overtaken_by_those_who_are_content_with_what_runs(
+    play: Callable[[Scenario], None],
+) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        running, newcomer = Hold(), Hold()
+        await site.ensured(running)
+        other = site.ensure(hold=newcomer, context_tokens=64)
+        await until(lambda: any("waiting for it" in text for text in site.said))
+        late = site.ensure()
+        await until(lambda: "waiting for another change of tiny" in site.said)
+        running.close()
+        await site.carry_out(other)
+        assert (await other)[0].plan.context_tokens == 64
+        await asyncio.sleep(0.05)
+        assert not late.done(), "it is now the one that waits"
+        newcomer.close()
+        await site.carry_out(late)
+        assert (await late)[0].plan.context_tokens == 1024
+        assert not len(site.operations._lines) and not len(site.operations._holds)
+
+    play(scenario)
+
+
+def test_a_busy_model_holds_up_no_other_model(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        await site.ensured(Hold())
+        waits = site.ensure(context_tokens=64)
+        await until(lambda: any("waiting for it" in text for text in site.said))
+        another = site.ensure("another")
+        await site.carry_out(another)
+        assert (await another)[0].name == "another" and not waits.done()
+        waits.cancel()
+        await asyncio.wait([waits])
+
+    play(scenario)
+
+
+def test_a_deployment_that_is_broken_is_replaced_whoever_holds_it(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a", "b")
+        first = await site.ensured(Hold())
+        (device,) = first.orders
+        site.lab.boards.pop(device).leave()
+        await until(lambda: not site.operations.usable(first))
+        second = await site.ensured(Hold())
+        assert set(second.orders).isdisjoint(first.orders)
+
+    play(scenario)
+
+
+def test_a_request_that_is_over_holds_nothing_even_if_its_deployment_comes_late() -> None:
+    holds, hold = Holds(lambda: None), Hold()
+    hold.take(holds, ("tiny", 1))
+    hold.take(holds, ("tiny", 2))
+    assert (holds.count(("tiny", 1)), holds.count(("tiny", 2))) == (0, 1)
+    hold.close()
+    hold.take(holds, ("tiny", 3))
+    assert not len(holds)
 
 
 def test_a_stage_that_can_not_be_loaded_is_named(play: Callable[[Scenario], None]) -> None:
@@ -260,6 +390,17 @@ def test_words_that_mean_nothing_are_refused(changes: dict[str, str], play: Call
             await site.operations.plan(DeployRequest(model="tiny", **changes), silent)
 
     play(scenario)
+
+
+def test_what_is_said_of_a_plan_is_sentences_with_a_full_stop_between_them() -> None:
+    candidates = [boards.board("a", valid=False), boards.board("b", valid=False)]
+    graph = boards.graph(8)
+    rough = best_plan(graph, candidates, boards.request(boards_at_least=2), boards.address)
+    asked, caution = rough.because.split(". ")
+    assert asked.startswith("at least 2 boards") and caution.startswith("Some of the figures are unsteady")
+    assert not rough.because.endswith(".")
+    steady = best_plan(graph, [boards.board("a")], boards.request(), boards.address)
+    assert "unsteady" not in steady.because
 
 
 def test_removing_what_is_not_there_names_what_is(play: Callable[[Scenario], None]) -> None:
@@ -343,3 +484,57 @@ def test_a_model_that_could_not_be_packed_is_tried_again_when_asked_again() -> N
         assert shelf.packed == 2 and not shelf._under_way and not shelf.prepared()
 
     asyncio.run(scenario())
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint each of whose files takes a moment to pack."""
+    config = tiny_config(blocks=6)
+    write_gguf(tmp_path / "tiny.gguf", config, random_tensors(config))
+    quick = pack_module.module_tensors
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return quick(*arguments)
+
+    monkeypatch.setattr(pack_module, "module_tensors", slow)
+    return tmp_path / "tiny.gguf"
+
+
+def test_packing_that_is_ended_leaves_nothing_that_is_taken_for_whole(tiny: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def packed() -> list[Path]:
+        return sorted((cache / "packs").glob("*/[!.]*"))
+
+    async def ended() -> None:
+        shelf = Shelf(cache)
+        work = asyncio.ensure_future(shelf.prepare(str(tiny), "int4", silent))
+        await until(lambda: bool(packed()), "the first file")
+        await shelf.close()
+        with pytest.raises(Unreachable, match="ending"):
+            await work
+
+    async def whole() -> int:
+        prepared = await Shelf(cache).prepare(str(tiny), "int4", silent)
+        for digest, path in prepared.packed.files.items():
+            assert hash_file(path) == digest
+        return len(prepared.packed.files)
+
+    asyncio.run(ended())
+    before = len(packed())
+    assert not list((cache / "packs").glob("*/index.json")) and not list((cache / "packs").glob("*/.*"))
+    assert before < asyncio.run(whole())
+
+
+def test_work_that_can_not_be_ended_does_not_hold_up_the_end() -> None:
+    async def scenario() -> None:
+        shelf = SlowShelf()
+        work = asyncio.ensure_future(shelf.prepare("tiny", "int4", silent))
+        await asyncio.sleep(0.02)
+        await shelf.close()
+        work.cancel()
+
+    started_s = time.monotonic()
+    asyncio.run(scenario())
+    assert time.monotonic() - started_s < 6, "SlowShelf takes 10 s"

@@ -8,7 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from coordinator.inference.requests import GenerateRequest, Generation, Token
+from coordinator.inference.patience import LONGEST_S, MARGIN, first_token_timeout_s, prefill_s
+from coordinator.inference.requests import GenerateRequest, Generation, Token, request_meta
+from coordinator.planning.plan import Plan
+from tests.coordinator.plans import plan_of
 from wire import frames
 from wire.errors import PeerError, Refused, Unreachable, UsageError
 from wire.messages import InboxAddress, RequestMeta, Sampling, StageError
@@ -72,6 +75,62 @@ def test_silence_ends_in_an_error_that_says_how_long() -> None:
     live = generation(stall_timeout_s=0.05)
     with pytest.raises(Unreachable, match="no token came"):
         take(live, 1)
+
+
+def test_the_first_token_may_take_longer_than_the_next_ones() -> None:
+    live = generation(stall_timeout_s=0.05)
+    live.first_timeout_s = 30.0
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().call_later(0.2, live.feed, token(0, 10))
+        assert (await live.next_token()).id == 10
+        with pytest.raises(Unreachable, match=r"after 1 tokens"):
+            await live.next_token()
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+# How long the first token may take.
+
+
+def slow_plan(chunk_s: float | None, hop_s: float = 0.0) -> Plan:
+    """Two stages that take 0.1 s for a token; prompts in chunks of 32."""
+    plan = plan_of("a", "b")
+    changes = {"prefill_chunk_s": chunk_s, "hop_s": hop_s, "compute_s": 0.1}
+    return msgspec.structs.replace(
+        plan, stages=tuple(msgspec.structs.replace(stage, **changes) for stage in plan.stages)
+    )
+
+
+def test_a_long_prompt_on_slow_boards_is_given_its_time_and_a_short_one_the_usual() -> None:
+    plan = slow_plan(chunk_s=3.0)
+    assert prefill_s(plan, 320) == pytest.approx(10 * 2 * 3.0)
+    assert first_token_timeout_s(plan, 320, 1, 30.0) == pytest.approx(MARGIN * 60.0)
+    assert first_token_timeout_s(plan, 3, 1, 30.0) == 30.0
+
+
+def test_prompts_that_run_at_once_wait_for_each_other() -> None:
+    plan = slow_plan(chunk_s=3.0)
+    assert first_token_timeout_s(plan, 320, 3, 30.0) == pytest.approx(3 * first_token_timeout_s(plan, 320, 1, 30.0))
+
+
+def test_without_a_measured_chunk_the_time_of_single_tokens_is_the_bound() -> None:
+    assert prefill_s(slow_plan(chunk_s=None), 64) == pytest.approx(64 * 2 * 0.1)
+    assert prefill_s(slow_plan(chunk_s=None), 5) == pytest.approx(5 * 2 * 0.1)
+
+
+def test_slow_links_count_by_the_token() -> None:
+    assert prefill_s(slow_plan(chunk_s=1.0, hop_s=0.05), 32) == pytest.approx(2 * (1.0 + 32 * 0.05))
+
+
+def test_the_longest_wait_is_what_stages_may_be_told_and_they_keep_the_request_as_long() -> None:
+    first_s = first_token_timeout_s(slow_plan(chunk_s=500.0), 3200, 4, 30.0)
+    assert first_s == LONGEST_S
+    request = GenerateRequest(model="m", prompt="x")
+    meta = request_meta(InboxAddress(topic="t/in"), request, 3200, (), first_s)
+    assert meta.idle_timeout_s == LONGEST_S
+    assert msgspec.json.decode(msgspec.json.encode(meta), type=RequestMeta) == meta
+    assert request_meta(InboxAddress(topic="t/in"), request, 3, (), 5.0).idle_timeout_s == 60.0
 
 
 @pytest.mark.parametrize(("code", "kind"), [("busy", Refused), ("too-long", Refused), ("engine", Exception)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,10 +21,10 @@ from tests.coordinator.plans import plan_of
 from tests.coordinator.test_deployments import record_of, report
 from tests.planning.boards import link, profile
 from wire import topics
-from wire.errors import UsageError
+from wire.errors import Refused, UsageError
 from wire.limits import MAX_CONTROL_BYTES, MAX_DEVICES, OFFLINE_AFTER_S, SUSPECT_AFTER_S
 from wire.memory import MemoryBroker
-from wire.messages import Desired, Kit, StageReport
+from wire.messages import ArtifactRef, Desired, Kit, KitModule, StageReport
 
 DEVICE_TOPICS = (topics.STATE, topics.INFO, topics.PROFILE, topics.TELEMETRY, topics.APPLIED)
 GARBAGE = (
@@ -200,6 +201,59 @@ def test_what_can_not_be_journaled_is_not_published(tmp_path: Path) -> None:
     lab_test(scenario, tmp_path)
 
 
+def with_files(made: DeploymentRecord, device: str, count: int) -> DeploymentRecord:
+    """The same deployment, whose stage on `device` has so many files of weights."""
+    files = tuple(ArtifactRef(digest=f"sha256:{number:064x}", size_bytes=1) for number in range(count))
+    (order,) = made.orders[device]
+    return msgspec.structs.replace(
+        made, orders={**made.orders, device: (msgspec.structs.replace(order, weights=files),)}
+    )
+
+
+def test_orders_too_large_for_a_message_are_refused_before_anything_is_journaled(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        await lab.with_boards("a", "b")
+        running = record(lab.coordinator, "a")
+        lab.coordinator.put_in_force(running)
+        await until(lambda: bool(lab.boards["a"].orders))
+        told = losses(lab.coordinator)
+        too_large = with_files(record(lab.coordinator, "a", "b"), "b", 3000)
+        with pytest.raises(Refused, match=r"orders for b would take .*, a message may have") as raised:
+            lab.coordinator.put_in_force(too_large)
+        assert "--boards-at-least" in raised.value.try_
+        assert lab.coordinator.records() == [running] == lab.coordinator.journal.deployments()
+        assert not told, "what ran runs on"
+        lab.coordinator.put_in_force(with_files(record(lab.coordinator, "a", "b"), "b", 1000))
+        await until(lambda: bool(lab.boards["b"].orders))
+        assert len(lab.boards["b"].orders[-1].stages[0].weights) == 1000
+
+    lab_test(scenario, tmp_path)
+
+
+def test_what_a_device_holds_for_other_models_counts_too(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        await lab.with_boards("a")
+        lab.coordinator.put_in_force(with_files(record(lab.coordinator, "a"), "a", 1500))
+        another = with_files(record(lab.coordinator, "a"), "a", 1500)
+        plan = msgspec.structs.replace(another.plan, deployment="another")
+        with pytest.raises(Refused, match="orders for a"):
+            lab.coordinator.put_in_force(msgspec.structs.replace(another, name="another", plan=plan))
+        lab.coordinator.put_in_force(another)  # in place of the first it fits
+
+    lab_test(scenario, tmp_path)
+
+
+def test_a_plan_too_large_for_a_message_is_refused(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        made = record(lab.coordinator, "a")
+        plan = msgspec.structs.replace(made.plan, because="x" * MAX_CONTROL_BYTES)
+        with pytest.raises(Refused, match="the plan of tiny"):
+            lab.coordinator.put_in_force(msgspec.structs.replace(made, plan=plan))
+        assert not lab.coordinator.journal.deployments()
+
+    lab_test(scenario, tmp_path)
+
+
 def test_each_device_is_told_its_stages_and_the_plan_is_retained(tmp_path: Path) -> None:
     async def scenario(lab: Lab) -> None:
         await lab.with_boards("a", "b", "c")
@@ -303,6 +357,86 @@ def test_a_replaced_plan_ends_the_requests_of_the_old_one(tmp_path: Path) -> Non
         await until(lambda: bool(lab.boards["a"].orders) and lab.boards["a"].orders[-1].stages == ())
 
     lab_test(scenario, tmp_path)
+
+
+# Files on disk.
+
+
+def with_graph(lab: Lab, made: DeploymentRecord, data: bytes) -> DeploymentRecord:
+    """The same deployment with a stage graph that is really there, written long ago."""
+    graph = lab.coordinator.artifacts.add_bytes(data, "stage.onnx")
+    orders = {
+        device: tuple(msgspec.structs.replace(order, graph=graph) for order in given)
+        for device, given in made.orders.items()
+    }
+    return msgspec.structs.replace(made, orders=orders)
+
+
+def grow_old(folder: Path) -> None:
+    for path in folder.iterdir():
+        os.utime(path, (1.0, 1.0))
+
+
+def contents(state: Path) -> set[bytes]:
+    return {path.read_bytes() for path in (state / "artifacts").iterdir()}
+
+
+def test_files_that_no_deployment_refers_to_are_removed_at_the_next_one(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        coordinator = lab.coordinator
+        coordinator.put_in_force(with_graph(lab, record(coordinator, "a"), b"first"))
+        packed = tmp_path / "packed.safetensors"
+        packed.write_bytes(b"weights")
+        os.utime(packed, (1.0, 1.0))
+        weights = coordinator.artifacts.add_file("sha256:" + "7" * 64, packed, "packed").digest
+        kit = coordinator.artifacts.add_bytes(b"kit", "block-x1.onnx")
+        module = KitModule(key="k", kind="block", graphs=((1, kit),), hidden=8, vocabulary=32, wire_dtype="f16")
+        coordinator.offer_kit(Kit(artifacts_url="http://x", modules=(module,)))
+        (tmp_path / "artifacts" / ".half-written").write_bytes(b"half")
+        grow_old(tmp_path / "artifacts")
+        second = with_graph(lab, record(coordinator, "a"), b"second")
+        first = coordinator.records()[0].orders["a"][0].graph.digest
+        coordinator.put_in_force(second)
+        assert contents(tmp_path) == {b"second", b"kit"}
+        assert coordinator.artifacts.path_of(first) is None
+        assert set(coordinator.journal.artifacts()) == {second.orders["a"][0].graph.digest, kit.digest}
+        assert packed.is_file() and coordinator.artifacts.path_of(weights) is None, "the cache is not ours to clean"
+
+    lab_test(scenario, tmp_path)
+
+
+def test_what_a_device_may_still_be_fetching_stays(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        coordinator = lab.coordinator
+        coordinator.put_in_force(with_graph(lab, record(coordinator, "a"), b"first"))
+        grow_old(tmp_path / "artifacts")
+        coordinator.artifacts.add_bytes(b"being made", "x")
+        coordinator.put_in_force(msgspec.structs.replace(record(coordinator, "b"), name="another"))
+        assert contents(tmp_path) == {b"first", b"being made"}, "in force, however old; and new, in force or not"
+        grow_old(tmp_path / "artifacts")
+        coordinator.artifacts.add_bytes(b"being made", "x")
+        coordinator.put_in_force(msgspec.structs.replace(record(coordinator, "b"), name="another"))
+        assert contents(tmp_path) == {b"first", b"being made"}, "asked for again is as good as new"
+
+    lab_test(scenario, tmp_path)
+
+
+def test_a_restart_removes_what_is_left_of_the_past_and_serves_what_is_in_force(tmp_path: Path) -> None:
+    digests: list[str] = []
+
+    async def first(lab: Lab) -> None:
+        made = with_graph(lab, record(lab.coordinator, "a"), b"in force")
+        lab.coordinator.put_in_force(made)
+        digests.append(made.orders["a"][0].graph.digest)
+        lab.coordinator.artifacts.add_bytes(b"past", "x")
+        grow_old(tmp_path / "artifacts")
+
+    async def second(lab: Lab) -> None:
+        assert contents(tmp_path) == {b"in force"}
+        assert lab.coordinator.artifacts.path_of(digests[0]) is not None
+
+    lab_test(first, tmp_path)
+    lab_test(second, tmp_path, MemoryBroker())
 
 
 # Epochs.

@@ -16,6 +16,7 @@ from coordinator.inference import serve
 from coordinator.inference.requests import GenerateRequest
 from coordinator.inference.serve import Serving
 from coordinator.journal import DeploymentRecord, DeployRequest
+from coordinator.turns import Hold, Holds
 from tests.coordinator.memory_site import Client, Lab, running, until
 from tests.coordinator.plans import inbox as inbox_of
 from tests.coordinator.plans import plan_of
@@ -62,8 +63,9 @@ class FakeOperations:
         self.ready.set()
         self.asked = 0
         self.cancelled = 0
+        self.holds = Holds(lambda: None)
 
-    async def ensure(self, _request: DeployRequest, progress: Callable[[str], None]) -> tuple[Any, Any]:
+    async def ensure(self, _request: DeployRequest, progress: Callable[[str], None], hold: Hold) -> tuple[Any, Any]:
         self.asked += 1
         progress("packing")
         try:
@@ -71,7 +73,9 @@ class FakeOperations:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return self.lab.coordinator.records()[0], FakePrepared()
+        record = self.lab.coordinator.records()[0]
+        hold.take(self.holds, (record.name, record.plan.epoch))
+        return record, FakePrepared()
 
     def usable(self, record: DeploymentRecord) -> bool:
         return self.lab.coordinator.in_force(record)
@@ -161,6 +165,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario]
                 await scenario(made)
                 await until(lambda: made.serving.live == 0, "no request is left behind")
                 assert made.serving._waiting == 0
+                assert not made.operations.holds, "nothing is held any more"
 
         asyncio.run(whole())
 
@@ -369,6 +374,25 @@ def test_a_lost_broker_ends_requests_and_the_next_one_says_what_is_wrong(play: C
     play(scenario)
 
 
+def test_a_prompt_may_take_as_long_as_the_plan_says_and_the_stages_keep_it_so_long(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(made: Ring) -> None:
+        monkeypatch.setattr(serve, "first_token_timeout_s", lambda _plan, _tokens, prompts, _floor_s: 100.0 * prompts)
+        works = []
+        for number in (1, 2):
+            works.append(asyncio.ensure_future(collect(made.serving.generate(request(stall_timeout_s=0.1)))))
+            meta = msgspec.json.decode((await made.prompt(number)).meta, type=RequestMeta)
+            assert meta.idle_timeout_s == 100.0 * number, "what runs beside it counts"
+        await asyncio.sleep(0.3)
+        assert not any(work.done() for work in works)
+        for number in (1, 2):
+            made.answer(await made.prompt(number), "ok")
+        assert [(await work)[-1]["text"] for work in works] == ["ok", "ok"]
+
+    play(scenario)
+
+
 def test_a_silent_stage_is_given_up_and_closed(play: Callable[[Scenario], None]) -> None:
     async def scenario(made: Ring) -> None:
         work = asyncio.ensure_future(collect(made.serving.generate(request(stall_timeout_s=0.1))))
@@ -464,7 +488,7 @@ def test_a_prompt_that_does_not_fit_gives_its_turn_back(play: Callable[[Scenario
 
 def test_an_error_while_a_model_is_made_ready_is_the_answer(play: Callable[[Scenario], None]) -> None:
     async def scenario(made: Ring) -> None:
-        async def fails(_request: Any, progress: Callable[[str], None]) -> Any:
+        async def fails(_request: Any, progress: Callable[[str], None], _hold: Hold) -> Any:
             progress("packing")
             raise Refused("not this one")
 

@@ -13,9 +13,10 @@ import time
 import pytest
 
 from tests.wire.brokers import connect, make_broker, until
+from wire.client import Address, parse_url
 from wire.errors import UsageError
 from wire.limits import RECONNECT_DELAY_S
-from wire.mqtt import Address, MqttTransport, parse_url
+from wire.mqtt import MqttTransport
 from wire.transport import Link, NotConnected
 
 
