@@ -138,7 +138,7 @@ def elsewhere(tmp_path: Path) -> Iterator[House]:
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        ("", signal.SIGINT),  # just started
+        ("", signal.SIGINT),  # the coordinator is starting
         ("1. coordinator of site", signal.SIGINT),  # boards are starting
         ("packing smollm2", signal.SIGINT),
         ("measuring on", signal.SIGTERM),
@@ -153,10 +153,7 @@ def test_a_demo_that_is_interrupted_leaves_nothing(moment: str, number: int, hou
     if moment != "packing smollm2" and (cache_dir() / "packs").is_dir():
         (house.cache / "packs").symlink_to(cache_dir() / "packs")
     demo = house.start("demo", "--preset", "equal", "--boards", "2", "--max-tokens", "400")
-    if moment:
-        wait_until(house.said(moment), demo, house)
-    else:
-        time.sleep(0.5)
+    wait_until(house.said(moment) if moment else lambda: len(house.processes()) > 1, demo, house)
     interrupt(demo, house, number, ExitCode.INTERRUPTED)
 
 
