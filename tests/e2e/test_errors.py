@@ -81,7 +81,7 @@ def error_of(done: Done, code: ExitCode) -> str:
         ("unknown", ExitCode.USAGE, ("no-such-model", "smollm2")),
         ("truncated", ExitCode.FAILED, ("truncated.gguf", "the file ends at", "fetch the file again")),
         ("mamba", ExitCode.REFUSED, ("mamba.gguf", "architecture 'mamba' is not supported", "Qwen3")),
-        ("too-big", ExitCode.REFUSED, ("too-big.gguf", "fits on no board", "board1", "MB short", "more memory")),
+        ("too-big", ExitCode.REFUSED, ("too-big.gguf", "fits on no board", " may give ", "MB short", "more memory")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
