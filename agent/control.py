@@ -1,7 +1,8 @@
 """The control connection: where the broker is, and one session with it at a time.
 
 The address is told (--broker), found by mDNS, or remembered. An address that does not answer is left for the next one
-that was found, and mDNS is asked again: a coordinator may have moved. A connection that is up is never given up.
+that was found, and mDNS is asked again: a coordinator may have moved. A connection that is up is given up in one case only:
+when nothing of our coordinator was heard on it and mDNS names another address. Where ours was, another site's may be.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ LOG = logging.getLogger("edgelam.control")
 
 DIAL_PATIENCE_S: Final = 5.0
 """An address that does not answer for so long is left for the next one."""
+
+HEAR_PATIENCE_S: Final = 5.0
+"""A coordinator's kit is retained and comes at once; without a word of it for so long, mDNS is asked."""
+
+DOUBT_PERIOD_S: Final = 30.0
 
 TELL_PERIOD_S: Final = 30.0
 FIRST_TELL_S: Final = 1.0
@@ -58,6 +64,10 @@ class Control:
         self._urls: tuple[str, ...] = ()
         self._silent_since_s = 0.0
         self._complained_s = -TELL_PERIOD_S
+        self._heard = False
+        """Something of our coordinator came on this connection."""
+        self._doubt_s = 0.0
+        """When to ask mDNS, if nothing was heard until then."""
 
     def start(self) -> None:
         """Begin to look."""
@@ -90,6 +100,7 @@ class Control:
             return True
         if self.session is None or self.session.transport.link is Link.UP:
             self._silent_since_s = now_s
+            self._doubt(now_s)
             return False
         self._complain(now_s)
         if self._finder is None or now_s - self._silent_since_s < DIAL_PATIENCE_S:
@@ -114,6 +125,10 @@ class Control:
         transport.on_down(self._owner.link_down)
         transport.start()
 
+    def heard(self) -> None:
+        """Our coordinator speaks on this connection."""
+        self._heard = True
+
     def remember(self) -> None:
         """This address works: try it next time while mDNS is silent."""
         self._records.save("broker", LastBroker(site=self.site, url=self.url))
@@ -127,6 +142,8 @@ class Control:
             self.session = None
 
     def _on_up(self) -> None:
+        self._heard = False
+        self._doubt_s = self._outside.clock() + HEAR_PATIENCE_S
         self._complained_s = -TELL_PERIOD_S
         self._owner.link_up()
 
@@ -134,11 +151,18 @@ class Control:
         if self.site and found.site != self.site:
             LOG.warning("a coordinator of site %s was found, this device belongs to %s", found.site, self.site)
             return False
-        if self.session is not None and (self.session.up or self.url in found.urls):
+        if self.session is not None and ((self.session.up and self._heard) or self.url in found.urls):
             return False
         LOG.info("site %s: broker %s (%s)", found.site, found.urls[0], found.how)
         self.site, self._urls = found.site, found.urls
         return True
+
+    def _doubt(self, now_s: float) -> None:
+        """Ask mDNS where the coordinator is, if nothing of it is heard where we are."""
+        if self._finder is None or self.session is None or self._heard or now_s < self._doubt_s:
+            return
+        self._doubt_s = now_s + DOUBT_PERIOD_S
+        self._finder.search()
 
     def _complain(self, now_s: float) -> None:
         """Say once, and then every 30 s, that the broker does not answer."""

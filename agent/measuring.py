@@ -136,10 +136,10 @@ class Measuring:
         return {ref.digest: ref for module in job.modules for _, ref in module.graphs}
 
     def kit(self, kit: Kit) -> None:
-        """Take a new kit. What failed before is tried again if its graphs are others."""
+        """Take a new kit. What failed before is tried again if its graphs are others; an empty kit is none."""
         if self._kit is not None and kit.modules != self._kit.modules:
             self._hopeless.clear()
-        self._kit = kit
+        self._kit = kit if kit.modules else None
 
     def ask(self, asked: Asked) -> str:
         """Measure on command: the whole kit, or only the link. Gives why not, or '' and an Outcome later."""

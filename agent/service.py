@@ -181,6 +181,7 @@ class Service:
             self._refused_order = orders.Refusal(epoch, because[:4096])
 
     def kit(self, message: Kit) -> None:
+        self._control.heard()
         if self._measuring is not None:
             self._measuring.kit(message)
 

@@ -330,8 +330,10 @@ class Coordinator:
         self._publish_orders()
         for record in self._records.values():
             self.hub.publish(topics.PLAN, msgspec.json.encode(record.plan), record.name)
-        if self._kit is not None:
-            self.hub.publish(topics.KIT, messages.encode(self._kit))
+        # Also an empty one: it tells boards that this broker is ours, and replaces the kit of a coordinator before us,
+        # whose files may be gone.
+        kit = self._kit if self._kit is not None else Kit(artifacts_url=self.artifacts_url, modules=())
+        self.hub.publish(topics.KIT, messages.encode(kit))
 
 
 def read_profile(payload: bytes, where: str) -> Profile:

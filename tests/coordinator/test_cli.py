@@ -300,7 +300,7 @@ def completions(run: Run, *words: str) -> set[str]:
         (("model", "fetch", "smollm2-135m-"), {"smollm2-135m-instruct"}),
         (("up", "--model", "smollm2-135m-"), {"smollm2-135m-instruct"}),
     ],
-    ids=" ".join,
+    ids=lambda given: " ".join(sorted(given) if isinstance(given, set) else given),
 )
 def test_the_shell_completes_values_and_models(words: tuple[str, ...], offered: set[str], run: Run) -> None:
     assert completions(run, *words) == offered

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.e2e.site import Site, board_names
 from wire import topics
+from wire.broker import start_broker
+from wire.errors import Unreachable
 from wire.mqtt import MqttTransport
 from wire.transport import Link
 
@@ -45,6 +48,31 @@ def test_a_killed_coordinator_comes_back_with_the_deployment_and_its_epoch(site:
     site.restart_coordinator()
     site.await_states(ALL_ONLINE)
     after = site.run(tiny_model, 2)
+    assert after["token_ids"] == before["token_ids"]
+    assert after["epoch"] == before["epoch"]
+
+
+def test_boards_leave_the_broker_of_another_site_that_stands_where_ours_was(
+    site: Site, tiny_model: str, tmp_path: Path
+) -> None:
+    before = site.run(tiny_model, 2)
+    old_url = site.get("/v1/status")["mqtt_url"]
+    site.coordinator.kill()
+    deadline_s = time.monotonic() + 20
+    while True:
+        try:
+            foreign = start_broker(tmp_path, "127.0.0.1", int(old_url.rsplit(":", 1)[1]))
+            break
+        except Unreachable:  # our own broker is still about to end
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+    try:
+        site.restart_coordinator()
+        assert site.get("/v1/status")["mqtt_url"] != old_url
+        site.await_states(ALL_ONLINE)
+        after = site.run(tiny_model, 2)
+    finally:
+        foreign.stop()
     assert after["token_ids"] == before["token_ids"]
     assert after["epoch"] == before["epoch"]
 
