@@ -10,12 +10,13 @@ import logging
 import time
 from typing import Final, Protocol
 
-from agent.config import DEFAULT_SITE, AgentConfig
+from agent.config import AgentConfig
 from agent.finder import Finder, Whereabouts
 from agent.outside import Outside
 from agent.records import LastBroker, Records
 from agent.session import Listener, Session
 from wire import topics
+from wire.ids import DEFAULT_SITE
 from wire.messages import DeviceState, encode
 from wire.transport import Link, Will
 
@@ -60,7 +61,9 @@ class Control:
         """Begin to look."""
         if self._config.broker:
             site = self._config.site or DEFAULT_SITE
-            self._told = Whereabouts(site=site, urls=(self._config.broker,), how="as told by --broker")
+            via = self._config.via.mqtt
+            url, how = (f"mqtt://{via}", "as told by --via") if via else (self._config.broker, "as told by --broker")
+            self._told = Whereabouts(site=site, urls=(url,), how=how)
             return
         self._finder = Finder(self._config, self._outside.find, self._records.load("broker", LastBroker))
         self._finder.start()

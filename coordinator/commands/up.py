@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from coordinator.config import DEFAULT_SITE, state_dir
+from coordinator.config import state_dir
 from coordinator.runner import Options, serve
+from wire.ids import DEFAULT_SITE
 
 
 def up(

@@ -20,7 +20,6 @@ from agent.telemetry import Pulse
 from agent.workers.clock import Clocks
 from agent.workers.deaths import oom_kills, words_for
 from agent.workers.stretch import Stretch
-from coordinator.config import DEFAULT_MQTT_PORT, DEFAULT_SITE
 from tests.agent.fakes import order_of
 from wire.advertisement import Found
 from wire.errors import UsageError
@@ -69,12 +68,6 @@ def test_sizes_and_addresses_are_read_as_people_write_them() -> None:
     assert host_port("[::1]:5") == HostPort("::1", 5) and str(HostPort("::1", 5)) == "[::1]:5"
     assert broker_url("10.0.0.5") == "mqtt://10.0.0.5:8570" and broker_url("mqtt://h:1/") == "mqtt://h:1"
     assert via("mqtt=a:1,http=b:2") == Via(HostPort("a", 1), HostPort("b", 2))
-
-
-def test_defaults_are_the_coordinators() -> None:
-    from agent import config
-
-    assert (config.DEFAULT_SITE, config.DEFAULT_MQTT_PORT) == (DEFAULT_SITE, DEFAULT_MQTT_PORT)
 
 
 @given(st.text(max_size=80))

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from coordinator.cli import main
+from coordinator.commands import topics
 from coordinator.config import Address, write_address
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from wire.broker import start_broker
@@ -257,10 +258,15 @@ def test_up_refuses_options_that_can_not_work(arguments: tuple[str, str], run: R
     assert arguments[1] in two_lines(run("up", *arguments), ExitCode.USAGE)
 
 
-def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(run: Run) -> None:
+def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with started(run) as up:
         assert "no devices yet" in run("devices").stdout
         assert json.loads(run("top", "--json").stdout)["status"]["broker_up"] is True
+        monkeypatch.setattr(topics, "CONNECT_TIMEOUT_S", 0.5)
+        blamed = two_lines(run("topics", "tail", "--broker", "mqtt://127.0.0.1:1"), ExitCode.UNREACHABLE)
+        assert "mqtt://127.0.0.1:1:" in blamed and "--broker" in blamed
         assert "runs already" in two_lines(run.process("up"), ExitCode.REFUSED)
         assert "coordinator runs here" in two_lines(run("model", "remove", "packs/x"), ExitCode.REFUSED)
         children = psutil.Process(up.pid).children(recursive=True)
@@ -281,6 +287,7 @@ def slow(*arguments):
     return quick(*arguments)
 pack.module_tensors = slow
 from coordinator.cli import main
+from coordinator.commands import topics
 main()
 """
 
