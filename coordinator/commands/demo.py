@@ -93,7 +93,8 @@ def _boards_up(
         )
         testbed = testbed_commands.up(told)
         how = f"told where the coordinator is, since mDNS did not answer ({error.message})"
-    _say(f"2. {len(specs)} virtual boards, {how}", *(board.text() for board in testbed.boards))
+    notes = [f"note: {warning}" for warning in testbed.warnings]
+    _say(f"2. {len(specs)} virtual boards, {how}", *(board.text() for board in testbed.boards), *notes)
     return testbed
 
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from msgspec import structs
 
+from hwprofiles.survey import cores
 from testbed import commands, state
 from testbed.boards import BoardSpec
 from testbed.commands import UpOptions, up
@@ -265,6 +266,17 @@ def test_the_coordinator_is_found_over_mdns_and_its_absence_is_said(echo: Echo, 
         assert "--broker" not in arguments
         via = arguments[arguments.index("--via") + 1]
         assert [pair.partition("=")[0] for pair in via.split(",")] == ["mqtt", "http"]
+
+
+@pytest.mark.parametrize(("spare", "warnings"), [(0, 0), (1, 1)])
+def test_boards_that_may_use_more_than_the_machine_has_are_warned_about(
+    spare: int, warnings: int, echo: Echo, folder: Path
+) -> None:
+    machine = int(cores(Path("/")).usable)
+    with up(options(echo, folder, BoardSpec(name="one"), threads=machine + spare)) as bed:
+        assert len(bed.warnings) == warnings
+        assert all(f"would use {machine + 1} cores, this machine has" in warning for warning in bed.warnings)
+        assert bed.status().warnings == bed.warnings
 
 
 @pytest.mark.parametrize("scheme", ["", "mqtt://"])
