@@ -29,6 +29,9 @@ TELL_PERIOD_S: Final = 30.0
 FIRST_TELL_S: Final = 1.0
 """The first attempt gets a moment before people are told that it fails."""
 
+REFUSAL: Final = "refused us"
+"""In the transport's last error when a broker answered and said no."""
+
 
 class Owner(Listener, Protocol):
     """Whose connection it is."""
@@ -146,4 +149,17 @@ class Control:
             return
         self._complained_s = now_s
         reason = self.session.transport.last_error if self.session is not None else ""
+        if REFUSAL in reason:
+            key, hint = _about_key(bool(self._config.site_key))
+            LOG.warning("the broker %s does not let us in (%s); trying on", self.url, key)
+            LOG.warning("  try: %s", hint)
+            return
         LOG.warning("broker %s: %s; trying on", self.url, reason or "no answer yet")
+
+
+def _about_key(given: bool) -> tuple[str, str]:
+    """What is wrong with the site key, and what to do about it."""
+    where = "the coordinator says at its start in which file it keeps it"
+    if given:
+        return "wrong site key", f"give --site-key-file a file with this site's key; {where}"
+    return "no site key was given", f"--site-key-file FILE, with this site's key; {where}"

@@ -45,6 +45,9 @@ POLL_S: Final = 0.25
 
 TEMPERATURE_PERIOD_S: Final = 5.0
 CONTRADICT_PERIOD_S: Final = 0.5
+SHOW_AFTER_S: Final = 5.0
+"""A board that the broker doesn't let in for so long shows itself over mDNS: the coordinator then tells people."""
+
 DRAIN_S: Final = 8.0
 """Workers get five seconds to end, and the kernel some to reap them; then the agent leaves without them."""
 
@@ -74,6 +77,7 @@ class Service:
         self._stages: Stages | None = None
         self._measuring: Measuring | None = None
         self._advertised: Advertised | None = None
+        self._dialled_s = 0.0
         self._rival_info = ""
         self._refusal: Refused | None = None
         self._stop_asked = False
@@ -119,6 +123,8 @@ class Service:
             self._handle(lifecycle.Event.STOP)
         if self._control.news(now_s) and (self.state, lifecycle.Event.BROKER_FOUND) in lifecycle.NEXT:
             self._handle(lifecycle.Event.BROKER_FOUND)
+        if self.state is State.DIALLING and now_s - self._dialled_s > SHOW_AFTER_S:
+            self._advertise()
         self._watch_claim(now_s)
         self._watch_workers(now_s)
         self._watch_fetches()
@@ -263,6 +269,7 @@ class Service:
     def _dial(self) -> None:
         """Connect to the address that was found; a connection to another one is given up."""
         if self._stages is None:
+            self._dialled_s = self._clock()
             self._equip()
         self._control.dial()
 
@@ -319,6 +326,9 @@ class Service:
         applied = self._applied(self._clock())
         session.announce(self._device_state(), self._info, measuring.profile, applied)
         self._applied_said.news(applied, self._clock())
+        self._advertise()
+
+    def _advertise(self) -> None:
         if self._advertised is None and self._outside.advertise is not None:
             self._advertised = self._outside.advertise(self._site, self._info)
             self._advertised.start()

@@ -1,6 +1,6 @@
 """Decode through the whole path, beside the bare onnxruntime loop in the same run.
 
-    control      the whole model in one process: session.run in a loop, nothing else
+    control      the whole model in one process: onnxruntime's call in a loop, inputs written, largest logit taken
     1 board      client, broker, one stage
     N boards     the same model cut over N boards of equal speed, links not shaped
 
@@ -11,11 +11,13 @@ medians over all answers, ratios medians over the ratios of each with its own co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +36,7 @@ from models.engine.onnx import OnnxStage
 from models.fetch import fetch
 from models.formats.checkpoint import open_checkpoint
 from testbed import commands
-from testbed.boards import preset
+from testbed.boards import BoardSpec, preset
 from testbed.site import CoordinatorProcess, until
 
 MODEL = "smollm2"
@@ -73,10 +75,12 @@ def control(precision: str, tokens: int, prompt_tokens: int) -> None:
     print("ready", flush=True)
     for _ in sys.stdin:
         logits = engine.step(slot, prompt, 0)
+        engine.step(slot, prompt[:1], prompt_tokens)  # binds the buffers of a step of one row
+        step = engine.bare_run(slot, 1)
+        token = np.array([int(logits.argmax())], dtype=np.int64)
         started_s = time.perf_counter()
         for position in range(prompt_tokens, prompt_tokens + tokens):
-            token = np.array([int(logits.argmax())], dtype=np.int64)
-            logits = engine.step(slot, token, position)
+            token[0] = step(token, position).argmax()
         print((time.perf_counter() - started_s) / tokens, flush=True)
 
 
@@ -110,14 +114,16 @@ class Control:
         self._child.wait(10)
 
 
-def ask(there: Client, boards: int, precision: str, tokens: int) -> dict[str, Any]:
+def ask(there: Client, boards: int, precision: str, tokens: int, objective: str = "throughput") -> dict[str, Any]:
+    """One answer over exactly so many boards. Equal boards get equal shares for throughput; for one stream alone
+    nearly all would go to one."""
     request = GenerateRequest(
         model=MODEL,
         prompt=PROMPT,
         max_tokens=tokens + 1,
         ignore_stop=True,
         precision=precision,
-        objective="throughput",  # equal boards get equal shares; for one stream alone nearly all would go to one
+        objective=objective,
         context_tokens=CONTEXT_TOKENS,
         boards_at_least=boards,
         boards_at_most=boards,
@@ -125,45 +131,49 @@ def ask(there: Client, boards: int, precision: str, tokens: int) -> dict[str, An
     return there.last("/v1/generate", request, lambda text: print(f"... {text}", file=sys.stderr))
 
 
+@contextlib.contextmanager
+def site(precision: str, boards: list[BoardSpec]) -> Iterator[Client]:
+    """A coordinator and virtual boards, as processes, all online."""
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        state = Path(folder)
+        name = f"bench-{os.getpid()}"
+        coordinator = CoordinatorProcess(state, name, ["--model", MODEL, "--precision", precision])
+        address = coordinator.start()
+        try:
+            with (
+                commands.up(commands.UpOptions(site=name, boards=boards, state_dir=state / "testbed")),
+                Client(address["http_url"]) as there,
+            ):
+
+                def all_online() -> bool:
+                    states = [device["state"] for device in there.get("/v1/devices")["devices"]]
+                    return states.count("online") == len(boards)
+
+                until(all_online, 60.0, "all boards online")
+                yield there
+        finally:
+            coordinator.stop()
+
+
 def measure(options: argparse.Namespace) -> dict[int, list[dict[str, Any]]]:
     """All rounds; gives the answers per number of boards, each with the seconds per token of its control beside it."""
     counts = [1, options.boards]
     answers: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
-    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
-        state = Path(folder)
-        site = f"bench-{os.getpid()}"
-        coordinator = CoordinatorProcess(state, site, ["--model", MODEL, "--precision", options.precision])
-        address = coordinator.start()
-        bare = None
+    with site(options.precision, preset("equal", options.boards, options.link)) as there:
+        first = ask(there, 1, options.precision, 8)
+        bare = Control(options.precision, options.tokens, first["prompt_tokens"])
         try:
-            specs = preset("equal", options.boards, options.link)
-            with (
-                commands.up(commands.UpOptions(site=site, boards=specs, state_dir=state / "testbed")),
-                Client(address["http_url"]) as there,
-            ):
-                until(
-                    lambda: (
-                        len([d for d in there.get("/v1/devices")["devices"] if d["state"] == "online"])
-                        == options.boards
-                    ),
-                    60.0,
-                    "all boards online",
-                )
-                first = ask(there, 1, options.precision, 8)
-                bare = Control(options.precision, options.tokens, first["prompt_tokens"])
-                for _ in range(options.rounds):
-                    for count in counts:
-                        ask(there, count, options.precision, 8)
-                        before_s = bare.token_s()
-                        for _ in range(options.answers):
-                            answer = ask(there, count, options.precision, options.tokens)
-                            after_s = bare.token_s()
-                            answers[count].append({**answer, "bare_s": (before_s + after_s) / 2})
-                            before_s = after_s
+            for _ in range(options.rounds):
+                for count in counts:
+                    ask(there, count, options.precision, 8)
+                    before_s = bare.token_s()
+                    for _ in range(options.answers):
+                        answer = ask(there, count, options.precision, options.tokens)
+                        after_s = bare.token_s()
+                        answers[count].append({**answer, "bare_s": (before_s + after_s) / 2})
+                        before_s = after_s
         finally:
-            if bare is not None:
-                bare.close()
-            coordinator.stop()
+            bare.close()
     return answers
 
 
@@ -171,7 +181,7 @@ def compute_s(answer: dict[str, Any]) -> float:
     return float(sum(stage["measured_compute_s"] for stage in answer["stages"]))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
@@ -183,7 +193,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.control:
         control(options.precision, options.tokens, options.control)
-        return
+        return 0
     fetch(MODEL, cache_dir(), lambda text: print(f"... {text}", file=sys.stderr))
     found = measure(options)
     ones, splits = found[1], found[options.boards]
@@ -226,8 +236,8 @@ def main() -> None:
         str(count): [[answer["token_s"], answer["bare_s"]] for answer in answers] for count, answers in found.items()
     }
     conditions = {**machine(), **vars(options), "token_s_and_bare_s": raw}
-    emit("inference", conditions, figures)
+    return 0 if emit("inference", conditions, figures) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ traceback; Ctrl-C ends at once and leaves nothing behind.
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from typing import Final
 
@@ -73,6 +74,7 @@ def main() -> None:
         print(render(error), file=sys.stderr)
         sys.exit(int(error.exit_code))
     except (KeyboardInterrupt, typer.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, while the interpreter ends, changes nothing
         print("edgelam: interrupted", file=sys.stderr)
         sys.exit(int(ExitCode.INTERRUPTED))
     except CommandLineError as error:

@@ -41,6 +41,8 @@ PROGRESS_PERIOD_S = 2.0
 MORE_BOARDS_TIMEOUT_S = 6.0
 """For boards that are just joining: found over mDNS, connected and heard within it."""
 FIRST_BOARD_TIMEOUT_S = 15.0
+BROKER_TIMEOUT_S = 6.0
+"""A broker that we supervise is back within three seconds of its end; one of somebody else may never be."""
 MAX_KIT_MODULES = 64
 """What a Kit message holds (wire.messages); of more models than that, the earliest offered are measured no more."""
 PRECISIONS = ("int4", "int8", "f32")
@@ -139,8 +141,18 @@ class Operations:
                 found.append(Candidate(device=device, profile=profile, usable_memory_bytes=max(0, usable)))
         return found
 
+    async def _await_broker(self) -> None:
+        """Without a broker no board is heard, and what is known of them is of before."""
+        coordinator = self._coordinator
+        if not await coordinator.changes.wait(lambda: coordinator.broker_up, BROKER_TIMEOUT_S):
+            raise Unreachable(
+                f"the broker at {coordinator.mqtt_url} is gone",
+                try_="start it again; the boards come back to it by themselves (edgelam devices shows them)",
+            )
+
     async def _await_boards(self, request: DeployRequest, prepared: Prepared, progress: Progress) -> list[str]:
         """Wait until every online device has measured the model's modules; give those that have not in time."""
+        await self._await_broker()
         coordinator = self._coordinator
         wanted = max(1, request.boards_at_least)
         await coordinator.changes.wait(lambda: len(coordinator.online()) >= wanted, MORE_BOARDS_TIMEOUT_S)
@@ -175,6 +187,7 @@ class Operations:
         """
         request = _canonical(request)
         prepared = await self.prepare(request.model, request.precision, progress)
+        await self._await_broker()
         async with self._line(request, progress):
             record = self._in_force_for(request) or await self._deploy(request, progress)
             hold.take(self._holds, _key(record))

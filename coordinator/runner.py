@@ -34,7 +34,7 @@ from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
-from wire.addresses import DEFAULT_MQTT_PORT
+from wire.addresses import DEFAULT_MQTT_PORT, host_addresses
 from wire.broker import Broker, Credential, start_broker
 from wire.client import parse_url
 from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties
@@ -98,15 +98,19 @@ def free_port(host: str, wanted: int, default: int) -> int:
         return int(door.getsockname()[1])
 
 
-def reachable_host(listen: str) -> str:
-    """The address that boards should use: `listen` itself, or for 0.0.0.0 the one of the default route."""
-    if listen not in ("0.0.0.0", "::"):
+def artifacts_host(listen: str, broker_elsewhere: bool) -> str:
+    """Where boards fetch weights. 0.0.0.0 tells a board: where you reach the broker; which of our addresses that is,
+    only the board knows (a laptop may have Wi-Fi, and its boards on a cable without any route).
+
+    With a broker on another machine the board can't know, and is told our address of the default route.
+    """
+    if listen != "0.0.0.0" or not broker_elsewhere:
         return listen
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # RFC 5737 test network: chooses a route, sends nothing
         except OSError:
-            return "127.0.0.1"
+            return host_addresses()[0].address if host_addresses() else listen
         return str(probe.getsockname()[0])
 
 
@@ -176,7 +180,7 @@ class Runner:
         self._door = bound(options.listen, options.http_port, DEFAULT_HTTP_PORT)
         self._door.listen()  # who comes before the server accepts has to wait, and is not refused
         self.http_port = int(self._door.getsockname()[1])
-        artifacts_url = f"http://{reachable_host(options.listen)}:{self.http_port}"
+        artifacts_url = f"http://{artifacts_host(options.listen, bool(options.broker_url))}:{self.http_port}"
         self.coordinator = Coordinator(
             site=options.site,
             boot=self.boot,

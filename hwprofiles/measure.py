@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
+import msgspec
 from msgspec import Struct
 
 from hwprofiles import stats
@@ -31,6 +32,8 @@ PREFILL_TOKENS: Final = (32, 128)
 """Rows at once in prefill: a chunk as it travels, and one large enough to show the asymptotic cost per row."""
 STACKS: Final = (1, 6)
 """Depths at which blocks are timed: two suffice to separate block from step; 6 keeps the difference above noise."""
+CONTRADICTION_RATIO: Final = 1.1
+"""A step behind few rows that takes so many times as long as one behind many (intervals, not medians) was disturbed."""
 SPREAD_RATIO: Final = 2.0
 """p90 over median above which a run is two populations (a quota, a neighbour), not one time with noise."""
 
@@ -177,7 +180,7 @@ def measure_module(
     before any module was loaded (`resident_bytes()` right after the engine was imported).
     """
     deepest = max(plan.stacks)
-    timings: list[ModuleTiming] = []
+    taken: dict[tuple[Point, int], Samples] = {}
     before_bytes: int | None = None
     peak_bytes = 0
     for point in plan.points:
@@ -185,13 +188,13 @@ def measure_module(
             if stack == deepest and before_bytes is None:
                 before_bytes = resident_bytes()
             step = run(point.phase, point.tokens, point.context, stack)
-            samples = _sampled_with_retries(step, plan, clock)
+            taken[point, stack] = _sampled_with_retries(step, plan, clock)
             peak_bytes = max(peak_bytes, resident_bytes())
-            timings.append(
-                ModuleTiming(
-                    phase=point.phase, tokens=point.tokens, context=point.context, stack=stack, samples=samples
-                )
-            )
+    _settle_contradictions(taken, run, plan, clock)
+    timings = [
+        ModuleTiming(phase=point.phase, tokens=point.tokens, context=point.context, stack=stack, samples=samples)
+        for (point, stack), samples in taken.items()
+    ]
     return ModuleMeasurement(
         key=key,
         kind=kind,
@@ -201,6 +204,31 @@ def measure_module(
         resident_bytes=max(0, peak_bytes - (before_bytes or 0)),
         base_bytes=base_bytes,
     )
+
+
+def contradict(shorter: Samples, longer: Samples) -> bool:
+    """Did a step behind fewer rows take longer than one behind more, beyond chance and CONTRADICTION_RATIO?"""
+    few, many = stats.median_interval(shorter.samples_s), stats.median_interval(longer.samples_s)
+    return few is not None and many is not None and few[0] > many[1] * CONTRADICTION_RATIO
+
+
+def _settle_contradictions(taken: dict[tuple[Point, int], Samples], run: Run, plan: MeasurePlan, clock: Clock) -> None:
+    """More rows in the cache are never less work: what says otherwise is measured again, then invalid if it insists."""
+    for (point, stack), other in [(a, b) for a in taken for b in taken if _same_but_longer(a, b)]:
+        longer = taken[other]
+        for _ in range(plan.retries):
+            if not contradict(taken[point, stack], longer):
+                break
+            taken[point, stack] = sample(run(point.phase, point.tokens, point.context, stack), plan.rule, clock)
+        samples = taken[point, stack]
+        if samples.valid and contradict(samples, longer):
+            because = f"took longer behind {point.context} rows than behind {other[0].context}: the board was busy"
+            taken[point, stack] = msgspec.structs.replace(samples, valid=False, invalid_because=because)
+
+
+def _same_but_longer(one: tuple[Point, int], other: tuple[Point, int]) -> bool:
+    (point, stack), (more, its_stack) = one, other
+    return stack == its_stack and point[:2] == more[:2] and point.context < more.context
 
 
 def _sampled_with_retries(step: Step, plan: MeasurePlan, clock: Clock) -> Samples:

@@ -6,10 +6,14 @@ it) is a failure, and so is a run in which no test of that level was found.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+# As models.engine does for the programs: some tests import onnxruntime by itself.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -63,8 +63,9 @@ def demo(
         print(f"--- end of the coordinator's log ---\n{coordinator.log_end()}", file=sys.stderr)
         raise
     finally:
-        # A second Ctrl-C while we clean up must not leave half of it behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A second signal while we clean up must not leave half of it behind.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         if testbed is not None:
             testbed.down()
         coordinator.stop()

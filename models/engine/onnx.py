@@ -177,10 +177,19 @@ class OnnxStage:
         opened.rows = end
         return rows.logits if rows.logits is not None else rows.output
 
-    def bare_run(self, slot: int, rows: int) -> Callable[[], None]:
-        """Give onnxruntime's own call for steps of `rows` rows as last bound: what a benchmark compares `step` with."""
-        binding = self._opened(slot).bindings[rows]
-        return lambda: self._session.run_with_iobinding(binding)
+    def bare_run(self, slot: int, count: int) -> Callable[[Array, int], Array]:
+        """Give onnxruntime's own call for steps of `count` rows, inputs written and nothing checked: what a benchmark
+        compares `step` with. A step of so many rows must have been made in the slot."""
+        binding, rows = self._opened(slot).bindings[count], self._rows[count]
+
+        def run(given: Array, position: int) -> Array:
+            rows.given_rows[...] = given
+            rows.last_row.fill(position + count - 1)
+            rows.end.fill(position + count)
+            self._session.run_with_iobinding(binding)
+            return rows.logits if rows.logits is not None else rows.output
+
+        return run
 
     def _opened(self, slot: int) -> _Slot:
         found = self._slots[slot] if 0 <= slot < len(self._slots) else None

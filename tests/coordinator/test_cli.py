@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -279,6 +280,7 @@ def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(
 
 
 SLOW_PACKER = """
+import textwrap
 import time
 from models.build import pack
 quick = pack.module_tensors
@@ -351,3 +353,18 @@ def test_up_outlives_a_broker_of_somebody_else(run: Run, tmp_path: Path) -> None
             assert up.wait(PATIENCE_S) == int(ExitCode.OK)
     finally:
         broker.stop()
+
+
+def test_ctrl_c_while_the_commands_are_imported_is_one_line_and_its_exit_code() -> None:
+    code = textwrap.dedent("""
+        import sys
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "typer":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        from coordinator.__main__ import main
+        main()
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "edgelam: interrupted\n")

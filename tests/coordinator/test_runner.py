@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.runner import Options, Runner, bound
+from coordinator.runner import Options, Runner, artifacts_host, bound
 from wire.errors import EdgelamError, Refused, UsageError
 
 
@@ -132,3 +132,10 @@ def test_a_default_port_that_is_taken_gives_way_and_a_wanted_one_does_not(taken:
         assert door.getsockname()[1] not in (0, taken)
     with pytest.raises(UsageError, match=str(taken)):
         bound("127.0.0.1", taken, 0)
+
+
+def test_a_board_fetches_weights_where_it_reaches_our_broker() -> None:
+    assert artifacts_host("127.0.0.1", broker_elsewhere=False) == "127.0.0.1"
+    assert artifacts_host("10.0.0.5", broker_elsewhere=True) == "10.0.0.5"
+    assert artifacts_host("0.0.0.0", broker_elsewhere=False) == "0.0.0.0", "a board puts the broker's host in"
+    assert artifacts_host("0.0.0.0", broker_elsewhere=True) != "0.0.0.0", "the broker's host would be another machine"

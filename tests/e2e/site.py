@@ -21,6 +21,18 @@ from testbed.site import CoordinatorProcess
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 
 
+def edgelam(state: Path, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+    """The command line as a process of its own, with what `state` remembers."""
+    return subprocess.run(
+        [sys.executable, "-m", "coordinator.cli", *arguments],
+        env={**os.environ, "EDGELAM_STATE": str(state), "COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
 class Site:
     """A running site. `run` gives the last event of a request; `cli` runs the command line against it."""
 
@@ -59,13 +71,7 @@ class Site:
             return there.last("/v1/generate", request, lambda _text: None)
 
     def cli(self, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "coordinator.cli", *arguments],
-            env={**os.environ, "EDGELAM_STATE": str(self.folder), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        return edgelam(self.folder, *arguments, timeout_s=timeout_s)
 
     def states(self) -> dict[str, str]:
         return {row["device"]: row["state"] for row in self.get("/v1/devices")["devices"]}
@@ -86,14 +92,16 @@ def board_names(count: int) -> list[str]:
 
 
 @contextmanager
-def running_site(folder: Path, boards: int, arguments: tuple[str, ...] = ()) -> Iterator[Site]:
+def running_site(
+    folder: Path, boards: int, arguments: tuple[str, ...] = (), memory_bytes: int = 1 << 30
+) -> Iterator[Site]:
     """A coordinator and equal boards without shaped links, all found over mDNS on loopback."""
     name = f"t{os.getpid()}-{os.urandom(3).hex()}"
     coordinator = CoordinatorProcess(folder, name, arguments)
     address = coordinator.start()
     site = Site(folder, coordinator, address)
     try:
-        specs = tuple(BoardSpec(name=board, memory_bytes=1 << 30) for board in board_names(boards))
+        specs = tuple(BoardSpec(name=board, memory_bytes=memory_bytes) for board in board_names(boards))
         site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
         site.testbed.await_connected(print)
         site.await_states(dict.fromkeys(board_names(boards), "online"))

@@ -196,6 +196,32 @@ def test_invalid_run_is_measured_once_more_and_the_better_one_kept() -> None:
     assert set(found.timings[0].samples.samples_s) == {0.05}
 
 
+@pytest.mark.parametrize(("disturbed_runs", "valid"), [(0, True), (1, True), (3, True), (4, False)])
+def test_a_step_that_took_longer_behind_fewer_rows_is_measured_again_and_not_believed(
+    disturbed_runs: int, valid: bool
+) -> None:
+    clock, asked = Clock(), []
+
+    def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
+        asked.append(context)
+        taken_s = 0.02 if context == 16 and asked.count(16) <= disturbed_runs else 0.01
+
+        def step() -> float:
+            clock.now_s += taken_s
+            return taken_s
+
+        return step
+
+    plan = MeasurePlan(points=(Point("decode", 1, 16), Point("decode", 1, 256)), stacks=(1,), retries=3)
+    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=0, clock=clock)
+    short, long = found.timings
+    assert (short.context, long.context) == (16, 256)
+    assert short.samples.valid is valid and long.samples.valid
+    assert asked.count(16) == min(1 + disturbed_runs, 4) and asked.count(256) == 1
+    if not valid:
+        assert "behind 16 rows than behind 256" in short.samples.invalid_because
+
+
 def test_resident_growth_of_the_deepest_stack_is_counted() -> None:
     held: list[bytes] = []
 

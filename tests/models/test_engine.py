@@ -322,3 +322,12 @@ def test_weights_are_in_memory_once(precision: str, most: float, tmp_path: Path)
     grown, held = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
     few = 8 * 2**20  # the session itself
     assert grown < most * held + few
+
+
+def test_onnxruntime_reports_to_nobody_and_writes_nothing_for_it(tmp_path: Path) -> None:
+    # CI and its own setting hold it back anyway; as on a board there is neither.
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    program = "import os, models.engine.onnx; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-B", "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+    assert list(tmp_path.rglob("*")) == []
