@@ -30,7 +30,7 @@ from testbed.shaper import LinkStats
 from testbed.state import MARKER, BoardRecord, TestbedState
 from wire.discovery import find_coordinator
 from wire.errors import Degraded, EdgelamError, Refused, Unreachable, UsageError
-from wire.ids import checked_name
+from wire.ids import checked_name, site_option
 
 FIND_TIMEOUT_S: Final = 10.0
 UP_TIMEOUT_S: Final = 60.0
@@ -191,7 +191,8 @@ class Testbed:
         return kind(
             f"{len(missing)} of {len(self.state.boards)} boards are not connected to the broker at "
             f"{self.state.coordinator} ({'; '.join(told)}{more})",
-            try_="is a coordinator up there? edgelam up starts one; fewer --boards if this machine is busy",
+            try_=f"is a coordinator up there? edgelam up{site_option(self.state.site)} starts one; "
+            "fewer --boards if this machine is busy",
         )
 
     def wait(self) -> None:
