@@ -17,15 +17,10 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct
 
+from wire.addresses import DEFAULT_MQTT_PORT
 from wire.errors import UsageError
 from wire.ids import checked_name
 from wire.units import bytes_text
-
-DEFAULT_SITE: Final = "home"
-"""The site of a coordinator that was given no other name."""
-
-DEFAULT_MQTT_PORT: Final = 8570
-"""The coordinator's broker port; a test compares it with the coordinator's own."""
 
 MEASURE_BUDGET_S: Final = 0.5
 """Seconds per point of a measurement: a kit has some 18 points, and a board that joins should soon be of use."""

@@ -1,8 +1,8 @@
 """The control connection: where the broker is, and one session with it at a time.
 
 The address is told (--broker), found by mDNS, or remembered. An address that does not answer is left for the next one
-that was found, and mDNS is asked again: a coordinator may have moved. A connection that is up is given up in one case only:
-when nothing of our coordinator was heard on it and mDNS names another address. Where ours was, another site's may be.
+that was found, and mDNS is asked again: a coordinator may have moved. A connection that is up is given up in one case:
+when nothing of our coordinator was heard on it and mDNS names another address. Another site's may be where ours was.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import logging
 import time
 from typing import Final, Protocol
 
-from agent.config import DEFAULT_SITE, AgentConfig
+from agent.config import AgentConfig
 from agent.finder import Finder, Whereabouts
 from agent.outside import Outside
 from agent.records import LastBroker, Records
 from agent.session import Listener, Session
 from wire import topics
+from wire.ids import DEFAULT_SITE
 from wire.messages import DeviceState, encode
 from wire.transport import Link, Will
 
@@ -73,7 +74,9 @@ class Control:
         """Begin to look."""
         if self._config.broker:
             site = self._config.site or DEFAULT_SITE
-            self._told = Whereabouts(site=site, urls=(self._config.broker,), how="as told by --broker")
+            via = self._config.via.mqtt
+            url, how = (f"mqtt://{via}", "as told by --via") if via else (self._config.broker, "as told by --broker")
+            self._told = Whereabouts(site=site, urls=(url,), how=how)
             return
         self._finder = Finder(self._config, self._outside.find, self._records.load("broker", LastBroker))
         self._finder.start()

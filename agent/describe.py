@@ -12,8 +12,10 @@ from wire.version import VERSION
 
 
 def device_info(survey: Survey, config: AgentConfig, boot: str) -> DeviceInfo:
+    """What the agent says of its device. Its addresses are those it was given to use, else all of the host."""
     memory = survey.memory
-    addresses = [address for interface in survey.identity.interfaces for address in interface.addresses]
+    known = [address for interface in survey.identity.interfaces for address in interface.addresses]
+    addresses = config.interfaces or known
     return DeviceInfo(
         device=config.name,
         boot=boot,

@@ -23,7 +23,7 @@ from agent.workers.pipe import BrokerLogin, Measured, MeasureModule, MeasureNote
 from hwprofiles import conditions, profile
 from hwprofiles.profile import LinkMeasurement, Profile, Snapshot
 from hwprofiles.reading import Absent, Failed, Reading
-from hwprofiles.survey import Survey
+from hwprofiles.survey import Engines, Survey
 from wire.errors import EdgelamError
 from wire.messages import ArtifactRef, Command, Kit, KitModule
 
@@ -38,6 +38,13 @@ DEADLINE_S: Final = 1800.0
 
 LINK_TRIES: Final = 3
 LINK_PAUSE_S: Final = 10.0
+
+
+NOT_MEASURED: Final[Mapping[str, str]] = {
+    "torch": "stages are planned for onnxruntime, torch is the reference that it is checked against",
+    "tensorrt": "no stage can be run on it yet",
+}
+"""Engines that a board may have and that nobody plans for: why no time is spent on measuring them."""
 
 
 class Subject(Struct, frozen=True, kw_only=True):
@@ -78,6 +85,22 @@ class _Job:
         self.launched_s = 0.0
         self.before: Snapshot | None = None
         self.result: Measured | None = None
+
+
+def engines_in_words(found: Engines, loaded: Mapping[str, str], known: Profile | None) -> Engines:
+    """What the profile says of each engine: what was loaded to measure with, now or for the modules known before; else
+    why it has no figures."""
+    said: Engines = {}
+    measured_before = {module.engine for module in known.modules} if known is not None else set()
+    for name, reading in found.items():
+        said[name] = reading
+        if name in loaded:
+            said[name] = Reading(loaded[name], "loaded by the measuring worker")
+        elif known is not None and name in measured_before and name in known.engines:
+            said[name] = known.engines[name]
+        elif isinstance(reading, Reading) and name in NOT_MEASURED:
+            said[name] = Absent(f"not measured, though {name} {reading.value} is installed: {NOT_MEASURED[name]}")
+    return said
 
 
 class Measuring:
@@ -315,9 +338,6 @@ class Measuring:
         # Modules of the kit last, so that the oldest of others are dropped where all of them are too many.
         kept = [module for module in known.modules if module.key not in fresh] if known else []
         kept.sort(key=lambda module: module.key in in_kit)
-        engines = dict(survey.engines)
-        for name, loaded in result.engines_loaded.items():
-            engines[name] = Reading(loaded, "loaded by the measuring worker")
         link: LinkMeasurement | Absent | Failed = result.link
         if isinstance(link, Absent) and known is not None:
             link = known.link
@@ -328,7 +348,7 @@ class Measuring:
             memory=survey.memory,
             cores=survey.cores,
             conditions=conditions.join(before, self._snapshot(), result.allow_spinning),
-            engines=engines,
+            engines=engines_in_words(survey.engines, result.engines_loaded, known),
             modules=(*kept, *result.modules)[-256:],
             link=link,
         )

@@ -20,8 +20,6 @@ from msgspec import Struct
 
 from wire.errors import Unreachable
 
-DEFAULT_SITE = "home"
-DEFAULT_MQTT_PORT = 8570
 DEFAULT_HTTP_PORT = 8571
 
 

@@ -11,6 +11,8 @@ from typing import Final, Literal, NamedTuple
 
 from msgspec import Struct
 
+from wire.ids import site_option
+
 Level = Literal["info", "warning", "error"]
 
 
@@ -75,6 +77,12 @@ _ROWS: Final = (
 )
 
 TABLE: Final[Mapping[str, Row]] = {row.code: row for row in _ROWS}
+
+
+def boards_hint(site: str) -> str:
+    """How a site gets boards."""
+    option = site_option(site)
+    return f"edgelam-agent run{option} on each board, or: edgelam testbed up{option} --boards 4"
 
 
 def notice(code: str, *, device: str = "", **fields: object) -> Notice:

@@ -15,6 +15,7 @@ import msgspec
 
 from coordinator.deployments import deployment_name, held_elsewhere, loading_text, make_orders, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
+from coordinator.notices import boards_hint
 from coordinator.planning.plan import Plan, PlannedStage
 from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, make_plan, repriced, worth_moving
 from coordinator.planning.request import check, check_numbers
@@ -168,7 +169,7 @@ class Operations:
         if not await coordinator.changes.wait(lambda: bool(coordinator.online()), FIRST_BOARD_TIMEOUT_S):
             raise Unreachable(
                 f"no board is online at site {coordinator.site!r}",
-                try_="edgelam-agent run on each board, or: edgelam testbed up --boards 4",
+                try_=boards_hint(coordinator.site),
             )
         keys = {module.profile_key for module in prepared.packed.graph.modules}
         said: set[str] = set()

@@ -20,7 +20,6 @@ from msgspec import Struct
 from coordinator.api import make_app
 from coordinator.config import (
     DEFAULT_HTTP_PORT,
-    DEFAULT_MQTT_PORT,
     Address,
     forget_address,
     read_address,
@@ -35,7 +34,7 @@ from coordinator.operations import Operations, check_precision
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
-from wire.addresses import host_addresses
+from wire.addresses import DEFAULT_MQTT_PORT, host_addresses
 from wire.broker import Broker, Credential, start_broker
 from wire.client import parse_url
 from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties

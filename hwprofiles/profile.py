@@ -189,6 +189,7 @@ class Profile(Struct, frozen=True, kw_only=True):
     cores: Cores
     conditions: Conditions
     engines: dict[str, Reading[str] | Absent | Failed]
+    """What was measured with, and why others were not."""
     modules: Annotated[tuple[ModuleMeasurement, ...], Meta(max_length=256)]
     link: LinkMeasurement | Absent | Failed
 

@@ -106,6 +106,20 @@ def checked_boards(boards: Sequence[BoardSpec]) -> tuple[BoardSpec, ...]:
     return tuple(boards)
 
 
+def overcommitted(total_cores: float, machine_cores: float) -> str:
+    """A line for people if stretched boards may together use more cores than there are, else ''.
+
+    A stretched board computes for a share of each step and sleeps for the rest, so speed x threads is the most it
+    uses. While one answer is generated the boards compute one after the other, and never get there.
+    """
+    if total_cores <= machine_cores:
+        return ""
+    return (
+        f"all boards at work at once would use {total_cores:g} cores, this machine has {machine_cores:g}: "
+        "one answer at a time is not slowed by that, since boards take turns; several at once are"
+    )
+
+
 def _checked_count(count: int, most: int, what: str) -> None:
     if not 1 <= count <= most:
         raise UsageError(f"{what}: {count} boards", try_=f"1 to {most}")

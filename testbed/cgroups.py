@@ -142,12 +142,12 @@ def remove_group(folder: Path) -> None:
             return
 
 
-def overcommitted(total_cores: float, machine_cores: int) -> str:
+def overcommitted(total_cores: float, machine_cores: float) -> str:
     """A warning if the quotas of all boards are too many for this machine, else ''."""
     if total_cores <= machine_cores * MAX_TOTAL_SHARE:
         return ""
     return (
-        f"the boards' quotas add up to {total_cores:g} cores and this machine has {machine_cores}: above "
+        f"the boards' quotas add up to {total_cores:g} cores and this machine has {machine_cores:g}: above "
         f"{MAX_TOTAL_SHARE:.0%} of it boards slow each other down; use fewer or slower boards"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import select
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -23,13 +24,13 @@ from testbed import state
 from testbed.boards import AgentOptions, BoardSpec, checked_boards
 from testbed.control import Answer, command_of
 from testbed.keeper import GRACE_S, KeeperOrder, Limits
-from testbed.links import LinkSpec, parse_address
+from testbed.links import LinkSpec, broker_address, parse_address
 from testbed.processes import with_source
 from testbed.shaper import LinkStats
-from testbed.state import MARKER, TestbedState
+from testbed.state import MARKER, BoardRecord, TestbedState
 from wire.discovery import find_coordinator
-from wire.errors import EdgelamError, Refused, UsageError
-from wire.ids import checked_name
+from wire.errors import Degraded, EdgelamError, Refused, Unreachable, UsageError
+from wire.ids import checked_name, site_option
 
 FIND_TIMEOUT_S: Final = 10.0
 UP_TIMEOUT_S: Final = 60.0
@@ -37,6 +38,15 @@ UP_TIMEOUT_S: Final = 60.0
 
 ANSWER_TIMEOUT_S: Final = 20.0
 DOWN_TIMEOUT_S: Final = GRACE_S + 15.0
+
+CONNECT_PATIENCE_S: Final = 15.0
+"""How long no other board may connect: an agent needs one to three seconds of a core until it has."""
+
+MAX_TOLD: Final = 4
+"""Boards that a message gives reasons for: the others mostly have the same one."""
+
+LOG_TAIL_BYTES: Final = 4_000
+_LOG_PREFIX = re.compile(r"^[A-Z]+ edgelam\.[a-z.]+: (?:  )?")
 
 AGENT_COMMAND: Final = (sys.executable, "-m", "agent")
 
@@ -48,7 +58,7 @@ class UpOptions(Struct, frozen=True, kw_only=True):
     boards: tuple[BoardSpec, ...]
     state_dir: Path
     coordinator: str = ""
-    """HOST:PORT of its broker."""
+    """Its broker: HOST:PORT or mqtt://HOST:PORT."""
     coordinator_http: str = ""
     """HOST:PORT of its HTTP API."""
     interfaces: tuple[str, ...] = ("127.0.0.1",)
@@ -78,13 +88,6 @@ class TestbedStatus(Struct, frozen=True, kw_only=True):
     """False if its keeper was killed: `down` cleans up."""
     boards: tuple[BoardStatus, ...]
     warnings: tuple[str, ...]
-
-
-def default_state_dir(site: str) -> Path:
-    """Where a testbed of a site lives unless told otherwise: in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
-    return root / "edgelam" / "testbed" / checked_name(site, "site")
 
 
 class Testbed:
@@ -155,6 +158,43 @@ class Testbed:
     def status(self) -> TestbedStatus:
         return status_of(self.state)
 
+    def await_connected(self, say: Callable[[str], None]) -> None:
+        """Block until every board is connected to its broker; `say` hears how far that is.
+
+        Raises Unreachable (none is) or Degraded (some are not), saying which and why, once a board has ended or no
+        other one has connected for CONNECT_PATIENCE_S.
+        """
+        records = self.state.boards
+        missing, news_s = list(records), time.monotonic()
+        while missing:
+            still = [record for record in missing if not self._has_connected(record)]
+            if len(still) < len(missing):
+                news_s = time.monotonic()
+                say(f"{len(records) - len(still)} of {len(records)} boards are connected")
+            missing = still
+            dead = any(state.condition(record.process) == "gone" for record in missing)
+            if missing and (dead or time.monotonic() - news_s > CONNECT_PATIENCE_S):
+                raise self._not_connected(missing)
+            time.sleep(0.1)
+
+    def _has_connected(self, record: BoardRecord) -> bool:
+        """Whether its agent has remembered the broker that it was admitted by."""
+        return (self.state_dir / "boards" / record.spec.name / "state" / "broker").exists()
+
+    def _not_connected(self, missing: Sequence[BoardRecord]) -> EdgelamError:
+        kind = Unreachable if len(missing) == len(self.state.boards) else Degraded
+        told = []
+        for record in missing[:MAX_TOLD]:
+            ended = "has ended; " if state.condition(record.process) == "gone" else ""
+            told.append(f"{record.spec.name}: {ended}{_last_words(record.log)}")
+        more = f"; and {len(missing) - MAX_TOLD} more" if len(missing) > MAX_TOLD else ""
+        return kind(
+            f"{len(missing)} of {len(self.state.boards)} boards are not connected to the broker at "
+            f"{self.state.coordinator} ({'; '.join(told)}{more})",
+            try_=f"is a coordinator up there? edgelam up{site_option(self.state.site)} starts one; "
+            "fewer --boards if this machine is busy",
+        )
+
     def wait(self) -> None:
         """Block until the testbed is ended by somebody else (`down` from another command)."""
         if self._keeper is not None:
@@ -185,7 +225,7 @@ class Testbed:
             raise Refused("this testbed is detached, or down", try_="bring it up without detaching to give it faults")
         with self._lock:
             _write(self._keeper, msgspec.json.encode(command) + b"\n")
-            return _answer(self._keeper, ANSWER_TIMEOUT_S)
+            return _answer(self._keeper, ANSWER_TIMEOUT_S, state.down_command(self.state_dir))
 
 
 def up(options: UpOptions) -> Testbed:
@@ -204,7 +244,7 @@ def up(options: UpOptions) -> Testbed:
     )
     try:
         _write(keeper, msgspec.json.encode(order) + b"\n")
-        answer = _answer(keeper, UP_TIMEOUT_S)
+        answer = _answer(keeper, UP_TIMEOUT_S, "start it again, or with fewer boards")
         running = msgspec.convert(answer.result, TestbedState)
     except BaseException:
         _close(keeper)  # it ends everything at the end of its input, also when it has not answered yet
@@ -226,7 +266,7 @@ def _order(options: UpOptions) -> KeeperOrder:
         raise UsageError(f"{options.threads} threads per board", try_="at least 1")
     mqtt, http = options.coordinator, options.coordinator_http
     if mqtt:
-        parse_address(mqtt, "coordinator")
+        mqtt = broker_address(mqtt).text()
     else:
         found = find_coordinator(options.site, options.find_timeout_s, options.interfaces)
         host = f"[{found.addresses[0]}]" if ":" in found.addresses[0] else found.addresses[0]
@@ -238,7 +278,7 @@ def _order(options: UpOptions) -> KeeperOrder:
     agent = AgentOptions(
         command=options.agent_command,
         site=options.site,
-        broker=f"mqtt://{options.coordinator}" if options.coordinator else "",
+        broker=f"mqtt://{mqtt}" if options.coordinator else "",
         interfaces=options.interfaces,
         threads=options.threads,
         emulate=options.limits == "emulated",
@@ -306,6 +346,16 @@ def status_of(running: TestbedState) -> TestbedStatus:
     )
 
 
+def _last_words(log: str) -> str:
+    """The last line of a board's log that says something."""
+    try:
+        lines = Path(log).read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    said = [line.strip() for line in lines if line.strip()]
+    return _LOG_PREFIX.sub("", said[-1]) if said else "its log is empty"
+
+
 def _write(keeper: subprocess.Popen[bytes], line: bytes) -> None:
     assert keeper.stdin is not None
     try:
@@ -315,8 +365,11 @@ def _write(keeper: subprocess.Popen[bytes], line: bytes) -> None:
         raise EdgelamError(f"the testbed has ended ({error.strerror})", try_="start it again") from None
 
 
-def _answer(keeper: subprocess.Popen[bytes], timeout_s: float) -> Answer:
-    """Read one line from the keeper; raise what it refused, or EdgelamError if it ended or hangs."""
+def _answer(keeper: subprocess.Popen[bytes], timeout_s: float, silent_try: str) -> Answer:
+    """Read one line from the keeper; raise what it refused, or EdgelamError if it ended or hangs.
+
+    `silent_try` is the hint for the last.
+    """
     assert keeper.stdout is not None
     descriptor = keeper.stdout.fileno()
     deadline = time.monotonic() + timeout_s
@@ -324,7 +377,7 @@ def _answer(keeper: subprocess.Popen[bytes], timeout_s: float) -> Answer:
     while not line.endswith(b"\n"):
         ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise EdgelamError(f"the testbed did not answer within {timeout_s:g} s", try_="edgelam testbed down")
+            raise EdgelamError(f"the testbed did not answer within {timeout_s:g} s", try_=silent_try)
         part = os.read(descriptor, 65536)
         if not part:
             raise EdgelamError("the testbed has ended", try_="start it again")

@@ -26,8 +26,9 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
+from hwprofiles.survey import cores
 from testbed import cgroups, state
-from testbed.boards import AgentOptions, BoardSpec, agent_arguments
+from testbed.boards import AgentOptions, BoardSpec, agent_arguments, overcommitted
 from testbed.control import MAX_LINE_BYTES, Answer, LinkControl, obey, refusal, serve_lines
 from testbed.links import Address, parse_address
 from testbed.processes import end_group, start_child
@@ -95,6 +96,7 @@ class Keeper:
         try:
             for folder in state.FOLDERS:
                 (self._folder / folder).mkdir(exist_ok=True)
+            self._weigh()
             self._save()
             if self._order.limits == "cgroup":
                 self._make_groups()
@@ -128,11 +130,18 @@ class Keeper:
             if upstream
         }
 
-    def _make_groups(self) -> None:
+    def _weigh(self) -> None:
+        """Warn if the boards may use more of this machine than there is."""
+        usable = cores(Path("/")).usable
         total = sum(board.speed for board in self._order.boards)
-        warning = cgroups.overcommitted(total, os.cpu_count() or 1)
+        if self._order.limits == "cgroup":
+            warning = cgroups.overcommitted(total, usable)
+        else:
+            warning = overcommitted(total * self._order.agent.threads, usable)
         if warning:
             self._warnings.append(warning)
+
+    def _make_groups(self) -> None:
         for board in self._order.boards:
             name = f"edgelam-{self._order.marker}-{board.name}"
             self._groups[board.name] = cgroups.create(name, board.speed, board.memory_bytes)

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct
 
+from wire.addresses import DEFAULT_MQTT_PORT
 from wire.errors import UsageError
 from wire.units import rate_text, seconds_text
 
@@ -75,6 +76,11 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def broker_address(text: str) -> Address:
+    """Read 'host:port' or 'mqtt://host:port'; raise UsageError."""
+    return parse_address(text.removeprefix("mqtt://").removesuffix("/"), "broker")
+
+
 def parse_address(text: str, what: str) -> Address:
     """Read 'host:port' or '[ipv6]:port'; raise UsageError naming `what`."""
     host, _, port = text.rpartition(":")
@@ -88,5 +94,8 @@ def parse_address(text: str, what: str) -> Address:
         except ValueError:
             right = False
     if not right:
-        raise UsageError(f"{what} {text!r} is not HOST:PORT", try_="for example 127.0.0.1:1883 or [::1]:1883")
+        raise UsageError(
+            f"{what} {text!r} is not HOST:PORT",
+            try_=f"for example 127.0.0.1:{DEFAULT_MQTT_PORT} or [::1]:{DEFAULT_MQTT_PORT}",
+        )
     return Address(host, int(port))

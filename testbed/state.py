@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -173,6 +174,11 @@ def load(state_dir: Path) -> TestbedState | None:
         ) from None
 
 
+def down_command(state_dir: Path) -> str:
+    """The command that ends the testbed of a folder, whatever its site."""
+    return shlex.join(["edgelam", "testbed", "down", "--state", str(state_dir)])
+
+
 @contextlib.contextmanager
 def locked(state_dir: Path) -> Iterator[None]:
     """Hold the testbed folder, which is made if need be; raise Refused if somebody else does."""
@@ -184,7 +190,9 @@ def locked(state_dir: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise Refused(f"a testbed is up in {state_dir}", try_="edgelam testbed down, or another folder") from None
+            raise Refused(
+                f"a testbed is up in {state_dir}", try_=f"{down_command(state_dir)}, or another folder"
+            ) from None
         try:
             same = os.fstat(descriptor).st_ino == path.stat().st_ino
         except FileNotFoundError:

@@ -12,6 +12,9 @@ import psutil
 
 from wire.errors import UsageError
 
+DEFAULT_MQTT_PORT: Final = 8570
+"""Of the broker that a coordinator starts. Not MQTT's own 1883: a broker of somebody else may have that."""
+
 MAX_INTERFACES: Final = 16
 """Linux lets one socket join 20 multicast groups (igmp_max_memberships)."""
 

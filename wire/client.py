@@ -12,12 +12,15 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from wire.addresses import DEFAULT_MQTT_PORT
 from wire.errors import UsageError
 from wire.lane import Lane
 from wire.limits import MAX_PUBLISH_BYTES
 from wire.transport import Will
 
 DEFAULT_PORT: Final = 1883
+"""What mqtt:// means where a URL names no port."""
+
 CONNECT_TIMEOUT_S: Final = 3.0
 
 MAX_INFLIGHT: Final = 20
@@ -41,7 +44,8 @@ def parse_url(url: str) -> Address:
         parts, host, port = urlsplit(""), None, None
     if parts.scheme != "mqtt" or not host or parts.path not in ("", "/") or parts.username is not None:
         raise UsageError(
-            f"broker {url!r} is no address of a broker", try_="mqtt://HOST:PORT, as in mqtt://10.0.0.5:1883"
+            f"broker {url!r} is no address of a broker",
+            try_=f"mqtt://HOST:PORT, as in mqtt://10.0.0.5:{DEFAULT_MQTT_PORT}",
         )
     return Address(host, DEFAULT_PORT if port is None else port)
 

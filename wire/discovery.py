@@ -24,7 +24,7 @@ from zeroconf import DNSQuestionType, IPVersion, ServiceBrowser, ServiceInfo, Se
 from zeroconf import Error as ZeroconfError
 
 from wire import limits
-from wire.addresses import checked_interfaces, host_addresses, nearest_first
+from wire.addresses import DEFAULT_MQTT_PORT, checked_interfaces, host_addresses, nearest_first
 from wire.advertisement import (
     COORDINATOR_NAME,
     Found,
@@ -36,7 +36,7 @@ from wire.advertisement import (
     txt_record,
 )
 from wire.errors import PeerError, Refused, Unreachable
-from wire.ids import checked_name
+from wire.ids import DEFAULT_SITE, checked_name, site_option
 from wire.version import PROTOCOL
 
 __all__ = [
@@ -463,7 +463,8 @@ def _nobody(site: str | None, timeout_s: float, where: str, others: Sequence[Fou
     instead = f"; seen instead: {_listed(others)}" if others else "; nobody else was seen"
     return Unreachable(
         f"{what} answered over mDNS within {timeout_s:g} s{where}{instead}",
-        try_="edgelam up on the coordinator in the same network, or give its address: --broker mqtt://HOST:8570",
+        try_=f"edgelam up{site_option(site or DEFAULT_SITE)} on the coordinator in the same network, "
+        f"or give its address: --broker mqtt://HOST:{DEFAULT_MQTT_PORT}",
     )
 
 

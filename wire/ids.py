@@ -7,6 +7,9 @@ import secrets
 
 from wire.errors import UsageError
 
+DEFAULT_SITE = "home"
+"""The site of a coordinator that was given no other name."""
+
 SITE_USER = "edgelam"
 """The one user name of a site's broker; its password is the site key."""
 
@@ -30,6 +33,11 @@ def is_name(text: str) -> bool:
 
 def is_digest(text: str) -> bool:
     return _DIGEST.match(text) is not None
+
+
+def site_option(site: str) -> str:
+    """What a printed command needs to mean this site: ' --site lab', or '' for the default one."""
+    return "" if site == DEFAULT_SITE else f" --site {site}"
 
 
 def new_boot_id() -> str:

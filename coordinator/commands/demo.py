@@ -89,12 +89,13 @@ def _boards_up(
             site=site,
             boards=specs,
             state_dir=state / "testbed",
-            coordinator=address["mqtt_url"].removeprefix("mqtt://"),
+            coordinator=address["mqtt_url"],
             coordinator_http=address["http_url"].removeprefix("http://"),
         )
         testbed = testbed_commands.up(told)
         how = f"told where the coordinator is, since mDNS did not answer ({error.message})"
-    _say(f"2. {len(specs)} virtual boards, {how}", *(board.text() for board in testbed.boards))
+    notes = [f"note: {warning}" for warning in testbed.warnings]
+    _say(f"2. {len(specs)} virtual boards, {how}", *(board.text() for board in testbed.boards), *notes)
     return testbed
 
 
@@ -109,7 +110,7 @@ def _show(there: Client, boards: int, prompt: str, max_tokens: int, precision: s
     free = there.last("/v1/plan", DeployRequest(model=MODEL, precision=precision), status_line)["plan"]
     _say(
         f"3. the boards have measured themselves ({time.monotonic() - started_s:.0f} s)",
-        devices_text(there.get("/v1/devices")["devices"]),
+        devices_text(there.get("/v1/devices")["devices"], there.get("/v1/status")["site"]),
     )
     verdict = f"left to itself, the planner says: {free['because']}"
     request = GenerateRequest(

@@ -31,10 +31,11 @@ def devices(json: Json = False, coordinator: CoordinatorUrl = None, site_key_fil
     with client(coordinator, site_key_file) as there:
         answer = there.get("/v1/devices")
         notices = there.get("/v1/notices")["notices"]
+        site = there.get("/v1/status")["site"]
     if json:
         print_json(answer)
         return
-    write_text(devices_text(answer["devices"]))
+    write_text(devices_text(answer["devices"], site))
     for notice in notices[-5:]:
         write_text(f"{notice['level']}: {notice['text']}" + (f"\n  try: {notice['try_']}" if notice["try_"] else ""))
 

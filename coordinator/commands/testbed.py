@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import psutil
 import typer
 
 from coordinator.commands.common import Json, print_json, status_line, write_text
-from coordinator.config import DEFAULT_SITE, read_address, state_dir
+from coordinator.config import Address, read_address, state_dir
 from coordinator.screens.table import table
 from testbed import commands
 from testbed.boards import preset
+from testbed.state import STATE_FILE
 from wire.errors import ExitCode, UsageError
+from wire.ids import DEFAULT_SITE, site_option
 
 app = typer.Typer(help="Virtual boards on this machine: up, status, down.", no_args_is_help=True)
 
-Site = Annotated[str, typer.Option(help="Site of the coordinator.")]
+UpSite = Annotated[
+    str, typer.Option("--site", help=f"Site of the coordinator; default: that of the one here, else {DEFAULT_SITE}.")
+]
+Site = Annotated[
+    str, typer.Option("--site", help="Site of the testbed; default: that of the only one that is up, else as for up.")
+]
 Folder = Annotated[Path | None, typer.Option("--state", help="Folder of the testbed; default in $EDGELAM_STATE.")]
 
 
@@ -27,12 +36,32 @@ def folder_of(site: str, named: Path | None) -> Path:
     return named or state_dir() / "testbed" / site
 
 
-def _ports(site: str) -> tuple[str, str]:
-    """Broker and HTTP of the coordinator here, if it is this site's; ('', '') lets mDNS find it."""
+def default_site() -> str:
+    """The site of the coordinator that runs on this machine, else the default one."""
+    address = _coordinator_here()
+    return address.site if address is not None else DEFAULT_SITE
+
+
+def site_that_is_up() -> str:
+    """The site of the only testbed that is up (or was left behind) in the usual place, else the default for `up`."""
+    sites = [path.parent.name for path in (state_dir() / "testbed").glob(f"*/{STATE_FILE}")]
+    return sites[0] if len(sites) == 1 else default_site()
+
+
+def options_text(site: str, folder: Path | None) -> str:
+    """What a printed command needs to mean this testbed."""
+    return site_option(site) + (f" --state {shlex.quote(str(folder))}" if folder else "")
+
+
+def _coordinator_here() -> Address | None:
     address = read_address(state_dir())
-    if address is None or address.site != site:
-        return "", ""
-    return address.mqtt_url.removeprefix("mqtt://"), address.http_url.removeprefix("http://")
+    return address if address is not None and psutil.pid_exists(address.pid) else None
+
+
+def _http_of(site: str) -> str:
+    """HOST:PORT of the HTTP door of the coordinator here, if it is this site's; else ''."""
+    address = _coordinator_here()
+    return address.http_url.removeprefix("http://") if address is not None and address.site == site else ""
 
 
 @app.command()
@@ -47,13 +76,13 @@ def up(
             help="All boards on this link: ethernet 100 Mbit/s 1 ms, wifi 20 Mbit/s 5 ms. Default: the preset's."
         ),
     ] = None,
-    site: Site = DEFAULT_SITE,
+    site: UpSite = "",
     limits: Annotated[
         Literal["emulated", "cgroup"],
         typer.Option(help="emulated: steps are stretched (no root); cgroup: the kernel limits CPU and memory."),
     ] = "emulated",
     broker: Annotated[
-        str, typer.Option(help="HOST:PORT of the coordinator's broker; default: the boards find it by mDNS.")
+        str, typer.Option(help="mqtt://HOST:PORT of the coordinator's broker; default: the boards find it by mDNS.")
     ] = "",
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Come back at once; end with: edgelam testbed down.")
@@ -65,25 +94,31 @@ def up(
 
     Example: edgelam testbed up --boards 4 --preset shelf
     """
+    site = site or default_site()
     options = commands.UpOptions(
         site=site,
         boards=preset(preset_name, boards, link),
         state_dir=folder_of(site, folder),
         coordinator=broker,
-        coordinator_http=_ports(site)[1] if broker else "",
+        coordinator_http=_http_of(site) if broker else "",
         limits=limits,
         detach=detach,
     )
     testbed = commands.up(options)
     for warning in testbed.warnings:
         status_line(f"warning: {warning}")
+    if not json:
+        write_text("\n".join(board.text() for board in testbed.boards))
+    try:
+        testbed.await_connected(status_line)
+    except BaseException:
+        testbed.down()
+        raise
     if json:
         _print_status(testbed.status())
-    else:
-        write_text("\n".join(board.text() for board in testbed.boards))
     if detach:
         say = status_line if json else write_text
-        say("end them with: edgelam testbed down" + ("" if site == DEFAULT_SITE else f" --site {site}"))
+        say(f"end them with: edgelam testbed down{options_text(site, folder)}")
         return
     status_line("boards are up; Ctrl-C ends them")
     ended = threading.Event()
@@ -101,11 +136,12 @@ def _print_status(found: commands.TestbedStatus) -> None:
 
 
 @app.command()
-def status(site: Site = DEFAULT_SITE, folder: Folder = None, json: Json = False) -> None:
+def status(site: Site = "", folder: Folder = None, json: Json = False) -> None:
     """Show the boards of a testbed."""
+    site = site or site_that_is_up()
     found = commands.status(folder_of(site, folder))
     if found is None:
-        raise UsageError(f"no testbed of site {site!r} is up", try_="edgelam testbed up")
+        raise UsageError(f"no testbed of site {site!r} is up", try_=f"edgelam testbed up{options_text(site, folder)}")
     if json:
         _print_status(found)
         return
@@ -114,8 +150,9 @@ def status(site: Site = DEFAULT_SITE, folder: Folder = None, json: Json = False)
 
 
 @app.command()
-def down(site: Site = DEFAULT_SITE, folder: Folder = None, json: Json = False) -> None:
+def down(site: Site = "", folder: Folder = None, json: Json = False) -> None:
     """End a testbed: no process, no control group, no file of it remains."""
+    site = site or site_that_is_up()
     there = commands.down(folder_of(site, folder))
     if json:
         print_json({"schema": "edgelam.testbed-down/1", "site": site, "was_up": there})

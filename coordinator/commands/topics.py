@@ -71,8 +71,9 @@ def tail(
     with client(coordinator, site_key_file) as there:
         status = there.get("/v1/status")
     key = read_site_key(site_key_file)
+    url = broker or status["mqtt_url"]
     transport = MqttTransport(
-        broker or status["mqtt_url"],
+        url,
         f"edgelam-tail-{new_boot_id()}",
         keepalive_s=DATA_KEEPALIVE_S,
         username=SITE_USER if key else "",
@@ -92,6 +93,9 @@ def tail(
         while (not count or shown < count) and (not seconds or time.monotonic() - started_s < seconds):
             transport.poll(0.25)
             if transport.link is not Link.UP and time.monotonic() - started_s > CONNECT_TIMEOUT_S and not shown:
-                raise Unreachable(f"broker {status['mqtt_url']}: {transport.last_error}", try_="edgelam devices")
+                raise Unreachable(
+                    f"broker {url}: {transport.last_error or 'no answer'}",
+                    try_="check --broker; without it the coordinator's is taken" if broker else "edgelam devices",
+                )
     finally:
         transport.close()

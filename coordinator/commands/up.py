@@ -11,8 +11,9 @@ import msgspec
 import typer
 
 from coordinator.commands.common import Precision, model_names, print_json
-from coordinator.config import DEFAULT_SITE, Address, state_dir
+from coordinator.config import Address, state_dir
 from coordinator.runner import Options, serve
+from wire.ids import DEFAULT_SITE
 
 
 def up(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.measured import blocks_text
+from coordinator.notices import boards_hint
 from coordinator.screens.table import table
 from wire.units import bytes_text, seconds_text
 
@@ -14,10 +15,10 @@ def _or_dash(value: object, text: str) -> str:
     return "-" if value is None else text
 
 
-def devices_text(devices: Sequence[Mapping[str, Any]]) -> str:
+def devices_text(devices: Sequence[Mapping[str, Any]], site: str) -> str:
     """One row per device; says what to do when there is none."""
     if not devices:
-        return "no devices yet\n  try: edgelam-agent run on each board, or: edgelam testbed up --boards 4"
+        return f"no devices yet\n  try: {boards_hint(site)}"
     rows = [
         (
             row["device"],

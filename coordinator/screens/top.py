@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 from coordinator.screens.table import table
+from wire.ids import site_option
 from wire.units import bytes_text, seconds_text
 
 STALE_AFTER_S = 3.0
@@ -150,6 +151,6 @@ def plain(now: Snapshot, before: Snapshot | None, width: int = 100) -> str:
         chosen = chosen[:-1]
         body = _device_table(rows, chosen)
     if not rows:
-        body = "no devices yet  (try: edgelam testbed up --boards 4)"
+        body = f"no devices yet  (try: edgelam testbed up{site_option(now.status['site'])} --boards 4)"
     lines: Sequence[str] = [headline(now), "", body, "", *deployment_lines(now, before), *notice_lines(now)]
     return "\n".join(lines)

@@ -8,7 +8,6 @@ the boundary of two blocks would change bits with the cut (models.build.stage), 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +18,13 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
 from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
-from models.engine.manifest import WEIGHTS_LOCATION, StageManifest, load_graph
+from models.engine.manifest import StageManifest, load_graph
 from models.engine.memory import Weights, kv_buffers, make_weights, map_weights, rope_tables
 
 PROVIDER: Final = "CPUExecutionProvider"
+
+WEIGHTS_FOLDER: Final = Path(__file__).resolve().parent
+"""Holds an empty file of the name models.engine.manifest.WEIGHTS_LOCATION, which is part of the package."""
 
 _BFLOAT16: Final = 16
 """TensorProto.BFLOAT16; numpy has no such dtype, the bits travel as uint16."""
@@ -109,8 +111,6 @@ class OnnxStage:
             session = _session(graph, options)
         except _FAILURES as error:
             raise EngineFailed(f"onnxruntime {onnxruntime.__version__}: {graph_path.name}: {_said(error)}") from error
-        except OSError as error:
-            raise EngineFailed(f"no temporary folder for the stage's graph: {error.strerror}") from error
         if session.get_providers() != [PROVIDER]:
             raise EngineFailed(f"onnxruntime chose {session.get_providers()}, asked for {PROVIDER}")
         weights.forget_pages()
@@ -305,15 +305,13 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def _session(graph: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Open a graph beside an empty file of the name under which it declares its weights.
+    """Open a graph; nothing is written, so that nothing stays behind when the process is killed.
 
-    onnxruntime checks that such a file exists, and then takes the initialisers in `options` instead.
+    onnxruntime checks that a file exists of the name under which the graph declares its weights, and then takes the
+    initialisers in `options` instead. An empty one lies beside this module.
     """
-    with tempfile.TemporaryDirectory(prefix="edgelam-stage-") as folder:
-        path = Path(folder) / "stage.onnx"
-        path.write_bytes(graph)
-        (path.parent / WEIGHTS_LOCATION).touch()
-        return onnxruntime.InferenceSession(str(path), options, providers=[PROVIDER])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(WEIGHTS_FOLDER))
+    return onnxruntime.InferenceSession(graph, options, providers=[PROVIDER])
 
 
 def _fits(given: np.dtype[Any], wanted: np.dtype[Any]) -> bool:

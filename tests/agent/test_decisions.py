@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from agent import converge
 from agent.answers import AppliedNews
 from agent.claim import ECHO_TIMEOUT_S, LISTEN_S, Claim, Verdict
-from agent.config import SETTINGS, HostPort, Via, broker_url, host_port, legal_name, load, size_bytes, via
+from agent.config import SETTINGS, AgentConfig, HostPort, Via, broker_url, host_port, legal_name, load, size_bytes, via
 from agent.converge import Adopt, Fetch, Hold, Running, Start, Stop, actions
+from agent.describe import device_info
 from agent.fetch import artifact_url
 from agent.finder import whereabouts
 from agent.restarts import Deaths
@@ -20,7 +22,9 @@ from agent.telemetry import Pulse
 from agent.workers.clock import Clocks
 from agent.workers.deaths import oom_kills, words_for
 from agent.workers.stretch import Stretch
-from coordinator.config import DEFAULT_MQTT_PORT, DEFAULT_SITE
+from hwprofiles.profile import Interface
+from hwprofiles.reading import Absent
+from hwprofiles.survey import survey
 from tests.agent.fakes import order_of
 from wire.advertisement import Found
 from wire.errors import UsageError
@@ -72,12 +76,6 @@ def test_sizes_and_addresses_are_read_as_people_write_them() -> None:
     assert host_port("[::1]:5") == HostPort("::1", 5) and str(HostPort("::1", 5)) == "[::1]:5"
     assert broker_url("10.0.0.5") == "mqtt://10.0.0.5:8570" and broker_url("mqtt://h:1/") == "mqtt://h:1"
     assert via("mqtt=a:1,http=b:2") == Via(HostPort("a", 1), HostPort("b", 2))
-
-
-def test_defaults_are_the_coordinators() -> None:
-    from agent import config
-
-    assert (config.DEFAULT_SITE, config.DEFAULT_MQTT_PORT) == (DEFAULT_SITE, DEFAULT_MQTT_PORT)
 
 
 @given(st.text(max_size=80))
@@ -251,6 +249,16 @@ def test_deaths_are_named_by_signal_code_and_memory(tmp_path: Path) -> None:
 
 
 # Stretching, heartbeat, addresses.
+
+
+def test_an_agent_that_was_given_addresses_announces_no_others(tmp_path: Path) -> None:
+    host = survey(Path("/"), "pi5")
+    outer = Interface(name="eth0", addresses=("10.0.0.5",), wireless=False, link_bits_per_s=Absent("unknown"))
+    host = host._replace(identity=structs.replace(host.identity, interfaces=(outer,)))
+    free = AgentConfig(name="pi5", state_dir=tmp_path, cache_dir=tmp_path)
+    bound = structs.replace(free, interfaces=("127.0.0.1",))
+    assert device_info(host, free, "ab").addresses == ("10.0.0.5",)
+    assert device_info(host, bound, "ab").addresses == ("127.0.0.1",)
 
 
 class Time:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent.lifecycle import State
+from agent.measuring import engines_in_words
 from agent.workers.pipe import Measured, MeasureNote, MeasureTask
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, ModuleTiming, Profile, Samples
-from hwprofiles.reading import Failed, Reading
+from hwprofiles.reading import Absent, Failed, Reading
+from hwprofiles.report.render import markdown
 from tests.agent.fakes import DEVICE, SITE, FakeLauncher, Lab, ref_of
 from wire import topics
 from wire.messages import Command, DeviceState, Kit, KitModule, Reply, decode
@@ -97,6 +100,24 @@ def test_a_kit_is_measured_and_the_profile_published_and_kept(lab: Lab) -> None:
     assert (service.config.state_dir / "profile.json").exists() and service.measured
     said = [decode(data, DeviceState, "").state for data in lab.seen[topics.STATE.on(SITE, DEVICE)]]
     assert "busy" in said and said[-1] == "online"
+
+
+def test_the_profile_says_of_each_engine_what_was_measured_or_why_it_was_not(lab: Lab) -> None:
+    start(lab, obedient(), module("a"))
+    lab.turn(lambda: profile(lab) is not None)
+    known = profile(lab)
+    board = {
+        "onnxruntime": Reading("1", "/opt"), "torch": Reading("2.13.0", "/opt"),
+        "tensorrt": Absent("tensorrt is not installed"),
+    }  # fmt: skip
+    loaded = {"onnxruntime": "onnxruntime 1 CPUExecutionProvider"}
+    said = engines_in_words(board, loaded, None)
+    assert said["onnxruntime"] == Reading(loaded["onnxruntime"], "loaded by the measuring worker")
+    torch = said["torch"]
+    assert isinstance(torch, Absent) and "not measured, though torch 2.13.0 is installed: stages are" in torch.because
+    assert said["tensorrt"] == board["tensorrt"]
+    assert engines_in_words(board, {}, known)["onnxruntime"] == said["onnxruntime"], "a link alone"
+    assert known is not None and torch.because in markdown(msgspec.structs.replace(known, engines=said))
 
 
 def test_only_what_is_new_in_a_kit_is_measured(lab: Lab) -> None:

@@ -303,7 +303,7 @@ def test_an_agent_without_a_broker_goes_on_searching_and_tells_systemd_that_it_i
         assert process.poll() is None
         process.terminate()
         _, errors = process.communicate(timeout=15)
-    assert process.returncode == 0 and errors.count("nowhere-at-all") == 1, errors
+    assert process.returncode == 0 and errors.count("of site 'nowhere-at-all'") == 1, errors
 
 
 def test_a_watchdog_of_another_process_is_not_fed() -> None:

@@ -22,6 +22,7 @@ import pytest
 from coordinator.cli import main
 from coordinator.client import reason_of
 from coordinator.commands import model as model_commands
+from coordinator.commands import topics
 from coordinator.commands.common import Precision
 from coordinator.config import Address, write_address
 from coordinator.operations import OBJECTIVES, PRECISIONS
@@ -396,10 +397,15 @@ def test_plan_says_at_once_that_it_waits_for_boards(run: Run) -> None:
         two_lines(run("run", str(model), "-p", "Hi", "--context", "1"), ExitCode.USAGE)
 
 
-def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(run: Run) -> None:
+def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with started(run) as up:
         assert "no devices yet" in run("devices").stdout
         assert json.loads(run("top", "--json").stdout)["status"]["broker_up"] is True
+        monkeypatch.setattr(topics, "CONNECT_TIMEOUT_S", 0.5)
+        blamed = two_lines(run("topics", "tail", "--broker", "mqtt://127.0.0.1:1"), ExitCode.UNREACHABLE)
+        assert "mqtt://127.0.0.1:1:" in blamed and "--broker" in blamed
         assert "runs already" in two_lines(run.process("up"), ExitCode.REFUSED)
         assert "coordinator runs here" in two_lines(run("model", "remove", "packs/x"), ExitCode.REFUSED)
         children = psutil.Process(up.pid).children(recursive=True)
@@ -421,6 +427,7 @@ def slow(*arguments):
     return quick(*arguments)
 pack.module_tensors = slow
 from coordinator.cli import main
+from coordinator.commands import topics
 main()
 """
 

@@ -134,8 +134,8 @@ def end_row() -> dict[str, Any]:
 
 
 SCREENS = {
-    "devices": lambda: devices_text(SHELF),
-    "devices-none": lambda: devices_text([]),
+    "devices": lambda: devices_text(SHELF, "lab"),
+    "devices-none": lambda: devices_text([], "lab"),
     "plan": lambda: plan_text(plan_row()),
     "stages": lambda: stages_text(end_row()),
     "stages-unmeasured": lambda: stages_text(

@@ -103,6 +103,7 @@ def running_site(
     try:
         specs = tuple(BoardSpec(name=board, memory_bytes=memory_bytes) for board in board_names(boards))
         site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
+        site.testbed.await_connected(print)
         site.await_states(dict.fromkeys(board_names(boards), "online"))
         yield site
     except BaseException:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +29,26 @@ ALLOWED_ELSEWHERE = {
     "wire/embedded.py": {"amqtt"},
     "models/engine/torch.py": {"torch"},
 }
-"""Files that are imported only where their extra is installed. Checked to be imported by no one at import time."""
+"""Files that are imported only where their extra is installed, and by no one at import time (checked below)."""
 
-SUPERVISOR_NEVER = ("numpy", "onnxruntime", "torch")
+HEAVY = ("amqtt", "numpy", "onnxruntime", "torch")
+
+LOADS = {
+    "agent.cli, agent.service": set(),
+    "agent.workers.inference, agent.workers.measuring": {"numpy"},
+    "coordinator.cli": {"numpy"},
+    "all of wire": {"numpy"},
+    **{f"all of {package}": {"numpy", "onnxruntime"} for package in PACKAGES if package != "wire"},
+}
+"""What is imported in a process of its own -> which heavy packages that may load. The first is the supervisor."""
+
+IMPORT_ALL = """
+import importlib, pkgutil
+package = importlib.import_module({package!r})
+for found in pkgutil.walk_packages(package.__path__, {package!r} + "."):
+    if found.name not in {extras!r} and not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+"""
 
 
 def sources(*folders: str) -> Iterator[Path]:
@@ -71,11 +90,41 @@ def test_the_base_install_is_enough_for_a_board(folder: str) -> None:
     assert strange == {}
 
 
-def test_the_supervisor_loads_no_engine() -> None:
-    code = f"import sys, agent.cli, agent.service; print([m for m in {SUPERVISOR_NEVER!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+def loaded_by(code: str, folder: Path = REPOSITORY) -> set[str]:
+    """Which heavy packages a fresh interpreter has loaded, or tried to load: they need not be installed."""
+    watch = """
+        import sys
+        asked = set()
+        class Watch:
+            def find_spec(self, name, path=None, target=None):
+                asked.add(name.partition(".")[0])
+        sys.meta_path.insert(0, Watch())
+    """
+    tell = f"print('loaded', *sorted(asked & set({HEAVY!r})))"
+    whole = "\n".join((textwrap.dedent(watch), code, tell))
+    done = subprocess.run([sys.executable, "-c", whole], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("what", LOADS)
+def test_what_is_heavy_is_loaded_only_where_it_is_used(what: str) -> None:
+    extras = {name.removesuffix(".py").replace("/", ".") for name in ALLOWED_ELSEWHERE}
+    code = f"import {what}"
+    if what.startswith("all of "):
+        code = IMPORT_ALL.format(package=what.removeprefix("all of "), extras=extras)
+    assert loaded_by(code) <= LOADS[what]
+
+
+def test_an_engine_that_is_imported_too_early_is_noticed(tmp_path: Path) -> None:
+    package = tmp_path / "models" / "engine"
+    shutil.copytree(REPOSITORY / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "wire", tmp_path / "wire", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "torch.py").write_text("import torch")
+    (tmp_path / "torch.py").touch()
+    assert "torch" not in loaded_by("import models.engine.base", tmp_path)
+    (package / "__init__.py").write_text("import models.engine.torch")
+    assert "torch" in loaded_by("import models.engine.base", tmp_path)
 
 
 def test_no_room_is_too_big() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +20,8 @@ from models.build.kit import build_kit
 from models.build.pack import Packed, pack
 from models.build.stage import build_stage_graph
 from models.engine.base import ContextFull, EngineFailed, NoSlot, StageEngine
-from models.engine.manifest import read_manifest
-from models.engine.onnx import OnnxStage
+from models.engine.manifest import WEIGHTS_LOCATION, read_manifest
+from models.engine.onnx import WEIGHTS_FOLDER, OnnxStage
 from models.formats import safetensors
 from tests.models.stages import Ring, load_stage, packed_tiny, spec_of, stage_files, tiny_checkpoint
 from wire.errors import CorruptData, EdgelamError, Refused
@@ -43,6 +45,42 @@ def engine(request: pytest.FixtureRequest, packed: Packed, tmp_path: Path) -> St
     from models.engine.torch import TorchStage
 
     return TorchStage.load(path, weights, spec)
+
+
+KILLED_WHILE_LOADING = """
+import os, signal, sys
+from pathlib import Path
+import msgspec, onnxruntime
+from models.engine.base import StageSpec
+from models.engine.onnx import OnnxStage
+onnxruntime.InferenceSession = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+graph, spec, *weights = sys.argv[1:]
+OnnxStage.load(Path(graph), [Path(path) for path in weights], msgspec.json.decode(spec, type=StageSpec))
+"""
+
+
+def test_a_worker_that_is_killed_while_it_loads_leaves_nothing_behind(packed: Packed, tmp_path: Path) -> None:
+    spec = spec_of(packed, 0, 4)
+    path, weights = stage_files(packed, tmp_path, spec)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_LOADING, str(path), msgspec.json.encode(spec).decode(), *map(str, weights)],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [path.name for path in temporary.iterdir() if path.name != ".ses"]  # onnxruntime 1.31 makes that at import
+    assert left == []
+    assert {file.name for file in tmp_path.glob("*.onnx")} == {path.name}
+
+
+def test_the_file_that_stands_for_weights_is_part_of_the_package() -> None:
+    assert (WEIGHTS_FOLDER / WEIGHTS_LOCATION).read_bytes() == b""
+    pyproject = (WEIGHTS_FOLDER.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    packaged = pyproject.partition("[tool.setuptools.package-data]")[2].partition("[tool.ruff]")[0]
+    assert f'"{WEIGHTS_LOCATION}"' in packaged
 
 
 def test_slots_are_taken_and_given_back(engine: StageEngine) -> None:

@@ -73,3 +73,11 @@ def test_limits_by_the_kernel_are_not_emulated_as_well() -> None:
     arguments = agent_arguments(BoardSpec(name="pi4", speed=0.25), options, Path("/b"), {})
     assert not [argument for argument in arguments if argument.startswith("--emulate")]
     assert arguments[arguments.index("--broker") + 1] == "mqtt://10.0.0.5:1883"
+
+
+def test_the_shelf_on_two_cores_is_more_than_there_is_and_a_line_says_what_that_means() -> None:
+    total = sum(board.speed for board in boards.preset("shelf", 4))
+    warning = boards.overcommitted(total, 2)
+    assert "would use 2.55 cores, this machine has 2" in warning
+    assert "one answer at a time is not slowed" in warning and "\n" not in warning
+    assert boards.overcommitted(total, 4) == ""

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from testbed import links
-from testbed.links import Address, LinkSpec, checked_link, parse_address
+from testbed.links import Address, LinkSpec, broker_address, checked_link, parse_address
 from wire.errors import UsageError
 
 
@@ -54,6 +54,11 @@ def test_a_link_reads_well() -> None:
 def test_addresses_are_read_and_written_alike(text: str, address: Address) -> None:
     assert parse_address(text, "upstream") == address
     assert address.text() == text
+
+
+@pytest.mark.parametrize("text", ["10.0.0.5:8570", "mqtt://10.0.0.5:8570", "mqtt://10.0.0.5:8570/"])
+def test_a_broker_is_named_as_hints_name_it(text: str) -> None:
+    assert broker_address(text) == Address("10.0.0.5", 8570)
 
 
 @pytest.mark.parametrize("text", ["", "1883", ":1883", "host:", "host:x", "host:70000", "::1:80", "[x]:80", "host:²"])

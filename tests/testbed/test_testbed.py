@@ -18,13 +18,14 @@ import psutil
 import pytest
 from msgspec import structs
 
+from hwprofiles.survey import cores
 from testbed import commands, state
 from testbed.boards import BoardSpec
 from testbed.commands import UpOptions, up
 from testbed.links import LinkSpec
 from tests.testbed.peers import Echo, ask, connect
 from wire.discovery import Advertiser, coordinator_properties
-from wire.errors import CorruptData, EdgelamError, Refused, Unreachable, UsageError
+from wire.errors import CorruptData, Degraded, EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import new_boot_id
 
 AGENT = (sys.executable, "-m", "tests.testbed.stand_in_agent")
@@ -208,8 +209,9 @@ def test_a_detached_testbed_stays_and_another_command_ends_it(echo: Echo, folder
         bed.stall("one")
     seen = commands.status(folder)
     assert seen is not None and seen.kept and seen.boards[0].state == "running"
-    with pytest.raises(Refused, match="a testbed is up"):
+    with pytest.raises(Refused, match="a testbed is up") as caught:
         up(options(echo, folder, BoardSpec(name="two")))
+    assert caught.value.try_.startswith(f"edgelam testbed down --state {folder}, "), "whatever its site"
     assert not gone(written["pid"]), "a refused `up` harmed the testbed that is up"
     program = f"from pathlib import Path; from testbed.commands import down; print(down(Path({str(folder)!r})))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
@@ -266,6 +268,37 @@ def test_the_coordinator_is_found_over_mdns_and_its_absence_is_said(echo: Echo, 
         assert [pair.partition("=")[0] for pair in via.split(",")] == ["mqtt", "http"]
 
 
+@pytest.mark.parametrize(("spare", "warnings"), [(0, 0), (1, 1)])
+def test_boards_that_may_use_more_than_the_machine_has_are_warned_about(
+    spare: int, warnings: int, echo: Echo, folder: Path
+) -> None:
+    machine = int(cores(Path("/")).usable)
+    with up(options(echo, folder, BoardSpec(name="one"), threads=machine + spare)) as bed:
+        assert len(bed.warnings) == warnings
+        assert all(f"would use {machine + 1} cores, this machine has" in warning for warning in bed.warnings)
+        assert bed.status().warnings == bed.warnings
+
+
+@pytest.mark.parametrize("scheme", ["", "mqtt://"])
+def test_boards_that_can_not_connect_are_said_with_the_reason(
+    scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "CONNECT_PATIENCE_S", 4.0)
+    boards = (BoardSpec(name="near"), BoardSpec(name="far", link=FREE))
+    with up(UpOptions(site="lab", boards=boards, state_dir=folder, coordinator=f"{scheme}127.0.0.1:1")) as bed:
+        with pytest.raises(Unreachable, match="2 of 2 boards are not connected to the broker at") as caught:
+            bed.await_connected(lambda _text: None)
+        assert "near: broker mqtt://127.0.0.1:1: " in caught.value.message
+        assert f"far: broker mqtt://{bed.state.boards[1].via['mqtt']}: " in caught.value.message, "past its link"
+        (folder / "boards" / "near" / "state" / "broker").touch()
+        said: list[str] = []
+        bed.kill("far")
+        with pytest.raises(Degraded, match="1 of 2 boards are not connected") as caught_too:
+            bed.await_connected(said.append)
+        assert "far: has ended; " in caught_too.value.message
+        assert said == ["1 of 2 boards are connected"]
+
+
 def test_a_recycled_pid_is_never_signalled() -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     mistaken = state.ProcessRecord(pid=bystander.pid, started_ticks=1)
@@ -305,8 +338,3 @@ def test_after_a_restart_of_the_machine_nothing_is_signalled_and_the_files_go(ec
     assert not folder.exists()
     assert bystander.poll() is None
     bystander.communicate(b"\n")
-
-
-def test_the_default_folder_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert commands.default_state_dir("lab") == Path("/c/edgelam/testbed/lab")
