@@ -264,6 +264,9 @@ def test_a_testbed_gives_one_document_going_up_and_one_going_down(run: Run, monk
         boards = ()
         warnings = shown.warnings
 
+        def await_connected(self, say: Callable[[str], None]) -> None:
+            say("1 of 1 boards connected")
+
         def status(self) -> testbeds.TestbedStatus:
             return shown
 
