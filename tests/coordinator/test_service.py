@@ -275,6 +275,9 @@ def test_a_broker_that_lost_everything_gets_everything_again(tmp_path: Path) -> 
         lab.coordinator.offer_kit(Kit(artifacts_url="http://x", modules=()))
         mine = {topics.DESIRED.on(SITE, name) for name in "ab"} | {topics.PLAN.on(SITE, "tiny"), topics.KIT.on(SITE)}
         await until(lambda: mine <= set(lab.broker.retained), "published")
+        await until(
+            lambda: b"http://x" in lab.broker.retained[topics.KIT.on(SITE)], "the kit, not the empty one before"
+        )
         before = {topic: lab.broker.retained[topic] for topic in mine}
         lab.broker.stop()
         assert not lab.broker.retained
