@@ -14,6 +14,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -62,6 +63,20 @@ class PasswordPlugin(BaseAuthPlugin):  # type: ignore[misc]
         return hmac.compare_digest(given, expected)
 
 
+class Subscriptions(dict[str, Any]):
+    """Filters with their subscribers, gone through as they are at that moment.
+
+    amqtt waits in the middle of going through them: for each message, and for each client that connects. If another
+    client subscribes meanwhile, a plain dictionary raises, and the message, or the new connection, is lost.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(super().keys()))
+
+    def items(self) -> Any:
+        return [(topic_filter, list(subscribers)) for topic_filter, subscribers in super().items()]
+
+
 async def serve(host: str, port: int, users: dict[str, list[str]]) -> None:
     """Run the broker until SIGTERM or SIGINT."""
     plugins: dict[str, Any] = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
@@ -70,6 +85,7 @@ async def serve(host: str, port: int, users: dict[str, list[str]]) -> None:
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     ConnectPacket.VARIABLE_HEADER = OnlyThree
     broker = Broker({"listeners": {"default": {"type": "tcp", "bind": bind}}, "plugins": plugins})
+    broker._subscriptions = Subscriptions(broker._subscriptions)
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

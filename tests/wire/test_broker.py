@@ -241,3 +241,31 @@ def test_mosquitto_is_found_where_path_does_not_look(tmp_path, monkeypatch):
     broker = start_broker(tmp_path, "127.0.0.1", 0)
     assert broker.because.startswith("mosquitto found: /")
     broker.stop()
+
+
+def test_clients_that_come_to_the_embedded_broker_at_one_moment_lose_nothing(tmp_path):
+    """Its library went through its subscriptions while others subscribed, and dropped the message or the client."""
+    pytest.importorskip("amqtt")
+    broker = EmbeddedBroker(tmp_path, "127.0.0.1", 0)
+    broker.start()
+    came, lost = set(), []
+    listener = MqttTransport(broker.url, "listener", keepalive_s=5, five=False)
+    listener.subscribe("site/+/state", lambda message: came.add(message.topic), qos=1)
+    boards = []
+    try:
+        connect(listener)
+        for number in range(12):
+            name = f"board{number}"
+            board = MqttTransport(broker.url, name, keepalive_s=5, five=False)
+            for topic in ("desired", "command", "kit", "state"):
+                board.subscribe(f"site/{name}/{topic}", lambda _message: None, qos=1)
+            board.on_up(lambda board=board, name=name: board.publish(f"site/{name}/state", b"x", qos=1, retain=True))
+            board.on_down(lost.append)
+            board.start()
+            boards.append(board)
+        until(lambda: len(came) == len(boards), listener, *boards)
+        assert not lost
+    finally:
+        for each in (listener, *boards):
+            each.close()
+        broker.stop()
