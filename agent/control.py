@@ -19,7 +19,7 @@ from agent.session import Listener, Session
 from wire import topics
 from wire.ids import DEFAULT_SITE
 from wire.messages import DeviceState, encode
-from wire.transport import Link, Will
+from wire.transport import REFUSED_US, Link, Will
 
 LOG = logging.getLogger("edgelam.control")
 
@@ -34,9 +34,6 @@ DOUBT_PERIOD_S: Final = 30.0
 TELL_PERIOD_S: Final = 30.0
 FIRST_TELL_S: Final = 1.0
 """The first attempt gets a moment before people are told that it fails."""
-
-REFUSAL: Final = "refused us"
-"""In the transport's last error when a broker answered and said no."""
 
 
 class Owner(Listener, Protocol):
@@ -66,7 +63,7 @@ class Control:
         self._silent_since_s = 0.0
         self._complained_s = -TELL_PERIOD_S
         self._heard = False
-        """Something of our coordinator came on this connection."""
+        """Our coordinator's kit came on this connection."""
         self._doubt_s = 0.0
         """When to ask mDNS, if nothing was heard until then."""
 
@@ -173,7 +170,7 @@ class Control:
             return
         self._complained_s = now_s
         reason = self.session.transport.last_error if self.session is not None else ""
-        if REFUSAL in reason:
+        if REFUSED_US in reason:
             key, hint = _about_key(bool(self._config.site_key))
             LOG.warning("the broker %s does not let us in (%s); trying on", self.url, key)
             LOG.warning("  try: %s", hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from msgspec import Struct
 
@@ -86,7 +86,3 @@ def blocks_text(embedding: bool, first_block: int, end_block: int, head: bool) -
         parts.append(f"{first_block}-{end_block - 1}" if end_block - first_block > 1 else str(first_block))
     parts += ["head"] if head else []
     return " + ".join(parts)
-
-
-def total_steps(rows: Iterable[StageMeasured]) -> int:
-    return max((row.decode_steps for row in rows), default=0)

@@ -32,7 +32,8 @@ from msgspec import Struct
 
 from wire.errors import MalformedFrame
 from wire.limits import CHUNK_BYTES_DEFAULT, MAX_CHUNKS, MAX_META_BYTES, MAX_PUBLISH_BYTES, MAX_RANK
-from wire.tensors import Buffer, Dtype, Tensor, bf16_bits, bf16_to_f32, tensor_bytes
+from wire.tensors import Dtype, Tensor, bf16_bits, bf16_to_f32, tensor_bytes
+from wire.transport import Buffer
 from wire.version import PROTOCOL
 
 __all__ = [

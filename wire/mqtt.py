@@ -36,7 +36,7 @@ from wire.endpoint import Ended, Endpoint, Kept, Redial, Unacknowledged
 from wire.lane import Nonsense
 from wire.limits import MAX_PUBLISH_BYTES
 from wire.subscriptions import check_message, joined
-from wire.transport import Buffer, Handler, Inbound, Link, NotConnected, Will
+from wire.transport import REFUSED_US, Buffer, Handler, Inbound, Link, NotConnected, Will
 
 _logger = logging.getLogger("edgelam.wire")
 
@@ -304,7 +304,7 @@ class MqttTransport(Endpoint):
             return
         if reason.is_failure:
             wrong_version = reason.getName() == "Unsupported protocol version"
-            self._end(client, Ended(f"it refused us: {reason}".lower(), wrong_version=wrong_version))
+            self._end(client, Ended(f"it {REFUSED_US}: {reason}".lower(), wrong_version=wrong_version))
         else:
             self._accepted = True
 

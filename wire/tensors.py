@@ -21,7 +21,6 @@ from wire.errors import MalformedFrame
 from wire.limits import MAX_DIM, MAX_RANK, MAX_TENSOR_BYTES
 
 Array = npt.NDArray[Any]
-Buffer = bytes | bytearray | memoryview
 
 
 class Dtype(IntEnum):
@@ -122,15 +121,6 @@ class Tensor(Struct, frozen=True, eq=False, gc=False):
         values = np.clip(np.rint(grouped / safe[..., None]), -_INT8_MOST, _INT8_MOST).astype(np.int8)
         scale_bytes = _bytes_of(np.ascontiguousarray(scales, dtype="<f4"))
         return Tensor(Dtype.I8, array.shape, group, (scale_bytes, _bytes_of(values)))
-
-    @staticmethod
-    def received(dtype: Dtype, shape: tuple[int, ...], group: int, payload: Buffer) -> Tensor:
-        """Put dtype and shape over bytes that came; raise MalformedFrame if the length does not fit them."""
-        view = memoryview(payload)
-        expected = tensor_bytes(dtype, shape, group)
-        if view.nbytes != expected:
-            raise MalformedFrame(f"{dtype.name} {shape} is {expected} bytes, {view.nbytes} came")
-        return Tensor.over(dtype, shape, group, view.cast("B"))
 
     @staticmethod
     def over(dtype: Dtype, shape: tuple[int, ...], group: int, payload: memoryview) -> Tensor:

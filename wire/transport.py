@@ -15,6 +15,9 @@ from wire.errors import EdgelamError, Unreachable
 
 Buffer = bytes | bytearray | memoryview
 
+REFUSED_US: Final = "refused us"
+"""Stands in `last_error` when a broker answered and said no, as to a wrong password."""
+
 MAX_QUEUED_MESSAGES: Final = 1000
 """QoS 1 messages that may wait for a connection: all retained state of a device is a tenth of this."""
 

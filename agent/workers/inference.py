@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from agent.workers.child import Parent, become_worker
+from agent.workers.dataplane import data_connection
 from agent.workers.echo import Echo
 from agent.workers.outboxes import Outboxes
 from agent.workers.pipe import Assignment, Status, Tell
@@ -26,9 +27,7 @@ from models.engine.base import EngineFailed, StageEngine, StageSpec
 from models.sampling import draw
 from wire.channel import Delivery, Inbox
 from wire.errors import EdgelamError
-from wire.limits import DATA_KEEPALIVE_S
 from wire.messages import StageCounters, StageOrder
-from wire.mqtt import MqttTransport
 from wire.transport import Transport
 from wire.units import bytes_text
 
@@ -53,15 +52,7 @@ def main() -> int:
     except (EdgelamError, OSError) as error:
         parent.say(Status(phase="failed", epoch=order.epoch, detail=str(error), final=True))
         return 1
-    login = assignment.login
-    transport = MqttTransport(
-        login.url,
-        login.client_id,
-        keepalive_s=DATA_KEEPALIVE_S,
-        username=login.username,
-        password=login.password,
-        five=False,
-    )
+    transport = data_connection(assignment.login)
     parent.listen(transport.wake)
     # What is loaded stays: the garbage collector need not walk it again and hold up a token.
     gc.collect()

@@ -22,6 +22,7 @@ import numpy as np
 
 from agent.workers.child import Parent, become_worker
 from agent.workers.cold import Cold, sweep_bytes
+from agent.workers.dataplane import data_connection
 from agent.workers.pipe import BrokerLogin, Measured, MeasureModule, MeasureNote, MeasureTask
 from agent.workers.stretch import Stretch
 from hwprofiles.link import measure_link
@@ -31,8 +32,6 @@ from hwprofiles.reading import Absent, Failed
 from models.engine.base import StageEngine, StageSpec
 from wire import topics
 from wire.errors import EdgelamError
-from wire.limits import DATA_KEEPALIVE_S
-from wire.mqtt import MqttTransport
 
 LOG = logging.getLogger("edgelam.measuring")
 
@@ -187,14 +186,7 @@ class ModuleBench:
 
 
 def _link(task: MeasureTask, login: BrokerLogin) -> LinkMeasurement | Failed:
-    transport = MqttTransport(
-        login.url,
-        login.client_id,
-        keepalive_s=DATA_KEEPALIVE_S,
-        username=login.username,
-        password=login.password,
-        five=False,
-    )
+    transport = data_connection(login)
     transport.start()
     try:
         topic = topics.INBOX.on(task.site, task.device, "probe")
