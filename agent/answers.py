@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from agent.measuring import Asked, Outcome
-from hwprofiles.profile import LinkMeasurement, Profile
+from hwprofiles.profile import LinkMeasurement
 from wire.messages import Applied, Reply
 
 PROGRESS_PERIOD_S: Final = 0.5
@@ -41,16 +41,15 @@ class AppliedNews:
         return True
 
 
-def reply_to(asked: Asked, device: str, outcome: Outcome, profile: Profile | None) -> Reply:
+def reply_to(asked: Asked, device: str, outcome: Outcome) -> Reply:
     """The answer to a command whose job is over."""
     error = outcome.error
     result: dict[str, object] = {"measured": outcome.measured, "failed": dict(outcome.failed)}
     if asked.verb == "probe-link" and not error:
-        link = profile.link if profile is not None else None
-        if isinstance(link, LinkMeasurement):
-            result = {"link": msgspec.to_builtins(link)}
+        if isinstance(outcome.link, LinkMeasurement):
+            result = {"link": msgspec.to_builtins(outcome.link)}
         else:
-            error = link.because if link is not None else "the link was not measured"
+            error = outcome.link.because
     return Reply(id=asked.command.id, device=device, ok=not error, error=error[:4096], result={} if error else result)
 
 

@@ -36,8 +36,12 @@ NICE: Final = 5
 DEADLINE_S: Final = 1800.0
 """A job that takes longer hangs; on a machine with many virtual boards, waiting for the turn is part of it."""
 
-LINK_TRIES: Final = 3
-LINK_PAUSE_S: Final = 10.0
+LAUNCH_PAUSE_S: Final = 10.0
+"""Until the next try when no worker could be started: too many processes, or too little memory."""
+
+LINK_PAUSE_S: Final = 1.0
+LINK_LONGEST_PAUSE_S: Final = 600.0
+"""A link that could not be measured is tried again after a pause that doubles each time."""
 
 
 NOT_MEASURED: Final[Mapping[str, str]] = {
@@ -67,11 +71,13 @@ class Asked(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A job is over. `asked` are the commands that waited for it; `error` '' if something was measured."""
+    """A job is over. `asked` are the commands that waited for it; `link` is what this job found of it; `error` is '' if
+    something was measured."""
 
     asked: tuple[Asked, ...]
     measured: tuple[str, ...]
     failed: Mapping[str, str]
+    link: LinkMeasurement | Absent | Failed
     error: str
 
 
@@ -84,6 +90,7 @@ class _Job:
         self.worker = 0
         self.launched_s = 0.0
         self.before: Snapshot | None = None
+        self.disturbed = False
         self.result: Measured | None = None
 
 
@@ -131,6 +138,8 @@ class Measuring:
         self._hopeless: dict[str, str] = {}
         self._link_tries = 0
         self._link_not_before_s = 0.0
+        self._tried_broker = ""
+        self._not_before_s = 0.0
         self._launches = 0
         self.profile: Profile | None = self._remembered()
         self.note = ""
@@ -220,6 +229,11 @@ class Measuring:
             LOG.warning("the measuring worker wrote a line that can't be read: %s", error)
         return True, None
 
+    def disturbed(self) -> None:
+        """The device lost its broker: what the job under way finds of the link says nothing."""
+        if self._job is not None:
+            self._job.disturbed = True
+
     def end(self) -> None:
         """Give up what is under way."""
         if self._job is not None and self._job.worker:
@@ -237,8 +251,11 @@ class Measuring:
             whole = any(one.verb == "measure" for one in asked)
             modules = self._kit.modules if whole and self._kit else ()
             return _Job(modules, True, tuple(asked))
-        if self._kit is None:
+        if self._kit is None or now_s < self._not_before_s:
             return None
+        if broker_url != self._tried_broker:
+            self._tried_broker = broker_url
+            self._link_tries, self._link_not_before_s = 0, 0.0
         link_due = self._link_due(broker_url) and now_s >= self._link_not_before_s
         missing = self._missing()
         return _Job(missing, link_due or bool(missing), ()) if missing or link_due else None
@@ -249,11 +266,9 @@ class Measuring:
         return tuple(module for module in kit if module.key not in known and module.key not in self._hopeless)
 
     def _link_due(self, broker_url: str) -> bool:
-        """The link is measured again when the broker is another one, or LINK_TRIES times if it fails."""
+        """The link is measured when it is not known, or known to another broker."""
         link = self.profile.link if self.profile else None
-        if isinstance(link, LinkMeasurement):
-            return link.broker != broker_url
-        return self._link_tries < LINK_TRIES
+        return not isinstance(link, LinkMeasurement) or link.broker != broker_url
 
     def _launch(self, job: _Job, now_s: float, stages_run: bool) -> tuple[bool, Outcome | None]:
         self._launches += 1
@@ -278,21 +293,24 @@ class Measuring:
         try:
             job.worker = self._launcher.launch(WORKER_MODULE, line_of(task), self._subject.threads)
         except OSError as error:
+            self._not_before_s = now_s + LAUNCH_PAUSE_S
             return False, self._close(job, f"no worker could be started: {error.strerror}")
         job.launched_s = now_s
         LOG.info("measuring %d modules%s", len(modules), " and the link" if job.link else "")
         return True, None
 
     def _ended(self, job: _Job, event: Ended, now_s: float) -> Outcome:
-        self._link_tries += job.link
-        self._link_not_before_s = now_s + LINK_PAUSE_S
+        if job.link:
+            pause_s = LINK_PAUSE_S * 2 ** min(self._link_tries, 20)
+            self._link_not_before_s = now_s + min(LINK_LONGEST_PAUSE_S, pause_s)
+            self._link_tries += 1
         if job.result is None or job.before is None:
             for module in job.modules:
                 job.failed[module.key] = event.words
             return self._close(job, f"the measuring worker {event.words}")
         job.failed.update(job.result.failed)
         try:
-            self._take(job.result, job.before)
+            self._take(job, job.result, job.before)
         except (EdgelamError, OSError) as error:
             return self._close(job, f"the profile could not be kept: {error}")
         if isinstance(job.result.link, LinkMeasurement):
@@ -306,7 +324,8 @@ class Measuring:
         for key, reason in job.failed.items():
             LOG.warning("not measured: %s: %s", key, reason)
         measured = tuple(module.key for module in job.result.modules) if job.result else ()
-        return Outcome(job.asked, measured, job.failed, error)
+        link = job.result.link if job.result else Absent("the link was not measured")
+        return Outcome(job.asked, measured, job.failed, link, error)
 
     # The profile.
 
@@ -329,7 +348,7 @@ class Measuring:
             return None
         return known
 
-    def _take(self, result: Measured, before: Snapshot) -> None:
+    def _take(self, job: _Job, result: Measured, before: Snapshot) -> None:
         """Join what was found with what is known of other modules; save. Raises EdgelamError, OSError."""
         survey = self._survey()
         known = self.profile
@@ -339,7 +358,10 @@ class Measuring:
         kept = [module for module in known.modules if module.key not in fresh] if known else []
         kept.sort(key=lambda module: module.key in in_kit)
         link: LinkMeasurement | Absent | Failed = result.link
-        if isinstance(link, Absent) and known is not None:
+        if isinstance(link, Failed) and job.disturbed:
+            link = Absent(link.because)
+        # What was measured to another broker is nearer to the truth than nothing.
+        if isinstance(link, Absent) and known is not None and (not job.link or isinstance(known.link, LinkMeasurement)):
             link = known.link
         joined = Profile(
             source="emulated" if self._subject.emulation else "live",

@@ -322,6 +322,8 @@ class Service:
 
     def link_down(self, reason: str) -> None:
         self._reason = reason
+        if self._measuring is not None:
+            self._measuring.disturbed()
         if self.state in (State.CLAIMING, State.SERVING, State.MEASURING, State.DRAINING):
             self._handle(lifecycle.Event.LINK_DOWN)
 
@@ -424,9 +426,8 @@ class Service:
             self._tell("measuring-failed", "warning", outcome.error)
         for key, reason in list(outcome.failed.items())[:8]:
             self._tell("module-not-measured", "warning", f"{key}: {reason}")
-        profile = self._measuring.profile if self._measuring is not None else None
         for asked in outcome.asked:
-            self._reply(asked, reply_to(asked, self.config.name, outcome, profile))
+            self._reply(asked, reply_to(asked, self.config.name, outcome))
 
     def _reply(self, asked: Asked, reply: Reply) -> None:
         if self._session is not None:

@@ -37,6 +37,7 @@ from coordinator.hub import Hub
 from coordinator.journal import DeploymentRecord, Journal
 from coordinator.notices import Notice, notice
 from hwprofiles.profile import Profile
+from hwprofiles.reading import Absent
 from wire import messages, topics
 from wire.discovery import Found
 from wire.errors import PeerError
@@ -134,9 +135,11 @@ class Coordinator:
         return {device.name: device.telemetry for device in self.devices() if device.telemetry is not None}
 
     def has_measured(self, name: str, keys: set[str]) -> bool:
-        """Whether a device's profile holds all module keys."""
+        """Whether a device's profile holds all module keys, and what became of its link: absent is not yet measured."""
         profile = self.profiles().get(name)
-        return profile is not None and keys <= {measurement.key for measurement in profile.modules}
+        if profile is None or isinstance(profile.link, Absent):
+            return False
+        return keys <= {measurement.key for measurement in profile.modules}
 
     # What arrives.
 

@@ -28,7 +28,7 @@ import numpy as np
 from hwprofiles import stats
 from hwprofiles.measure import StopRule, sample
 from hwprofiles.profile import LinkMeasurement
-from hwprofiles.reading import Failed
+from hwprofiles.reading import Absent, Failed
 from wire.errors import MalformedFrame
 from wire.frames import LARGEST_CHUNK_BYTES, Kind, Parcel, Tensor, encode, header_bytes, parse
 from wire.transport import Inbound, Link, NotConnected, Transport
@@ -77,6 +77,10 @@ class _LinkLost(Exception):
     """An answer did not come: the text says what was waited for."""
 
 
+class _ConnectionLost(_LinkLost):
+    """There was a link, and the broker or the way to it went away: that says nothing of the link."""
+
+
 def measure_link(
     transport: Transport,
     topic: str,
@@ -84,16 +88,19 @@ def measure_link(
     clock: Clock = perf_counter,
     token: int | None = None,
     before: Callable[[], None] = lambda: None,
-) -> LinkMeasurement | Failed:
+) -> LinkMeasurement | Absent | Failed:
     """Measure round trip and goodput over a started transport that this thread polls; it subscribes to `topic`, which
     nobody else should use, and unsubscribes at the end.
 
-    `broker_text` names the broker for people. Failed says what did not come, within about a minute in the worst case.
+    `broker_text` names the broker for people. Failed says what did not come, within about a minute in the worst case;
+    Absent that the connection was lost meanwhile, so that nothing is known yet.
     """
     probe = _Probe(transport, topic, clock, secrets.randbits(63) if token is None else token)
     transport.subscribe(topic, probe.arrived)
     try:
         return _measured(probe, broker_text, before)
+    except _ConnectionLost as error:
+        return Absent(f"{broker_text}: {error}")
     except _LinkLost as error:
         return Failed(f"{broker_text}: {error}")
     finally:
@@ -213,13 +220,13 @@ class _Probe:
                 [frame] = encode(probe, self._token, 0, number, LARGEST_CHUNK_BYTES)
                 self._transport.publish(self._topic, frame)
         except NotConnected as error:
-            raise _LinkLost(f"connection lost ({error})") from None
+            raise _ConnectionLost(f"connection lost ({error})") from None
         return started_s
 
     def _poll(self, until_s: float) -> None:
         self._transport.poll(max(0.0, min(POLL_S, until_s - self.clock())))
         if self._transport.link is not Link.UP:
-            raise _LinkLost(f"connection lost ({self._transport.last_error or 'no reason given'})")
+            raise _ConnectionLost(f"connection lost ({self._transport.last_error or 'no reason given'})")
 
 
 def one_way_s(link: LinkMeasurement, payload_bytes: int = 0) -> float | None:

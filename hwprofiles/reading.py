@@ -17,7 +17,7 @@ class Reading(Struct, Generic[T], frozen=True, tag="reading"):
 
 
 class Absent(Struct, frozen=True, tag="absent"):
-    """The board has no such thing."""
+    """The board has no such thing, or nothing is known of it yet."""
 
     because: str
 

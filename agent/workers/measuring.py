@@ -185,7 +185,7 @@ class ModuleBench:
         return values if module.wire_dtype == "f32" else values.astype(np.float16)
 
 
-def _link(task: MeasureTask, login: BrokerLogin) -> LinkMeasurement | Failed:
+def _link(task: MeasureTask, login: BrokerLogin) -> LinkMeasurement | Absent | Failed:
     transport = data_connection(login)
     transport.start()
     try:

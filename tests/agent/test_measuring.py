@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from agent.lifecycle import State
-from agent.measuring import engines_in_words
-from agent.workers.pipe import Measured, MeasureNote, MeasureTask
+from agent.measuring import Measuring, Subject, engines_in_words
+from agent.store import Store
+from agent.workers.pipe import BrokerLogin, Measured, MeasureNote, MeasureTask
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, ModuleTiming, Profile, Samples
 from hwprofiles.reading import Absent, Failed, Reading
 from hwprofiles.report.render import markdown
+from hwprofiles.survey import Survey, survey
 from tests.agent.fakes import DEVICE, SITE, FakeLauncher, Lab, ref_of
 from wire import topics
 from wire.messages import Command, DeviceState, Kit, KitModule, Reply, decode
 
 GRAPH = b"the graph of a block"
 RUN = Samples(samples_s=(0.001,) * 12, warmup=3, stopped_because="enough")
+LINK = LinkMeasurement(
+    broker="mqtt://memory:1", round_trip_payload_bytes=1200, round_trip=RUN,
+    goodput_payload_bytes=512, goodput_chunk_bytes=64, goodput=RUN,
+)  # fmt: skip
 
 
 def module(key: str = "block", graph: bytes = GRAPH) -> KitModule:
@@ -38,12 +45,8 @@ def measured(task: MeasureTask, **changes: object) -> Measured:
         )
         for item in task.modules
     )  # fmt: skip
-    link = LinkMeasurement(
-        broker=task.login.url if task.login else "", round_trip_payload_bytes=1200, round_trip=RUN,
-        goodput_payload_bytes=512, goodput_chunk_bytes=64, goodput=RUN,
-    )  # fmt: skip
     fields: dict[str, object] = {
-        "modules": found, "failed": {}, "link": link, "allow_spinning": False,
+        "modules": found, "failed": {}, "link": LINK, "allow_spinning": False,
         "engines_loaded": {"onnxruntime": "onnxruntime 1 CPUExecutionProvider"} if found else {},
     }  # fmt: skip
     return Measured(**{**fields, **changes})  # type: ignore[arg-type]
@@ -206,6 +209,74 @@ def test_a_link_that_cannot_be_measured_is_an_error_with_the_reason(lab: Lab) ->
     lab.turn(lambda: profile(lab) is not None)
     answer = ask(lab, "probe-link")
     assert not answer.ok and answer.error == "no answer within 10 s"
+
+
+def link_of(lab: Lab) -> object:
+    found = profile(lab)
+    return found.link if found is not None else None
+
+
+def test_a_link_that_was_cut_off_is_tried_again_soon_and_what_was_known_stays(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    links: list[object] = [Absent("mqtt://memory:1: connection lost"), LINK]
+
+    def answer(worker: int, task: MeasureTask) -> None:
+        launcher.say(worker, measured(task, link=links.pop(0)))
+        launcher.kill(worker, "ended with exit code 0")
+
+    launcher.on_measure = answer
+    start(lab, launcher, module("a"))
+    lab.turn(lambda: isinstance(link_of(lab), Absent))
+    lab.turn(lambda: link_of(lab) == LINK)
+    assert [len(task.modules) for task in tasks(launcher)] == [1, 0]
+    links.append(Absent("mqtt://memory:1: connection lost"))
+    assert "connection lost" in ask(lab, "probe-link").error
+    assert link_of(lab) == LINK
+
+
+def test_a_link_that_failed_while_the_device_was_cut_off_itself_is_not_a_failed_link(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    start(lab, launcher, module("a"))
+    lab.turn(lambda: bool(tasks(launcher)))
+    lab.broker.stop(keep_retained=True)
+    lab.turn(lambda: not lab.up())
+    lab.broker.start()
+    lab.turn(lab.up)
+    [(worker, task)] = [(w, t) for w, t in launcher.assignments.items() if isinstance(t, MeasureTask)]
+    launcher.say(worker, measured(task, link=Failed("nothing came back within 10 s")))
+    launcher.kill(worker, "ended with exit code 0")
+    lab.turn(lambda: isinstance(link_of(lab), Absent))
+
+
+def test_a_failed_link_is_tried_again_after_growing_pauses(tmp_path: Path) -> None:
+    launcher = FakeLauncher()
+    subject = Subject(
+        site=SITE, device=DEVICE, threads=1, speed=1.0, emulation="", budget_s=1.0, profile_path=tmp_path / "profile"
+    )
+    store = Store(tmp_path / "cache", 1 << 20)
+
+    def login(client_id: str) -> BrokerLogin:
+        return BrokerLogin(url="mqtt://memory:1", client_id=client_id)
+
+    def surveyed() -> Survey:
+        return survey(Path("/"), DEVICE)
+
+    made = Measuring(subject, launcher, store, None, login, None, surveyed)  # type: ignore[arg-type]
+    made.kit(kit(KitModule(key="a", kind="block", graphs=(), hidden=8, vocabulary=32, wire_dtype="f32")))
+    now_s, url, starts = 0.0, "mqtt://memory:1", list[float]()
+    while now_s < 3000:
+        if made.step(now_s, url, False)[0]:
+            starts.append(now_s)
+            worker, task = next(reversed(launcher.assignments.items()))
+            assert isinstance(task, MeasureTask)
+            launcher.say(worker, measured(task, link=Failed("nothing came back")))
+            launcher.kill(worker)
+            for event in launcher.drain():
+                made.heard(event, now_s)
+        now_s += 0.5
+    pauses = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    assert pauses[:10] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] and set(pauses[10:]) == {600}
+    assert made.step(now_s, "mqtt://memory:2", False)[0], "another broker is tried at once"
 
 
 def test_measure_without_a_kit_is_refused(lab: Lab) -> None:

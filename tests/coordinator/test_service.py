@@ -15,6 +15,7 @@ from coordinator.journal import DeploymentRecord, DeployRequest, Journal
 from coordinator.notices import TABLE
 from coordinator.service import EPOCH_JUMP_LIMIT, Coordinator
 from coordinator.view import device_rows, status_row
+from hwprofiles.reading import Absent, Failed
 from tests.coordinator.memory_site import SITE, Board, Client, Lab, running, until
 from tests.coordinator.plans import plan_of
 from tests.coordinator.test_deployments import record_of, report
@@ -157,6 +158,30 @@ def test_a_profile_without_samples_is_shown_as_unknown(tmp_path: Path) -> None:
         )
         await until(lambda: "pi5" in lab.coordinator.profiles())
         assert device_rows(lab.coordinator)[0]["round_trip_s"] is None
+
+    lab_test(scenario, tmp_path)
+
+
+def link_of(lab: Lab) -> object:
+    found = lab.coordinator.profiles().get("pi5")
+    return found.link if found is not None else None
+
+
+def test_a_board_whose_link_is_not_yet_known_has_not_measured_itself(tmp_path: Path) -> None:
+    async def scenario(lab: Lab) -> None:
+        await lab.with_boards("pi5")
+        known = profile("pi5")
+        keys = {module.key for module in known.modules}
+        for link_now, expected in (
+            (Absent("connection lost"), False),
+            (Failed("nothing came back"), True),
+            (known.link, True),
+        ):
+            lab.boards["pi5"].say(
+                topics.PROFILE, msgspec.json.encode(msgspec.structs.replace(known, link=link_now)), "pi5"
+            )
+            await until(lambda link_now=link_now: link_of(lab) == link_now, repr(link_now))
+            assert lab.coordinator.has_measured("pi5", keys) is expected
 
     lab_test(scenario, tmp_path)
 

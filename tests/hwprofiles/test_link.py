@@ -13,7 +13,7 @@ from hwprofiles.link import (
     one_way_s,
 )
 from hwprofiles.profile import LinkMeasurement
-from hwprofiles.reading import Failed
+from hwprofiles.reading import Absent, Failed
 from tests.hwprofiles.simulated import Clock, SimulatedTransport
 from wire.frames import Kind, Parcel, encode
 from wire.memory import MemoryBroker, MemoryTransport
@@ -99,7 +99,7 @@ def test_lost_message_in_the_middle_is_failed_within_the_deadline() -> None:
     assert transport.clock() - began_s < ANSWER_DEADLINE_S + 5
 
 
-def test_connection_lost_in_the_middle_is_failed() -> None:
+def test_connection_lost_in_the_middle_says_nothing_of_the_link() -> None:
     transport = SimulatedTransport(Clock())
     poll = transport.poll
 
@@ -110,7 +110,7 @@ def test_connection_lost_in_the_middle_is_failed() -> None:
 
     transport.poll = dying  # type: ignore[method-assign]
     found = measure_link(transport, "probe", "b", transport.clock)
-    assert isinstance(found, Failed) and "connection lost" in found.because
+    assert isinstance(found, Absent) and "connection lost" in found.because
 
 
 def test_garbage_and_other_peoples_probes_on_the_topic_change_nothing() -> None:
