@@ -51,6 +51,14 @@ NOT_MEASURED: Final[Mapping[str, str]] = {
 """Engines that a board may have and that nobody plans for: why no time is spent on measuring them."""
 
 
+NOTHING: Final = Measured(
+    modules=(), failed={}, link=Absent("not measured yet"), engines_loaded={}, allow_spinning=False
+)
+"""What a worker found that did not live to say it."""
+
+MAX_REASON_LETTERS: Final = 1024
+
+
 class Subject(Struct, frozen=True, kw_only=True):
     """Whose measure is taken."""
 
@@ -304,21 +312,22 @@ class Measuring:
             pause_s = LINK_PAUSE_S * 2 ** min(self._link_tries, 20)
             self._link_not_before_s = now_s + min(LINK_LONGEST_PAUSE_S, pause_s)
             self._link_tries += 1
-        if job.result is None or job.before is None:
+        if job.result is None:
             for module in job.modules:
                 job.failed[module.key] = event.words
             return self._close(job, f"the measuring worker {event.words}")
         job.failed.update(job.result.failed)
-        try:
-            self._take(job, job.result, job.before)
-        except (EdgelamError, OSError) as error:
-            return self._close(job, f"the profile could not be kept: {error}")
         if isinstance(job.result.link, LinkMeasurement):
             self._link_tries = 0
         return self._close(job, "")
 
     def _close(self, job: _Job, error: str) -> Outcome:
         self._job = None
+        if job.result is not None or job.failed:
+            try:
+                self._take(job)
+            except (EdgelamError, OSError) as problem:
+                error = error or f"the profile could not be kept: {problem}"
         self.note = ""
         self._hopeless.update(job.failed)
         for key, reason in job.failed.items():
@@ -348,9 +357,10 @@ class Measuring:
             return None
         return known
 
-    def _take(self, job: _Job, result: Measured, before: Snapshot) -> None:
+    def _take(self, job: _Job) -> None:
         """Join what was found with what is known of other modules; save. Raises EdgelamError, OSError."""
-        survey = self._survey()
+        survey, now = self._survey(), self._snapshot()
+        result = job.result or NOTHING
         known = self.profile
         fresh = {module.key for module in result.modules}
         in_kit = {module.key for module in self._kit.modules} if self._kit else set()
@@ -369,10 +379,18 @@ class Measuring:
             identity=survey.identity,
             memory=survey.memory,
             cores=survey.cores,
-            conditions=conditions.join(before, self._snapshot(), result.allow_spinning),
+            conditions=conditions.join(job.before or now, now, result.allow_spinning),
             engines=engines_in_words(survey.engines, result.engines_loaded, known),
             modules=(*kept, *result.modules)[-256:],
             link=link,
+            failed=self._failed(known, job, fresh),
         )
         self.profile = profile.compact(joined)
         profile.save(self.profile, self._subject.profile_path)
+
+    def _failed(self, known: Profile | None, job: _Job, fresh: set[str]) -> dict[str, str]:
+        """Why modules have no figures: those of the kit first, should they be too many."""
+        found = {**(known.failed if known is not None else {}), **job.failed}
+        in_kit = {module.key for module in self._kit.modules} if self._kit else set()
+        keys = sorted((key for key in found if key not in fresh), key=lambda key: key not in in_kit)
+        return {key: found[key][:MAX_REASON_LETTERS] for key in keys[:256]}

@@ -255,7 +255,7 @@ class Service:
         if started:
             self._handle(lifecycle.Event.MEASURE)
         if outcome is not None:
-            self._answer(outcome)
+            self._report(outcome)
 
     def _watch_draining(self, now_s: float) -> None:
         if self.state is not State.DRAINING:
@@ -267,6 +267,10 @@ class Service:
     def _measured(self, outcome: Outcome) -> None:
         if self.state is State.MEASURING:
             self._handle(lifecycle.Event.MEASURED)
+        self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        """Tell what a job found, what it came to, and who asked for it."""
         if self._measuring is not None and self._measuring.profile is not None and self._session is not None:
             self._session.publish(topics.PROFILE, self._measuring.profile)
         self._answer(outcome)

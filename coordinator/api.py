@@ -6,7 +6,7 @@
     GET  /v1/notices                latest notices
     GET  /v1/models                 catalog and what is prepared
     POST /v1/plan                   DeployRequest -> plan and its explanation (NDJSON: status lines, then the plan)
-    POST /v1/measure                DeployRequest -> waits until all boards have measured the model's modules (NDJSON)
+    POST /v1/measure                MeasureRequest -> waits until all boards have measured the model's modules (NDJSON)
     POST /v1/deployments            DeployRequest -> put in force (NDJSON)
     DELETE /v1/deployments/{name}
     POST /v1/generate               GenerateRequest -> NDJSON stream of events
@@ -33,6 +33,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Send
 
+from coordinator.calls import MeasureRequest
 from coordinator.guard import LOOPBACK_NAMES, Guard
 from coordinator.inference.requests import GenerateRequest
 from coordinator.inference.serve import Serving
@@ -169,7 +170,7 @@ class Api:
         return Lines(_with_progress(work))
 
     async def measure(self, request: Request) -> Response:
-        wanted = await _body(request, DeployRequest)
+        wanted = await _body(request, MeasureRequest)
 
         async def work(progress: Callable[[str], None]) -> dict[str, Any]:
             return {"event": "measured", "unmeasured": await self.operations.measure(wanted, progress)}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import msgspec
 
+from coordinator.calls import MeasureRequest
 from coordinator.deployments import deployment_name, held_elsewhere, loading_text, make_orders, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.notices import boards_hint
@@ -33,6 +34,8 @@ Progress = Callable[[str], None]
 PREFILL_CHUNK_TOKENS = 64
 """Rows per prefill step: chunking costs no compute down to 32, and lets all stages work at once."""
 MEASURE_TIMEOUT_S = 180.0
+MEASURE_AGAIN_TIMEOUT_S = 900.0
+"""For all that was ever measured; the boards of one machine take turns."""
 READY_TIMEOUT_S = 600.0
 BUSY_TIMEOUT_S = 120.0
 """How long a change of a deployment waits for the requests that run on it: most answers are over by then, and who
@@ -90,10 +93,32 @@ class Operations:
             del self._kit[next(iter(self._kit))]
         coordinator.offer_kit(Kit(artifacts_url=coordinator.artifacts_url, modules=tuple(self._kit.values())))
 
-    async def measure(self, request: DeployRequest, progress: Progress) -> list[str]:
-        """Have every online device measure the model's modules; give the devices that have not in time."""
+    async def measure(self, request: MeasureRequest, progress: Progress) -> list[str]:
+        """Have every online device measure the model's modules; give the devices that have not in time. With `again`
+        the devices asked for measure what they know too; raises CallFailed if one of them can't."""
+        self._check_known(request.devices)
         prepared = await self.prepare(request.model, request.precision, progress)
-        return await self._await_boards(request, prepared, progress)
+        deploy = DeployRequest(model=request.model, precision=request.precision)
+        unmeasured = await self._await_boards(deploy, prepared, progress)
+        if request.again:
+            devices = list(dict.fromkeys(request.devices)) or self._coordinator.online()
+            progress(f"measuring again on {', '.join(devices)}")
+            calls = [self._measure_again(device, progress) for device in devices]
+            failures = [found for found in await asyncio.gather(*calls, return_exceptions=True) if found is not None]
+            if failures:
+                raise failures[0]
+        return unmeasured
+
+    async def _measure_again(self, device: str, progress: Progress) -> None:
+        coordinator = self._coordinator
+        if not coordinator.is_online(device):
+            raise Unreachable(f"{device} is offline", try_="edgelam devices")
+        result = await coordinator.calls.call(
+            device, "measure", lambda: coordinator.is_online(device), MEASURE_AGAIN_TIMEOUT_S
+        )
+        measured, failed = result.get("measured"), result.get("failed")
+        count = len(measured) if isinstance(measured, list) else 0
+        progress(f"{device} measured {count} modules" + (f", {len(failed)} could not be" if failed else ""))
 
     async def plan(self, request: DeployRequest, progress: Progress) -> tuple[Plan, Prepared, list[Candidate]]:
         """Plan a model on the devices that are online and measured; waits for measurements that are under way."""
@@ -115,10 +140,13 @@ class Operations:
 
     def _check_excluded(self, request: DeployRequest) -> None:
         """Raise UsageError for a board to leave out that nobody has heard of: most likely a slip of the pen."""
+        self._check_known(request.excluded, " to leave out")
+
+    def _check_known(self, names: Iterable[str], what: str = "") -> None:
         known = [device.name for device in self._coordinator.devices()]
-        for name in request.excluded:
+        for name in names:
             if name not in known:
-                raise UsageError(f"no board {name!r} to leave out", try_=f"one of: {', '.join(known)}")
+                raise UsageError(f"no board {name!r}{what}", try_=f"one of: {', '.join(known) or 'none is here'}")
 
     def _plan_request(self, request: DeployRequest, name: str) -> PlanRequest:
         return PlanRequest(

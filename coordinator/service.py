@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from coordinator.artifacts import Artifacts
+from coordinator.calls import Calls
 from coordinator.changes import Changes
 from coordinator.deployments import check_orders, desired_for, ended_stages
 from coordinator.fleet import (
@@ -44,7 +45,7 @@ from wire.errors import PeerError
 from wire.frames import Parcel
 from wire.ids import is_name
 from wire.limits import MAX_CONTROL_BYTES
-from wire.messages import Applied, DeviceInfo, DeviceState, Event, Kit, Telemetry
+from wire.messages import Applied, DeviceInfo, DeviceState, Event, Kit, Reply, Telemetry
 
 MAX_NOTICES = 200
 EPOCH_JUMP_LIMIT = 1 << 40
@@ -65,6 +66,7 @@ class Coordinator:
         self.hub = hub
         self.started_s = time.monotonic()
         self.changes = Changes()
+        self.calls = Calls(site, self.changes, hub.publish)
         self.fleet = Fleet()
         self.notices: deque[Event] = deque(maxlen=MAX_NOTICES)
         self.refused_messages = 0
@@ -135,11 +137,11 @@ class Coordinator:
         return {device.name: device.telemetry for device in self.devices() if device.telemetry is not None}
 
     def has_measured(self, name: str, keys: set[str]) -> bool:
-        """Whether a device's profile holds all module keys, and what became of its link: absent is not yet measured."""
+        """Whether a device has tried all that it is asked to measure: these modules, and its link (absent: not yet)."""
         profile = self.profiles().get(name)
         if profile is None or isinstance(profile.link, Absent):
             return False
-        return keys <= {measurement.key for measurement in profile.modules}
+        return keys <= {measurement.key for measurement in profile.modules} | profile.failed.keys()
 
     # What arrives.
 
@@ -194,6 +196,8 @@ class Coordinator:
             return AppliedArrived(name, messages.decode(payload, Applied, topic), now_s)
         if row is topics.TELEMETRY:
             return TelemetryArrived(name, messages.decode(payload, Telemetry, topic), now_s)
+        if row is topics.REPLY:
+            self.calls.heard(messages.decode(payload, Reply, topic))
         if row is topics.EVENT:
             self.notices.append(messages.decode(payload, Event, topic))
             self.changes.ring()

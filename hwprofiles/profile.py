@@ -192,6 +192,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     """What was measured with, and why others were not."""
     modules: Annotated[tuple[ModuleMeasurement, ...], Meta(max_length=256)]
     link: LinkMeasurement | Absent | Failed
+    failed: Annotated[dict[Text, Text], Meta(max_length=256)] = {}
+    """Keys of modules that could not be measured, and why."""
 
 
 def compact(profile: Profile) -> Profile:

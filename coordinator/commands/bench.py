@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from coordinator.calls import MeasureRequest
 from coordinator.client import Client
 from coordinator.commands.common import (
     CoordinatorUrl,
@@ -23,7 +24,6 @@ from coordinator.commands.common import (
     write_file,
     write_text,
 )
-from coordinator.journal import DeployRequest
 from hwprofiles.profile import Profile
 from hwprofiles.report.render import markdown, plain
 from wire.errors import Unreachable, UsageError
@@ -38,6 +38,9 @@ def bench(
         ),
     ] = "smollm2",
     precision: Precision = "int4",
+    again: Annotated[
+        bool, typer.Option("--again", help="Have the boards measure all anew, whatever they know: some 30 s each.")
+    ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown instead of plain tables.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")] = None,
     json: Json = False,
@@ -49,7 +52,8 @@ def bench(
     Example: edgelam bench --markdown -o boards.md
     """
     with client(coordinator, site_key_file) as there:
-        there.last("/v1/measure", DeployRequest(model=model_name(model), precision=precision), status_line)
+        wanted = MeasureRequest(model=model_name(model), precision=precision, again=again, devices=tuple(device or ()))
+        there.last("/v1/measure", wanted, status_line)
         profiles = [_profile(there, name) for name in _names(there, device)]
     if json:
         text = msgspec.json.encode({"schema": "edgelam.bench/1", "profiles": profiles}).decode()

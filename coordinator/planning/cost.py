@@ -175,6 +175,9 @@ def device_cost(
     missing = [key for key in wanted if key not in measured]
     if missing:
         names = ", ".join(sorted({wanted[key].kind for key in missing}))
+        reasons = sorted({profile.failed[key] for key in missing if key in profile.failed})
+        if reasons:
+            return LeftOut(device=device, because=f"could not measure {names} of {graph.model}: {'; '.join(reasons)}")
         return LeftOut(device=device, because=f"has not measured {names} of {graph.model} on {workload.engine}")
     decode: dict[str, StepCost] = {}
     prefill: dict[str, StepCost] = {}

@@ -47,7 +47,7 @@ def _no_board(priced: Priced) -> Infeasible | None:
         return Infeasible(f"{priced.graph.model}: there is no board to plan for", try_="edgelam devices")
     return Infeasible(
         f"{priced.graph.model}: no board can be planned for ({_left_out_text(priced)})",
-        try_="edgelam devices; a board without figures is measured again by: edgelam bench",
+        try_="edgelam devices; a board without figures is measured again by: edgelam bench --again",
     )
 
 
@@ -180,7 +180,7 @@ def _links(priced: Priced) -> Infeasible | None:
         return None
     return Infeasible(
         f"{priced.graph.model} has to be split, and these boards can't take part: {'; '.join(unlinked)}",
-        try_="edgelam bench on these boards, with the broker reachable",
+        try_="edgelam bench --again, with the broker reachable from these boards",
     )
 
 

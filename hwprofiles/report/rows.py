@@ -55,6 +55,9 @@ def rows(profile: Profile) -> tuple[Table, ...]:
         tables.append(_timings(module))
         if len({timing.stack for timing in module.timings}) > 1:  # from one depth, cost and time are the same
             tables.append(_costs(module))
+    if profile.failed:
+        reasons = tuple((clean(key), clean(because)) for key, because in sorted(profile.failed.items()))
+        tables.append(Table(title="not measured", columns=(Column("module"), Column("because")), rows=reasons))
     return (*tables, _link(profile.link))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -70,6 +71,16 @@ def obedient(**changes: object) -> FakeLauncher:
 
     launcher.on_measure = answer
     return launcher
+
+
+def obedient_again(launcher: FakeLauncher) -> Callable[[int, MeasureTask], None]:
+    """Measure all from now on."""
+
+    def answer(worker: int, task: MeasureTask) -> None:
+        launcher.say(worker, measured(task))
+        launcher.kill(worker, "ended with exit code 0")
+
+    return answer
 
 
 def profile(lab: Lab) -> Profile | None:
@@ -169,6 +180,9 @@ def test_a_module_that_fails_is_told_and_not_tried_for_ever(lab: Lab) -> None:
     lab.turn(lambda: service.measured)
     lab.turn(lambda: b"no kernel for it" in b"".join(lab.seen.get(topics.EVENT.on(SITE, DEVICE), [])))
     assert len(tasks(launcher)) == 1
+    found = profile(lab)
+    assert found is not None and found.failed == {"a": "no kernel for it"} and found.modules == ()
+    assert "no kernel for it" in markdown(found)
     lab.publish(topics.KIT, kit(module("a", b"another graph")))
     lab.turn(lambda: not service.measured)
 
@@ -179,6 +193,18 @@ def test_a_measuring_worker_that_dies_is_told_and_the_device_is_online_again(lab
     service = start(lab, launcher, module("a"))
     lab.turn(lambda: b"SIGSEGV" in b"".join(lab.seen.get(topics.EVENT.on(SITE, DEVICE), [])))
     lab.turn(lambda: service.state is State.SERVING)
+    found = profile(lab)
+    assert found is not None and found.failed == {"a": "killed by SIGSEGV"} and isinstance(found.link, Absent)
+
+
+def test_what_failed_once_and_is_measured_later_is_no_longer_a_failure(lab: Lab) -> None:
+    launcher = obedient(modules=(), failed={"a": "no memory"})
+    start(lab, launcher, module("a"))
+    lab.turn(lambda: profile(lab) is not None)
+    launcher.on_measure = obedient_again(launcher)
+    assert ask(lab, "measure").ok
+    found = profile(lab)
+    assert found is not None and found.failed == {} and [m.key for m in found.modules] == ["a"]
 
 
 def ask(lab: Lab, verb: str) -> Reply:

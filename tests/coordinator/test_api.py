@@ -277,13 +277,21 @@ def test_a_wrong_address_has_the_shape_of_an_error(method: str, path: str, statu
     "body",
     [
         b"", b"{", b"[]", b"null", b"{}", b'{"model": 3}', b'{"model": null}', b"\xff\xfe",
-        b'{"model": "x", "context_tokens": "4"}', b'{"model": "x", "more": ' + b"[" * 200_000, b'{"model": "\\ud800"}'
-        b'{"model":"x","context_tokens":1e999}',
+        b'{"model": "x", "precision": 4}', b'{"model": "x", "more": ' + b"[" * 200_000, b'{"model": "\\ud800"}',
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/plan", "/v1/measure", "/v1/deployments", "/v1/generate"])
 def test_a_body_that_is_no_request_is_refused(path: str, body: bytes, door: Door) -> None:
     response = door.client().post(path, content=body)
+    assert response.status_code == 400, response.text
+    assert_error(response.json(), UsageError)
+    assert not door.operations.asked and not door.serving.asked
+
+
+@pytest.mark.parametrize("context", [b'"4"', b"1e999", b"4.5"])
+@pytest.mark.parametrize("path", ["/v1/plan", "/v1/deployments", "/v1/generate"])
+def test_a_number_that_is_none_is_refused(path: str, context: bytes, door: Door) -> None:
+    response = door.client().post(path, content=b'{"model": "x", "prompt": "y", "context_tokens": ' + context + b"}")
     assert response.status_code == 400, response.text
     assert_error(response.json(), UsageError)
     assert not door.operations.asked and not door.serving.asked

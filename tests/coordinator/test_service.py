@@ -182,6 +182,12 @@ def test_a_board_whose_link_is_not_yet_known_has_not_measured_itself(tmp_path: P
             )
             await until(lambda link_now=link_now: link_of(lab) == link_now, repr(link_now))
             assert lab.coordinator.has_measured("pi5", keys) is expected
+        one = known.modules[0].key
+        tried = msgspec.structs.replace(known, modules=known.modules[1:], failed={one: "no kernel for it"})
+        lab.boards["pi5"].say(topics.PROFILE, msgspec.json.encode(tried), "pi5")
+        await until(lambda: bool(lab.coordinator.profiles()["pi5"].failed))
+        assert lab.coordinator.has_measured("pi5", keys), "nobody waits for what was tried"
+        assert not lab.coordinator.has_measured("pi5", keys | {"another"})
 
     lab_test(scenario, tmp_path)
 

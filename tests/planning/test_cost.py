@@ -88,6 +88,9 @@ def test_a_device_without_a_needed_measurement_is_left_out_with_the_reason() -> 
     left = device_cost(graph(), "pi5", without_head, 4_096 * MB, WORKLOAD)
     assert isinstance(left, LeftOut)
     assert "has not measured head of tiny-chat" in left.because
+    failed = msgspec.structs.replace(without_head, failed={made.modules[2].key: "no memory"})
+    left = device_cost(graph(), "pi5", failed, 4_096 * MB, WORKLOAD)
+    assert isinstance(left, LeftOut) and left.because == "could not measure head of tiny-chat: no memory"
 
 
 def test_measurements_of_another_engine_do_not_count() -> None:
