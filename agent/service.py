@@ -45,6 +45,9 @@ POLL_S: Final = 0.25
 
 TEMPERATURE_PERIOD_S: Final = 5.0
 CONTRADICT_PERIOD_S: Final = 0.5
+
+AWAITED_BEAT_PERIOD_S: Final = 0.1
+"""Between heartbeats while counters are waited for; else HEARTBEAT_PERIOD_S."""
 SHOW_AFTER_S: Final = 5.0
 """A board that the broker doesn't let in for so long shows itself over mDNS: the coordinator then tells people."""
 
@@ -397,8 +400,12 @@ class Service:
         if notifier.watchdog_period_s and now_s >= self._next_watchdog_s:
             self._next_watchdog_s = now_s + notifier.watchdog_period_s
             notifier.say("WATCHDOG=1")
-        if now_s < self._next_beat_s or self._session is None or self.state not in lifecycle.SAID:
+        awaited = self._stages is not None and self._stages.answered
+        due_s = self._next_beat_s - (HEARTBEAT_PERIOD_S - AWAITED_BEAT_PERIOD_S if awaited else 0.0)
+        if now_s < due_s or self._session is None or self.state not in lifecycle.SAID:
             return
+        if self._stages is not None:
+            self._stages.answered = False
         self._next_beat_s = now_s + HEARTBEAT_PERIOD_S
         if now_s - self._temperature[0] > TEMPERATURE_PERIOD_S:
             reading = thermal.hottest(self._outside.root)

@@ -76,6 +76,8 @@ class Stages:
         self._desired: Desired | None = None
         self._stages: dict[Key, _Stage] = {}
         self._have_bytes: dict[str, int] = {}
+        self.answered = False
+        """A request has ended since this was last set to False: its counters are waited for."""
         self._launches = 0
 
     @property
@@ -161,6 +163,7 @@ class Stages:
         if stage.status is None or stage.status.phase != status.phase:
             LOG.info("%s: %s %s", _name(stage.wanted), status.phase, status.detail)
         stage.status = status
+        self.answered = self.answered or status.answered
         return True
 
     def reports(self, now_s: float) -> tuple[StageReport, ...]:

@@ -19,7 +19,7 @@ from wire import topics
 from wire.assembly import Assembler
 from wire.errors import EdgelamError, MalformedFrame, PeerError
 from wire.flow import Credit, ReceiveWindow, SendWindow, Verdict, encode_credit, parse_credit
-from wire.frames import Frame, Kind, Parcel, encode, parse
+from wire.frames import Dtype, Frame, Kind, Laid, Parcel, Tensor, encode, lay_out, parse
 from wire.ids import new_stream_id
 from wire.limits import (
     CHUNK_BYTES_DEFAULT,
@@ -127,6 +127,23 @@ class Outbox:
                 self.dropped_frames += len(frames) - index
                 self._drop_backlog()
                 raise
+
+    def lay_out(self, parcel: Parcel) -> Laid | None:
+        """Lay out the frame of the parcel that may come next (see wire.frames.lay_out); None if it could not go out at
+        once, as one chunk. Whoever sends it instead of `send` says so with `went`."""
+        tensor = parcel.tensor
+        if tensor is None or self._backlog or tensor.nbytes > self._chunk_bytes or self._transport.link is not Link.UP:
+            return None
+        laid = lay_out(parcel, self.stream, self._end_offset, self.parcels)
+        return laid if self._window.may_send(laid.frame_bytes) else None
+
+    def went(self, laid: Laid) -> None:
+        """What was laid out last has been sent, and nothing since then."""
+        self.parcels += 1
+        self._end_offset += laid.frame_bytes
+        self._window.sent(laid.frame_bytes)
+        self.frames += 1
+        self.bytes += laid.frame_bytes
 
     def tick(self) -> None:
         """Call at least every CREDIT_ASK_S: asks again for credit that may have been lost."""
@@ -266,6 +283,7 @@ class Inbox:
         self._senders: OrderedDict[int, _Sender] = OrderedDict()
         self._assembler = Assembler()
         self._ready: deque[Delivery] = deque()
+        self._last: Frame | None = None
         self._held_bytes = 0
         self._credit_topic = topics.credit_of(topic)
         transport.subscribe(topic, self._on_frame)
@@ -283,6 +301,20 @@ class Inbox:
     def take(self) -> Delivery | None:
         """Give the oldest parcel that is whole, or None."""
         return self._ready.popleft() if self._ready else None
+
+    def foresee(self, request: int, position: int) -> Laid | None:
+        """How the next frame will look if it goes on as the last one did: the same sender, kind, dtype and shape, no
+        meta, one chunk, for this row of this request. None if the last was not of that kind, or there is no credit."""
+        last = self._last
+        if last is None or last.request != request or last.meta or last.chunks != 1 or last.dtype is Dtype.NONE:
+            return None
+        sender = self._senders.get(last.stream)
+        if sender is None or self._ready or not sender.window.takes(last.whole_bytes):
+            return None
+        tensor = Tensor(last.dtype, last.shape, last.group, ())
+        parcel = Parcel(last.kind, last.epoch, request, position, last.flags, tensor)
+        laid = lay_out(parcel, last.stream, sender.window.expected, last.parcel + 1)
+        return Laid(laid.rest, last.whole_bytes)
 
     def done(self, delivery: Delivery) -> None:
         """Return the credit of a taken parcel to its sender. Exactly once per delivery."""
@@ -329,6 +361,7 @@ class Inbox:
             self._refuse("credit", f"stream {frame.stream:x} sent more than it was granted")
         else:
             self.counters.frames += 1
+            self._last = frame
             self._settle(frame.stream, sender, arrival.lost_bytes)
             self._assemble(frame, sender)
             self._grant(frame.stream, sender)

@@ -82,6 +82,15 @@ class ReceiveWindow:
         """Bytes that arrived and were not yet consumed; never more than the window."""
         return self._expected - self._consumed
 
+    @property
+    def expected(self) -> int:
+        """Offset of the next frame if nothing is lost."""
+        return self._expected
+
+    def takes(self, frame_bytes: int) -> bool:
+        """Whether the next frame would be within the credit."""
+        return self._expected + frame_bytes <= self._granted
+
     def arrived(self, offset: int, frame_bytes: int) -> Arrival:
         """Judge a frame. FRESH ones are held until `consumed`; the others change nothing and must be dropped."""
         if offset < self._expected:

@@ -58,6 +58,10 @@ FLAG_FINAL: Final = 1
 _FIXED: Final = struct.Struct("<3sBIBBBBHHIIQQQIHH")
 _LEAD: Final = struct.Struct("<3sBI")
 _CRC_END: Final = _LEAD.size
+LEAD: Final = MAGIC + bytes([PROTOCOL])
+"""What every frame begins with; its checksum, 4 bytes little-endian, comes next."""
+
+CHECKSUM_BYTES: Final = 4
 _DIMS: Final = tuple(struct.Struct(f"<{rank}I") for rank in range(MAX_RANK + 1))
 _REST: Final = tuple(struct.Struct(f"<BBBBHHIIQQQIHH{rank}I{rank % 2 * 4}x") for rank in range(MAX_RANK + 1))
 """By rank: all after the checksum, padded."""
@@ -184,18 +188,52 @@ def _frame(
 ) -> list[Buffer]:
     """One frame: its header, with meta on chunk 0, and the buffers behind it."""
     tensor, meta = parcel.tensor, b"" if chunk else parcel.meta
-    dtype, shape, group = (Dtype.NONE, (), 0) if tensor is None else (tensor.dtype, tensor.shape, tensor.group)
-    rank = len(shape)
-    after_crc = _REST[rank].pack(
-        parcel.kind, parcel.flags, dtype, rank, group, len(meta), parcel.epoch & 0xFFFFFFFF,
-        parcel_number & 0xFFFFFFFF, stream, offset, parcel.request, parcel.position, chunk, chunks, *shape,
-    )  # fmt: skip
+    after_crc = _after_checksum(
+        parcel, len(meta), () if tensor is None else tensor.shape, stream, offset, parcel_number, chunk, chunks
+    )
     if meta:
         after_crc += meta + bytes(-len(meta) % 8)
     checksum = crc32(after_crc)
     for piece in payload:
         checksum = crc32(piece, checksum)
     return [_LEAD.pack(MAGIC, PROTOCOL, checksum) + after_crc, *payload]
+
+
+def _after_checksum(
+    parcel: Parcel,
+    meta_bytes: int,
+    shape: tuple[int, ...],
+    stream: int,
+    offset: int,
+    parcel_number: int,
+    chunk: int,
+    chunks: int,
+) -> bytes:
+    """The header after the checksum, padded."""
+    tensor = parcel.tensor
+    dtype, group = (Dtype.NONE, 0) if tensor is None else (tensor.dtype, tensor.group)
+    rank = len(shape)
+    return _REST[rank].pack(
+        parcel.kind, parcel.flags, dtype, rank, group, meta_bytes, parcel.epoch & 0xFFFFFFFF,
+        parcel_number & 0xFFFFFFFF, stream, offset, parcel.request, parcel.position, chunk, chunks, *shape,
+    )  # fmt: skip
+
+
+class Laid(NamedTuple):
+    """A frame that was laid out before its payload is there: one chunk, no meta."""
+
+    rest: bytes
+    """The header after the checksum."""
+    frame_bytes: int
+
+
+def lay_out(parcel: Parcel, stream: int, offset: int, parcel_number: int) -> Laid:
+    """Lay out the frame of a parcel whose tensor has dtype and shape, but not yet the bytes."""
+    tensor = parcel.tensor
+    if tensor is None or parcel.meta:
+        raise ValueError("only a tensor without meta can be laid out")
+    rest = _after_checksum(parcel, 0, tensor.shape, stream, offset, parcel_number, 0, 1)
+    return Laid(rest, _CRC_END + len(rest) + tensor.nbytes)
 
 
 def _slice(buffers: tuple[memoryview, ...], start: int, end: int) -> list[memoryview]:

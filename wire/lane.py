@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from wire.transport import Buffer, Inbound
 
@@ -25,6 +25,15 @@ _TYPE_AND_QOS: Final = 0xF6
 
 _RETAIN: Final = 0x01
 _MOST_LENGTH_BYTES: Final = 4
+
+
+class Expected(NamedTuple):
+    """A packet of which only `gap` bytes behind `head` and the end, behind `rest`, are not known yet."""
+
+    head: bytes
+    gap: int
+    rest: bytes
+    packet_bytes: int
 
 
 class Nonsense(Exception):
@@ -43,6 +52,8 @@ class Lane:
         self._buffer = bytearray(READ_BYTES)
         self._filled = 0
         self._skip_bytes = 0
+        self._unread = False
+        """What lies in the buffer was peeked at, and is still to be read."""
         self._others = bytearray()
         """Whole packets for paho."""
         self._over: OSError | None = None
@@ -63,19 +74,25 @@ class Lane:
 
         `parts` are `payload_bytes` together; that and the topic are the caller's to check.
         """
-        head = self._heads.get(topic)
-        if head is None:
-            head = self._head(topic)
+        head = self._head(topic)
         size = len(head) + payload_bytes
         first = _fixed_header(_PUBLISH_QOS_0 | retain, size)
-        pieces = (first, head, *parts)
+        self.put((first, head, *parts), len(first) + size)
+
+    def packet_head(self, topic: str, payload_bytes: int) -> bytes:
+        """What stands before the payload of a message at QoS 0 that is not retained."""
+        head = self._head(topic)
+        return _fixed_header(_PUBLISH_QOS_0, len(head) + payload_bytes) + head
+
+    def put(self, pieces: Sequence[Buffer], packet_bytes: int) -> None:
+        """Send whole packets, `packet_bytes` in all; what the socket does not take is kept. Raises OSError."""
         taken = 0
         if not self.unsent:
             try:
                 taken = self.connection.sendmsg(pieces)
             except BlockingIOError:
                 taken = 0
-            if taken == len(first) + size:
+            if taken == packet_bytes:
                 return
         for piece in pieces:
             if taken < len(piece):
@@ -95,6 +112,10 @@ class Lane:
 
         The end of the connection and its errors are left for paho to find with `recv`.
         """
+        if self._unread:
+            self._unread = False
+            full = self._filled == len(self._buffer)
+            return self._take(), full
         room = len(self._buffer) - self._filled
         try:
             count = self.connection.recv_into(memoryview(self._buffer)[self._filled :])
@@ -108,6 +129,32 @@ class Lane:
             return [], False
         self._filled += count
         return self._take(), count == room
+
+    def peek(self, expected: Expected) -> memoryview | None:
+        """Take what has come, once, and give a view of it from `gap` on if it is this packet and nothing else. Whatever
+        it is, it is still to be read; the view holds until then."""
+        if self._filled or self._skip_bytes or self._ended:
+            return None
+        buffer = self._buffer
+        try:
+            count = self.connection.recv_into(buffer)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._over, self._ended = error, True
+            return None
+        if count == 0:
+            self._ended = True
+            return None
+        self._filled, self._unread = count, True
+        start = len(expected.head)
+        if (
+            count == expected.packet_bytes
+            and buffer.startswith(expected.head)
+            and buffer.startswith(expected.rest, start + expected.gap)
+        ):
+            return memoryview(buffer)[start:count]
+        return None
 
     # --- for paho, in place of the socket ---
 
@@ -204,6 +251,9 @@ class Lane:
 
     def _head(self, topic: str) -> bytes:
         """What stands between the fixed header and the payload, kept for next time."""
+        known = self._heads.get(topic)
+        if known is not None:
+            return known
         name = topic.encode()
         head = len(name).to_bytes(2, "big") + name + (b"\0" if self._five else b"")
         if len(self._heads) >= _MOST_HEADS:

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from paho.mqtt.client import Client as PahoClient
@@ -33,7 +33,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.client import Client, Session, parse_url
 from wire.endpoint import Ended, Endpoint, Kept, Redial, Unacknowledged
-from wire.lane import Nonsense
+from wire.lane import Expected, Nonsense
 from wire.limits import MAX_PUBLISH_BYTES
 from wire.subscriptions import check_message, joined
 from wire.transport import REFUSED_US, Buffer, Handler, Inbound, Link, NotConnected, Will
@@ -95,6 +95,8 @@ class MqttTransport(Endpoint):
         self._poller = select.poll()
         self._polled: tuple[int, int, int] = (-1, -1, 0)
         """What the poller watches: wake pipe, socket, events of the socket."""
+        self.ahead: Callable[[], None] | None = None
+        """Called when something has come, before it is read; it may `peek` and `put`."""
 
     @property
     def protocol(self) -> str:
@@ -142,6 +144,34 @@ class MqttTransport(Endpoint):
             else:
                 unsent = self._by_paho(client, Kept(topic, joined(payload), retain, _moment(expiry_s)), qos)
         if unsent:
+            self._notify()
+
+    def peek(self, expected: Expected) -> memoryview | None:
+        """See what has come before it is read (Lane.peek); None if it is not `expected`, or something else waits."""
+        client = self._client
+        if client is None or client.lane is None or self._arrived:
+            return None
+        return client.lane.peek(expected)
+
+    def packet_head(self, topic: str, payload_bytes: int) -> bytes:
+        """What `put` needs before the payload of a message; raises NotConnected."""
+        client = self._client if self._link is Link.UP else None
+        if client is None or client.lane is None:
+            raise self._not_connected(topic)
+        return client.lane.packet_head(topic, payload_bytes)
+
+    def put(self, pieces: Sequence[Buffer], packet_bytes: int, payload_bytes: int) -> None:
+        """Send a message that was laid out as a packet on this connection. Raises NotConnected."""
+        client = self._client if self._link is Link.UP else None
+        if client is None or client.lane is None:
+            raise self._not_connected("a packet")
+        try:
+            client.lane.put(pieces, packet_bytes)
+        except OSError as error:
+            self._lost(client, error)
+            raise self._not_connected("a packet") from error
+        self._bytes_sent += payload_bytes
+        if client.lane.unsent:
             self._notify()
 
     def poll(self, timeout_s: float) -> int:
@@ -411,6 +441,8 @@ class MqttTransport(Endpoint):
                 if events & select.POLLOUT:
                     self._write(client)
                 if events & ~select.POLLOUT and client is self._client:
+                    if self.ahead is not None:
+                        self.ahead()
                     self._read(client)
 
     def _watching(self, client: Client | None) -> select.poll:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from agent.workers.ahead import StepAhead
 from agent.workers.child import Parent, become_worker
 from agent.workers.dataplane import data_connection
 from agent.workers.echo import Echo
@@ -28,6 +29,7 @@ from models.sampling import draw
 from wire.channel import Delivery, Inbox
 from wire.errors import EdgelamError
 from wire.messages import StageCounters, StageOrder
+from wire.mqtt import MqttTransport
 from wire.transport import Transport
 from wire.units import bytes_text
 
@@ -136,6 +138,10 @@ class Worker:
         self._work = StageWork(
             order, engine, self._outboxes, self._done, draw, stretch, assignment.site, assignment.device
         )
+        self._ahead: StepAhead | None = None
+        if isinstance(transport, MqttTransport):
+            transport.ahead = self._ahead = StepAhead(transport, self._outboxes, self._work, engine, draw, stretch)
+        self._told_ended = 0
         self._stopping = False
         self._ready = False
         self._echo: Echo | None = None
@@ -149,12 +155,17 @@ class Worker:
         transport.start()
         next_tick_s = next_report_s = 0.0
         while not self._stopping and not self._parent.gone:
+            if self._ahead is not None:
+                self._foresee(self._ahead)
             transport.poll(0.0 if work.runnable else POLL_S)
             now_s = clock()
             while (delivery := inbox.take()) is not None:
                 if self._echo is None or not self._heard(self._echo, delivery):
                     work.accept(delivery, now_s)
             work.work(now_s)
+            if work.ended != self._told_ended and self._ready:
+                self._told_ended = work.ended
+                self._report(answered=True)
             if now_s >= next_tick_s:
                 next_tick_s = now_s + TICK_S
                 self._tick(now_s)
@@ -163,6 +174,12 @@ class Worker:
                     next_report_s = now_s + REPORT_PERIOD_S
                     self._report()
         transport.close()
+
+    def _foresee(self, ahead: StepAhead) -> None:
+        if self._ready and not self._work.runnable:
+            ahead.lay_out(self._inbox)
+        else:
+            ahead.forget()
 
     def _done(self, delivery: Delivery) -> None:
         self._inbox.done(delivery)
@@ -211,7 +228,7 @@ class Worker:
         self._ready = False
         self._parent.say(Status(phase="loading", epoch=self._work.order.epoch, detail=f"broker lost: {reason}"))
 
-    def _report(self) -> None:
+    def _report(self, answered: bool = False) -> None:
         order, tally = self._work.order, self._work.tally
         counters = StageCounters(
             deployment=order.deployment,
@@ -239,6 +256,7 @@ class Worker:
                 held_bytes=self._engine.held_bytes,
                 resident_bytes=counters.resident_bytes,
                 counters=counters,
+                answered=answered,
             )
         )
 

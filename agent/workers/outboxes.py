@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from wire.channel import Outbox
-from wire.frames import Parcel
+from wire.frames import Laid, Parcel
 from wire.messages import InboxAddress
 from wire.transport import Transport
 
@@ -36,6 +36,10 @@ class Outboxes:
         return self._next.backlog_bytes
 
     @property
+    def next_topic(self) -> str:
+        return self._next_topic
+
+    @property
     def next_bytes(self) -> int:
         return self._next.bytes
 
@@ -46,6 +50,13 @@ class Outboxes:
 
     def to_next(self, parcel: Parcel) -> None:
         self._next.send(parcel)
+
+    def lay_out_next(self, parcel: Parcel) -> Laid | None:
+        """See wire.channel.Outbox.lay_out."""
+        return self._next.lay_out(parcel)
+
+    def next_went(self, laid: Laid) -> None:
+        self._next.went(laid)
 
     def to_requester(self, topic: str, parcel: Parcel) -> None:
         box = self._requesters.get(topic)

@@ -62,6 +62,8 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     held_bytes: int = 0
     resident_bytes: int = 0
     counters: StageCounters | None = None
+    answered: bool = False
+    """A request has just ended: whoever made it waits for the counters."""
     final: bool = False
     """Failed in a way that starting again would not cure."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 from wire.channel import Delivery
+from wire.errors import EdgelamError
 from wire.messages import Sampling
 
 
@@ -48,6 +49,21 @@ class Live:
     seen_s: float
     run: int = 0
     filed: int = 0
+
+
+class Made(Struct, frozen=True, eq=False, gc=False, kw_only=True):
+    """A step that was made, and what became of it."""
+
+    live: Live
+    position: int
+    busy_s: float = 0.0
+    result: Any = None
+    """What the engine gave, valid until its next step."""
+    token: int = -1
+    """What the head drew of it, -1 if it draws nothing."""
+    sent_bytes: int = 0
+    """The frame that has gone to the next stage already; 0 if it is still to be sent."""
+    error: EdgelamError | None = None
 
 
 @dataclass(slots=True, eq=False)

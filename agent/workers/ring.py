@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from agent.orders import is_inbox
-from agent.workers.requests import Live, Tally, Unit, chunks_of
+from agent.workers.requests import Live, Made, Tally, Unit, chunks_of
 from agent.workers.stretch import Stretch
 from models.engine.base import ContextFull, EngineFailed, NoSlot, StageEngine
 from wire.channel import Backlogged, Delivery
@@ -75,6 +75,8 @@ class StageWork:
         self.order = order
         self.tally = Tally()
         self.last_refusal = ""
+        self.made: Made | None = None
+        """A step that was made before its rows were filed (agent.workers.ahead)."""
         self._engine = engine
         self._sender = sender
         self._done = done
@@ -96,9 +98,35 @@ class StageWork:
         return len(self._live)
 
     @property
+    def ended(self) -> int:
+        """Requests that had a slot and have it no more."""
+        return self.tally.requests - len(self._live)
+
+    @property
     def runnable(self) -> bool:
         """Whether `work` would make a step now."""
         return bool(self._decode) or (bool(self._prefill) and self._room_ahead())
+
+    def foreseen(self) -> Live | None:
+        """The request whose next row is all that can come next, as far as one can tell, and whose step would not be its
+        last; its rows until now were run. None if there is more than one request, or none that far."""
+        if len(self._live) != 1 or self._decode or self._prefill or self.order.stages == 1:
+            return None
+        [live] = self._live.values()
+        if live.run != live.filed or live.run <= live.prompt_tokens or live.run + 1 >= self.order.context_tokens:
+            return None
+        if self.order.head and live.run + 2 - live.prompt_tokens >= live.max_new_tokens:
+            return None
+        return live
+
+    def parcel_of_row(self, live: Live, tensor: Tensor) -> Parcel:
+        """What goes to the next stage after the step over row `live.run`: hidden states, or the head's token."""
+        kind, position = (Kind.TOKENS, live.run + 1) if self.order.head else (Kind.HIDDEN, live.run)
+        return Parcel(kind, self.order.epoch, live.request, position, 0, tensor)
+
+    def tensor(self, result: Any) -> Tensor:
+        """Hidden states as they travel."""
+        return Tensor.bf16(result) if self._dtype is Dtype.BF16 else Tensor.of(result)
 
     def accept(self, delivery: Delivery, now_s: float) -> None:
         """File a parcel that arrived, or refuse it. Never raises for what came from the network."""
@@ -271,18 +299,14 @@ class StageWork:
         live = unit.live
         if self._live.get(live.request) is not live:
             return  # Closed while it waited.
-        self._stretch.begin()
-        try:
-            result = self._engine.step(live.slot, unit.rows, live.run)
-            draws = self.order.head and unit.final
-            token = self._draw(result, live.sampling, live.run + unit.count) if draws else -1
-        except ContextFull as error:
-            self._fail(live.reply, live.request, "too-long", error.message)
+        made, self.made = self.made, None
+        if made is None or made.live is not live or made.position != live.run or unit.count != 1:
+            made = self._make(unit, live)
+        if made.error is not None:
+            code = "too-long" if isinstance(made.error, ContextFull) else "engine"
+            self._fail(live.reply, live.request, code, made.error.message)
             return
-        except EngineFailed as error:
-            self._fail(live.reply, live.request, "engine", error.message)
-            return
-        busy_s = self._stretch.end()
+        busy_s = made.busy_s
         live.run += unit.count
         live.seen_s = now_s + busy_s
         if unit.count == 1:
@@ -294,13 +318,26 @@ class StageWork:
             self.tally.prefill_tokens += unit.count
             self.tally.prefill_busy_s += busy_s
             self._decode_first_s = busy_s
+        if made.sent_bytes:
+            self.tally.decode_sent_bytes += made.sent_bytes
         if not self.order.head:
-            self._pass_on(unit, live, result)
-        elif draws:
-            self._give_token(live, token)
+            if not made.sent_bytes:
+                self._pass_on(unit, live, made.result)
+        elif made.token >= 0:
+            self._give_token(live, made.token, bool(made.sent_bytes))
+
+    def _make(self, unit: Unit, live: Live) -> Made:
+        self._stretch.begin()
+        try:
+            result = self._engine.step(live.slot, unit.rows, live.run)
+            draws = self.order.head and unit.final
+            token = self._draw(result, live.sampling, live.run + unit.count) if draws else -1
+        except (ContextFull, EngineFailed) as error:
+            return Made(live=live, position=live.run, error=error)
+        return Made(live=live, position=live.run, busy_s=self._stretch.end(), result=result, token=token)
 
     def _pass_on(self, unit: Unit, live: Live, result: Any) -> None:
-        tensor = Tensor.bf16(result) if self._dtype is Dtype.BF16 else Tensor.of(result)
+        tensor = self.tensor(result)
         # FLAG_FINAL matters up to the last chunk of the prompt; a decode step is known by its position.
         flags = FLAG_FINAL if unit.final and live.run <= live.prompt_tokens else 0
         parcel = Parcel(Kind.HIDDEN, self.order.epoch, live.request, live.run - unit.count, flags, tensor, unit.meta)
@@ -314,8 +351,8 @@ class StageWork:
         if unit.count == 1:
             self.tally.decode_sent_bytes += self._sender.next_bytes - before_bytes
 
-    def _give_token(self, live: Live, token: int) -> None:
-        """Send a token to the first stage, unless it is the last, and to the requester."""
+    def _give_token(self, live: Live, token: int, sent: bool) -> None:
+        """Send a token to the first stage, unless it is the last or was `sent` there, and to the requester."""
         given = live.run - live.prompt_tokens + 1
         finished = token in live.stop_ids or given >= live.max_new_tokens or live.run >= self.order.context_tokens
         ids = np.array([token], dtype=np.int32)
@@ -329,7 +366,7 @@ class StageWork:
             elif self.order.embedding:
                 live.filed += 1
                 self._file(Unit(live, ids.astype(np.int64), 1, True))
-            else:
+            elif not sent:
                 before_bytes = self._sender.next_bytes
                 self._sender.to_next(parcel)
                 self.tally.decode_sent_bytes += self._sender.next_bytes - before_bytes

@@ -42,6 +42,24 @@ class StageSpec(Struct, frozen=True, kw_only=True):
     config: str = ""
 
 
+class RowStep(Protocol):
+    """Steps of one row in one slot, input and output where they lie. Good until the slot is closed."""
+
+    output: memoryview | None
+    """The hidden states that a stage without the head gives, as they travel."""
+    result: Array
+    """What StageEngine.step would give, valid until the next step."""
+
+    def fill(self, given: memoryview) -> bool:
+        """Write the input: one row of hidden states as they travel, or a token id, int32. False if it is no input."""
+
+    def run(self, position: int) -> None:
+        """Make the step; nothing but the input was checked. Raises EngineFailed."""
+
+    def settle(self, position: int) -> None:
+        """Check what the step gave, and count its row. Raises EngineFailed. Every `run` is settled before the next."""
+
+
 class StageEngine(Protocol):
     """One stage, loaded. Not thread-safe: one worker thread owns it."""
 
@@ -67,3 +85,7 @@ class StageEngine(Protocol):
         overwritten). Gives hidden states [n, hidden] in wire dtype, or for a stage with the head the logits of the
         last row, float32 [vocabulary]. The result is valid until the next step. Raises ContextFull, EngineFailed.
         """
+
+    def row(self, slot: int) -> RowStep | None:
+        """Give the bare way of a step of one row, to be used between two calls of `step`; None if this engine has
+        none, or has not made a step of one row in this slot."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _binding
 
-from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
+from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, RowStep, StageSpec
 from models.engine.manifest import StageManifest, load_graph
 from models.engine.memory import Weights, kv_buffers, make_weights, map_weights, rope_tables
 
@@ -25,6 +25,9 @@ PROVIDER: Final = "CPUExecutionProvider"
 
 WEIGHTS_FOLDER: Final = Path(__file__).resolve().parent
 """Holds an empty file of the name models.engine.manifest.WEIGHTS_LOCATION, which is part of the package."""
+
+TOKEN_BYTES: Final = 4
+"""Of a token id as it travels, int32."""
 
 _BFLOAT16: Final = 16
 """TensorProto.BFLOAT16; numpy has no such dtype, the bits travel as uint16."""
@@ -121,6 +124,10 @@ class OnnxStage:
         return self._name
 
     @property
+    def vocabulary(self) -> int:
+        return self._spec.vocabulary
+
+    @property
     def manifest(self) -> StageManifest:
         return self._manifest
 
@@ -172,10 +179,24 @@ class OnnxStage:
             self._session.run_with_iobinding(binding)
         except _FAILURES as error:
             raise EngineFailed(f"{self._name}: {_said(error)}") from error
-        if rows.hidden is not None and _has_special(rows.hidden_bits, rows.scratch, self._spec.wire_dtype):
-            raise self._overflow("the stage's output")
-        opened.rows = end
+        self.settle(opened, rows, end)
         return rows.logits if rows.logits is not None else rows.output
+
+    def row(self, slot: int) -> RowStep | None:
+        opened = self._opened(slot)
+        if 1 not in opened.bindings:
+            return None
+        return _OneRow(self, self._session, opened, opened.bindings[1], self._rows[1])
+
+    def settle(self, opened: _Slot, rows: _Rows, end: int) -> None:
+        """Count the rows of a step, unless it gave what is no number. A stage of a head alone has no hidden states of
+        its own to look at, and its product may hide a NaN: there it is what was given. Raises EngineFailed."""
+        if rows.hidden is not None:
+            if _has_special(rows.hidden_bits, rows.scratch, self._spec.wire_dtype):
+                raise self._overflow("the stage's output")
+        elif _has_special(rows.given_bits, rows.scratch, self._spec.wire_dtype):
+            raise self._overflow("the hidden states given")
+        opened.rows = end
 
     def bare_run(self, slot: int, count: int) -> Callable[[Array, int], Array]:
         """Give onnxruntime's own call for steps of `count` rows, inputs written and nothing checked: what a benchmark
@@ -198,14 +219,11 @@ class OnnxStage:
         return found
 
     def _check_given(self, rows: _Rows) -> None:
-        """A stage of a head alone has no hidden states of its own to look at, and its product may hide a NaN."""
         if self._manifest.embedding:
             vocabulary = self._spec.vocabulary
             least, most = int(rows.given.min()), int(rows.given.max())
             if least < 0 or most >= vocabulary:
                 raise EngineFailed(f"token ids {least} to {most} in a vocabulary of {vocabulary}")
-        elif rows.hidden is None and _has_special(rows.given_bits, rows.scratch, self._spec.wire_dtype):
-            raise self._overflow("the hidden states given")
 
     def _overflow(self, what: str) -> EngineFailed:
         return EngineFailed(
@@ -245,6 +263,50 @@ class OnnxStage:
 
     def _wire_of(self, array: Array) -> str:
         return "bf16" if array.dtype == np.uint16 else ""
+
+
+class _OneRow:
+    """See `models.engine.base.RowStep`. All that is looked up was looked up before: a step that has run through the
+    caches finds this code cold, and cold code costs by its length."""
+
+    def __init__(
+        self, stage: OnnxStage, session: onnxruntime.InferenceSession, slot: _Slot, binding: Any, rows: _Rows
+    ) -> None:
+        self._stage = stage
+        self._session = session
+        self._slot = slot
+        self._binding = binding
+        self._rows = rows
+        self._tokens = rows.given if rows.given.dtype == np.int64 else None
+        self._given = rows.given.view(np.uint8).reshape(-1).data
+        self._vocabulary = stage.vocabulary
+        self.output = None if rows.logits is not None else rows.output.view(np.uint8).reshape(-1).data
+        self.result: Array = rows.output if rows.logits is None else rows.logits
+
+    def fill(self, given: memoryview) -> bool:
+        if self._tokens is None:
+            if len(given) != len(self._given):
+                return False
+            self._given[:] = given
+            return True
+        token = int.from_bytes(given, "little", signed=True)
+        if len(given) != TOKEN_BYTES or not 0 <= token < self._vocabulary:
+            return False
+        self._tokens.fill(token)
+        return True
+
+    def run(self, position: int) -> None:
+        rows = self._rows
+        rows.last_row.fill(position)
+        rows.end.fill(position + 1)
+        self._slot.rows = position
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except _FAILURES as error:
+            raise EngineFailed(f"{self._stage.name}: {_said(error)}") from error
+
+    def settle(self, position: int) -> None:
+        self._stage.settle(self._slot, self._rows, position + 1)
 
 
 class _Rows:

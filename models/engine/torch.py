@@ -68,6 +68,10 @@ class TorchStage:
         self._opened(slot)
         self._slots[slot] = None
 
+    def row(self, slot: int) -> None:
+        """None: this engine is the reference, not the fast one."""
+        del slot
+
     @torch.no_grad()
     def step(self, slot: int, given: Array, position: int) -> Array:
         opened = self._opened(slot)

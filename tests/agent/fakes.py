@@ -99,6 +99,9 @@ class FakeEngine:
         del self.rows[slot]
         self.closed += 1
 
+    def row(self, slot: int) -> None:
+        return None
+
     def step(self, slot: int, given: np.ndarray, position: int) -> np.ndarray:
         if position > self.rows[slot]:
             raise EngineFailed(f"rows from {position}, {self.rows[slot]} were run")

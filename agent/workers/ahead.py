@@ -1,0 +1,215 @@
+"""Makes the next decode step first, and looks at its message afterwards.
+
+Between two steps of one answer almost all of the next message is known: who sends it, for which row of which request,
+under which numbers of its stream; only the hidden states and the checksum are not. Its way through transport, inbox and
+ring is the longest part of a hop: the steps before it ran through more memory than the caches hold, and cold code costs
+by its length (docs/decisions/0006). So, while nothing is to be done, two packets are laid out: the one that should come
+and the one that should go. When what has come is that packet to the byte, its payload is put where the engine reads,
+the step is made, and the result is sent. Then the message takes the ordinary way: it is read, checked, counted,
+credited and filed as any other, and where its step would be made, it was made already. What is not as foreseen takes
+the ordinary way alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, Protocol
+from zlib import crc32
+
+import numpy as np
+
+from agent.workers.requests import Live, Made
+from agent.workers.ring import StageWork
+from agent.workers.stretch import Stretch
+from models.engine.base import EngineFailed, RowStep, StageEngine
+from wire.channel import Inbox
+from wire.frames import CHECKSUM_BYTES, LEAD, Laid, Parcel, Tensor
+from wire.lane import Expected
+from wire.messages import Sampling
+from wire.transport import Buffer, NotConnected
+
+_NO_TOKEN: Final = np.zeros(1, np.int32)
+"""Stands for the token that the head has not drawn yet."""
+
+
+class Way(Protocol):
+    """What is asked of a transport: see wire.mqtt.MqttTransport."""
+
+    def peek(self, expected: Expected) -> memoryview | None: ...
+
+    def packet_head(self, topic: str, payload_bytes: int) -> bytes: ...
+
+    def put(self, pieces: tuple[Buffer, ...], packet_bytes: int, payload_bytes: int) -> None: ...
+
+
+class Outgoing(Protocol):
+    """The sender's end: see agent.workers.outboxes."""
+
+    @property
+    def next_topic(self) -> str: ...
+
+    def lay_out_next(self, parcel: Parcel) -> Laid | None: ...
+
+    def next_went(self, laid: Laid) -> None: ...
+
+
+class _Answer(NamedTuple):
+    """What is the same for all steps of one answer."""
+
+    live: Live
+    row: RowStep
+    result: Tensor
+    """Dtype and shape of what the steps send."""
+
+
+class _Heads(NamedTuple):
+    """What stands before the checksums of frames of these lengths."""
+
+    coming_bytes: int
+    going_bytes: int
+    coming: bytes
+    going: bytes
+
+
+class _Next(NamedTuple):
+    """One step that may come: its message, its engine, and the frame that follows from it."""
+
+    expected: Expected
+    input_at: int
+    """Where in the peeked view the payload begins."""
+    live: Live
+    position: int
+    row: RowStep
+    laid: Laid
+    head: bytes
+    rest_crc: int
+    packet_bytes: int
+
+
+class StepAhead:
+    """Call `lay_out` when there is nothing to do, and the object itself when something has come, before it is read."""
+
+    def __init__(
+        self,
+        way: Way,
+        sender: Outgoing,
+        work: StageWork,
+        engine: StageEngine,
+        draw: Callable[[Any, Sampling, int], int],
+        stretch: Stretch,
+    ) -> None:
+        self.steps = 0
+        """Steps that were made so."""
+        self._way = way
+        self._sender = sender
+        self._work = work
+        self._engine = engine
+        self._draw = draw
+        self._stretch = stretch
+        self._next: _Next | None = None
+        self._answer: _Answer | None = None
+        self._heads: _Heads | None = None
+
+    def forget(self) -> None:
+        """Foresee nothing until the next `lay_out`."""
+        self._next = None
+
+    def lay_out(self, inbox: Inbox) -> None:
+        """Foresee the message that may come next to `inbox`, and the frame that its step will send."""
+        self._next = None
+        live = self._work.foreseen()
+        coming = None if live is None else inbox.foresee(live.request, live.run)
+        if live is None:
+            self._answer = self._heads = None
+        if live is None or coming is None:
+            return
+        answer = self._answer_of(live)
+        laid = None if answer is None else self._sender.lay_out_next(self._work.parcel_of_row(live, answer.result))
+        heads = None if laid is None else self._heads_of(inbox.topic, coming.frame_bytes, laid.frame_bytes)
+        if answer is None or laid is None or heads is None:
+            return
+        expected = Expected(
+            heads.coming, CHECKSUM_BYTES, coming.rest, len(heads.coming) - len(LEAD) + coming.frame_bytes
+        )
+        self._next = _Next(
+            expected, CHECKSUM_BYTES + len(coming.rest), live, live.run, answer.row, laid,
+            heads.going, crc32(laid.rest), len(heads.going) - len(LEAD) + laid.frame_bytes,
+        )  # fmt: skip
+
+    def _answer_of(self, live: Live) -> _Answer | None:
+        if self._answer is None or self._answer.live is not live:
+            self._answer = self._heads = None
+            row = self._engine.row(live.slot)
+            if row is not None:
+                result = self._work.tensor(row.result) if row.output is not None else Tensor.of(_NO_TOKEN)
+                self._answer = _Answer(live, row, result)
+        return self._answer
+
+    def _heads_of(self, topic: str, coming_bytes: int, going_bytes: int) -> _Heads | None:
+        """The heads of packets on this connection. With it an answer ends, and so do they."""
+        heads = self._heads
+        if heads is None or heads.coming_bytes != coming_bytes or heads.going_bytes != going_bytes:
+            try:
+                coming = self._way.packet_head(topic, coming_bytes) + LEAD
+                going = self._way.packet_head(self._sender.next_topic, going_bytes) + LEAD
+            except NotConnected:
+                return None
+            self._heads = heads = _Heads(coming_bytes, going_bytes, coming, going)
+        return heads
+
+    def __call__(self) -> None:
+        """Look at what has come; if it is what was foreseen, make its step, send its result, and leave word of it."""
+        step = self._next
+        if step is None:
+            return
+        view = self._way.peek(step.expected)
+        if view is None or crc32(view[CHECKSUM_BYTES:]) != int.from_bytes(view[:CHECKSUM_BYTES], "little"):
+            return
+        self._next = None
+        row = step.row
+        if not row.fill(view[step.input_at :]):
+            return
+        self._stretch.begin()
+        token = -1
+        output = row.output
+        try:
+            row.run(step.position)
+            if output is None:
+                row.settle(step.position)
+                token = self._draw(row.result, step.live.sampling, step.position + 1)
+        except EngineFailed as error:
+            self._work.made = Made(live=step.live, position=step.position, error=error)
+            return
+        busy_s = self._stretch.end()
+        sent_bytes = self._send(step, token, output)
+        error_after = self._settled(step) if output is not None else None
+        self.steps += 1
+        self._work.made = Made(
+            live=step.live, position=step.position, busy_s=busy_s, result=row.result, token=token,
+            sent_bytes=sent_bytes, error=error_after,
+        )  # fmt: skip
+
+    def _send(self, step: _Next, token: int, output: memoryview | None) -> int:
+        """Send what was laid out, with its payload; give its bytes, 0 if it did not go: the ordinary way sees why."""
+        if output is None:
+            if token in step.live.stop_ids:
+                return 0
+            payload: Buffer = token.to_bytes(4, "little", signed=True)
+        else:
+            payload = output
+        checksum = crc32(payload, step.rest_crc).to_bytes(CHECKSUM_BYTES, "little")
+        laid = step.laid
+        try:
+            self._way.put((step.head, checksum, laid.rest, payload), step.packet_bytes, laid.frame_bytes)
+        except NotConnected:
+            return 0
+        self._sender.next_went(laid)
+        return laid.frame_bytes
+
+    def _settled(self, step: _Next) -> EngineFailed | None:
+        """Check a result that has gone already: one that is no number is told to the requester before its token."""
+        try:
+            step.row.settle(step.position)
+        except EngineFailed as error:
+            return error
+        return None
