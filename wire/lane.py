@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
-from wire.transport import Buffer, Inbound
+from wire.transport import Buffer, Expected, Inbound
 
 READ_BYTES: Final = 65_536
 """What one read takes at most; the buffer grows beyond it for a larger packet only, and shrinks after it."""
@@ -25,15 +25,6 @@ _TYPE_AND_QOS: Final = 0xF6
 
 _RETAIN: Final = 0x01
 _MOST_LENGTH_BYTES: Final = 4
-
-
-class Expected(NamedTuple):
-    """A packet of which only `gap` bytes behind `head` and the end, behind `rest`, are not known yet."""
-
-    head: bytes
-    gap: int
-    rest: bytes
-    packet_bytes: int
 
 
 class Nonsense(Exception):

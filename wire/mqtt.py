@@ -33,10 +33,10 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.client import Client, Session, parse_url
 from wire.endpoint import Ended, Endpoint, Kept, Redial, Unacknowledged
-from wire.lane import Expected, Nonsense
+from wire.lane import Nonsense
 from wire.limits import MAX_PUBLISH_BYTES
 from wire.subscriptions import check_message, joined
-from wire.transport import REFUSED_US, Buffer, Handler, Inbound, Link, NotConnected, Will
+from wire.transport import REFUSED_US, Buffer, Expected, Handler, Inbound, Link, NotConnected, Will
 
 _logger = logging.getLogger("edgelam.wire")
 
@@ -96,7 +96,7 @@ class MqttTransport(Endpoint):
         self._polled: tuple[int, int, int] = (-1, -1, 0)
         """What the poller watches: wake pipe, socket, events of the socket."""
         self.ahead: Callable[[], None] | None = None
-        """Called when something has come, before it is read; it may `peek` and `put`."""
+        """See wire.transport.ShortWay; so are `peek`, `packet_head` and `put`."""
 
     @property
     def protocol(self) -> str:
@@ -147,21 +147,18 @@ class MqttTransport(Endpoint):
             self._notify()
 
     def peek(self, expected: Expected) -> memoryview | None:
-        """See what has come before it is read (Lane.peek); None if it is not `expected`, or something else waits."""
         client = self._client
         if client is None or client.lane is None or self._arrived:
             return None
         return client.lane.peek(expected)
 
     def packet_head(self, topic: str, payload_bytes: int) -> bytes:
-        """What `put` needs before the payload of a message; raises NotConnected."""
         client = self._client if self._link is Link.UP else None
         if client is None or client.lane is None:
             raise self._not_connected(topic)
         return client.lane.packet_head(topic, payload_bytes)
 
     def put(self, pieces: Sequence[Buffer], packet_bytes: int, payload_bytes: int) -> None:
-        """Send a message that was laid out as a packet on this connection. Raises NotConnected."""
         client = self._client if self._link is Link.UP else None
         if client is None or client.lane is None:
             raise self._not_connected("a packet")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from wire.errors import EdgelamError, Unreachable
 
@@ -56,6 +56,15 @@ class Will(NamedTuple):
 
     topic: str
     payload: bytes
+
+
+class Expected(NamedTuple):
+    """A packet of which only `gap` bytes behind `head` and the end, behind `rest`, are not known yet."""
+
+    head: bytes
+    gap: int
+    rest: bytes
+    packet_bytes: int
 
 
 Handler = Callable[[Inbound], None]
@@ -121,3 +130,21 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Disconnect in order (no last will) after sending what is queued, within 2 s. Idempotent."""
+
+
+@runtime_checkable
+class ShortWay(Protocol):
+    """What a transport may offer besides, to who knows what will come next: packets laid out beforehand."""
+
+    ahead: Callable[[], None] | None
+    """Called in `poll` when something has come, before it is read."""
+
+    def peek(self, expected: Expected) -> memoryview | None:
+        """See what has come, from `gap` on, if it is this packet and nothing else. It is read afterwards in any case,
+        and the view holds until then. Only within `ahead`."""
+
+    def packet_head(self, topic: str, payload_bytes: int) -> bytes:
+        """What stands before the payload of a message at QoS 0 on this connection. Raises NotConnected."""
+
+    def put(self, pieces: Sequence[Buffer], packet_bytes: int, payload_bytes: int) -> None:
+        """Send a whole packet that begins with a head of this connection. Raises NotConnected."""

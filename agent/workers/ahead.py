@@ -24,22 +24,11 @@ from agent.workers.stretch import Stretch
 from models.engine.base import EngineFailed, RowStep, StageEngine
 from wire.channel import Inbox
 from wire.frames import CHECKSUM_BYTES, LEAD, Laid, Parcel, Tensor
-from wire.lane import Expected
 from wire.messages import Sampling
-from wire.transport import Buffer, NotConnected
+from wire.transport import Buffer, Expected, NotConnected, ShortWay
 
 _NO_TOKEN: Final = np.zeros(1, np.int32)
 """Stands for the token that the head has not drawn yet."""
-
-
-class Way(Protocol):
-    """What is asked of a transport: see wire.mqtt.MqttTransport."""
-
-    def peek(self, expected: Expected) -> memoryview | None: ...
-
-    def packet_head(self, topic: str, payload_bytes: int) -> bytes: ...
-
-    def put(self, pieces: tuple[Buffer, ...], packet_bytes: int, payload_bytes: int) -> None: ...
 
 
 class Outgoing(Protocol):
@@ -91,7 +80,7 @@ class StepAhead:
 
     def __init__(
         self,
-        way: Way,
+        way: ShortWay,
         sender: Outgoing,
         work: StageWork,
         engine: StageEngine,

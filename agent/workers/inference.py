@@ -29,8 +29,7 @@ from models.sampling import draw
 from wire.channel import Delivery, Inbox
 from wire.errors import EdgelamError
 from wire.messages import StageCounters, StageOrder
-from wire.mqtt import MqttTransport
-from wire.transport import Transport
+from wire.transport import ShortWay, Transport
 from wire.units import bytes_text
 
 LOG = logging.getLogger("edgelam.inference")
@@ -139,7 +138,7 @@ class Worker:
             order, engine, self._outboxes, self._done, draw, stretch, assignment.site, assignment.device
         )
         self._ahead: StepAhead | None = None
-        if isinstance(transport, MqttTransport):
+        if isinstance(transport, ShortWay):
             transport.ahead = self._ahead = StepAhead(transport, self._outboxes, self._work, engine, draw, stretch)
         self._told_ended = 0
         self._stopping = False

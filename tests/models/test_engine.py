@@ -19,7 +19,7 @@ from msgspec import structs
 from models.build.kit import build_kit
 from models.build.pack import Packed, pack
 from models.build.stage import build_stage_graph
-from models.engine.base import ContextFull, EngineFailed, NoSlot, StageEngine
+from models.engine.base import ContextFull, EngineFailed, NoSlot, StageEngine, StageSpec
 from models.engine.manifest import WEIGHTS_LOCATION, read_manifest
 from models.engine.onnx import WEIGHTS_FOLDER, OnnxStage
 from models.formats import safetensors
@@ -135,6 +135,51 @@ def test_the_last_place_of_the_context_can_be_used(engine: StageEngine) -> None:
     assert np.isfinite(engine.step(slot, PROMPT[:1], 63)).all()
     with pytest.raises(ContextFull):
         engine.step(slot, PROMPT[:1], 64)
+
+
+@pytest.mark.parametrize("precision", ["f32", "int8", "int4"])
+def test_a_row_where_it_lies_gives_what_a_step_gives(precision: str, tmp_path: Path) -> None:
+    packed = packed_tiny(tmp_path, "qwen3", precision)
+    for first, end in ((0, 2), (2, 3), (3, 4)):
+        spec = spec_of(packed, first, end)
+        engine = load_stage(packed, tmp_path, spec)
+        slot = engine.open()
+        assert engine.row(slot) is None, "nothing is bound yet"
+        generator = np.random.default_rng(3)
+
+        def rows(count: int, spec: StageSpec = spec, generator: np.random.Generator = generator) -> Any:
+            if spec.embedding:
+                return generator.integers(0, spec.vocabulary, count, dtype=np.int64)
+            values = generator.standard_normal((count, spec.hidden), dtype=np.float32)
+            return values if spec.wire_dtype == "f32" else values.astype(np.float16)
+
+        engine.step(slot, rows(5), 0)
+        given = [rows(1) for _ in range(6)]
+        wanted = [engine.step(slot, one, 5 + at).copy() for at, one in enumerate(given)]
+        row = engine.row(slot)
+        assert row is not None and (row.output is None) == spec.head
+        for at, one in enumerate(given):
+            travelling = one.astype(np.int32) if spec.embedding else one
+            assert row.fill(travelling.tobytes() if at % 2 else memoryview(travelling.tobytes()))
+            row.run(5 + at)
+            row.settle(5 + at)
+            assert np.array_equal(row.result, wanted[at])
+            if row.output is not None:
+                assert bytes(row.output) == wanted[at].tobytes()
+        last = rows(1)
+        after = engine.step(slot, last, 11).copy()
+        assert np.array_equal(engine.step(slot, last, 11), after), "both ways go on from each other"
+        assert not row.fill(memoryview(b"123"))
+        if spec.embedding:
+            assert not row.fill(memoryview(spec.vocabulary.to_bytes(4, "little")))
+            assert not row.fill(memoryview(b"\xff\xff\xff\xff"))
+        else:
+            assert row.fill(memoryview(np.full(spec.hidden, np.nan, given[0].dtype).tobytes()))
+            row.run(12)
+            with pytest.raises(EngineFailed, match="left the range"):
+                row.settle(12)
+            with pytest.raises(EngineFailed):
+                engine.step(slot, last, 13)
 
 
 @pytest.mark.parametrize("ids", [[-1], [320], [5, 2**40]])

@@ -350,3 +350,75 @@ def test_windows_and_chunks_that_could_stop_a_stream_are_refused():
         Inbox(pair.far, TOPIC, window_bytes=WINDOW - 1)
     with pytest.raises(ValueError, match="chunks"):
         Outbox(pair.near, TOPIC, chunk_bytes=limits.CHUNK_BYTES_FAST + 1)
+
+
+def row(position, request=9, width=8):
+    return Parcel(Kind.HIDDEN, 3, request, position, 0, Tensor.of(np.full((1, width), position, np.float32)))
+
+
+def test_the_next_frame_is_foreseen_to_the_byte():
+    pair = Pair()
+    seen = []
+    pair.far.subscribe(TOPIC, seen.append)
+    assert pair.inbox.foresee(9, 0) is None, "nothing came yet"
+    foreseen = None
+    for position in range(20):
+        pair.outbox.send(row(position))
+        pair.run()
+        if foreseen is not None:
+            frame = seen[-1].payload
+            assert frame[8 : 8 + len(foreseen.rest)] == foreseen.rest and len(frame) == foreseen.frame_bytes
+        pair.inbox.done(pair.inbox.take())
+        foreseen = pair.inbox.foresee(9, position + 1)
+        assert foreseen is not None
+    assert pair.inbox.foresee(8, 20) is None, "another request"
+    pair.outbox.send(Parcel(Kind.CLOSE, 3, 9, 0))
+    pair.run()
+    assert pair.inbox.foresee(9, 20) is None, "a parcel waits to be taken"
+    pair.inbox.done(pair.inbox.take())
+    assert pair.inbox.foresee(9, 20) is None, "the last one was no tensor"
+
+
+def test_what_is_foreseen_is_within_the_credit():
+    pair = Pair()
+    big = Tensor.of(np.zeros((1, 60_000), np.uint8))
+    kept = []
+    for position in range(100):
+        pair.outbox.send(Parcel(Kind.HIDDEN, 3, 9, position, 0, big))
+        pair.run()
+        taken = pair.inbox.take()
+        if taken is None:
+            break
+        kept.append(taken)
+        if pair.inbox.foresee(9, position + 1) is None:
+            break
+    assert 1 < len(kept) < 100, "none is foreseen that would be refused"
+    assert pair.outbox.lay_out(Parcel(Kind.HIDDEN, 3, 9, 99, 0, big)) is None, "and none is laid out without credit"
+
+
+def test_frames_that_were_laid_out_and_frames_that_were_sent_make_one_stream():
+    pair = Pair()
+    for position in range(12):
+        parcel = row(position)
+        if position % 3 == 1:
+            laid = pair.outbox.lay_out(parcel)
+            assert laid is not None
+            [frame] = encode(parcel, pair.outbox.stream, pair.outbox._end_offset, pair.outbox.parcels)
+            pair.near.publish(TOPIC, frame)
+            pair.outbox.went(laid)
+        else:
+            pair.outbox.send(parcel)
+        pair.run()
+        delivery = pair.inbox.take()
+        assert delivery is not None and delivery.parcel.position == position
+        pair.inbox.done(delivery)
+    counters = pair.inbox.counters
+    assert (counters.parcels, counters.gaps, counters.duplicates, counters.refused) == (12, 0, 0, 0)
+    assert pair.outbox.parcels == pair.outbox.frames == 12 and pair.outbox.bytes == counters.bytes
+
+
+def test_nothing_is_laid_out_while_something_waits_or_the_link_is_down():
+    pair = Pair()
+    assert pair.outbox.lay_out(Parcel(Kind.CLOSE)) is None
+    pair.near.close()
+    assert pair.outbox.lay_out(row(0)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -13,7 +14,20 @@ from hypothesis import strategies as st
 from wire import limits
 from wire.assembly import Assembler
 from wire.errors import MalformedFrame, PeerError
-from wire.frames import FLAG_FINAL, Dtype, Frame, Kind, Parcel, Tensor, encode, header_bytes, parse
+from wire.frames import (
+    CHECKSUM_BYTES,
+    FLAG_FINAL,
+    LEAD,
+    Dtype,
+    Frame,
+    Kind,
+    Parcel,
+    Tensor,
+    encode,
+    header_bytes,
+    lay_out,
+    parse,
+)
 from wire.tensors import bf16_bits, bf16_to_f32, tensor_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -269,3 +283,21 @@ def test_ten_thousand_random_and_mutated_frames_are_refused_or_understood():
         assert assembler.partials <= limits.MAX_PARTIAL_TENSORS
     assert understood > 500
     assert refused > 500
+
+
+@given(tensors(), st.sampled_from([Kind.HIDDEN, Kind.TOKENS]), st.integers(0, 2**40), st.integers(0, 2**33))
+def test_a_frame_that_was_laid_out_is_the_one_that_is_encoded(array, kind, offset, number):
+    parcel = Parcel(kind, 7, 11, 13, FLAG_FINAL, Tensor.of(array))
+    laid = lay_out(parcel, 5, offset, number)
+    [whole] = joined(encode(parcel, 5, offset, number, limits.CHUNK_BYTES_DEFAULT))
+    payload = array.tobytes()
+    checksum = crc32(payload, crc32(laid.rest)).to_bytes(CHECKSUM_BYTES, "little")
+    assert LEAD + checksum + laid.rest + payload == whole
+    assert laid.frame_bytes == len(whole)
+
+
+def test_only_a_tensor_without_meta_is_laid_out():
+    with pytest.raises(ValueError, match="tensor"):
+        lay_out(Parcel(Kind.CLOSE), 1, 0, 0)
+    with pytest.raises(ValueError, match="meta"):
+        lay_out(Parcel(Kind.TOKENS, tensor=Tensor.of(np.zeros(1, np.int32)), meta=b"{}"), 1, 0, 0)

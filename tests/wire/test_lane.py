@@ -10,13 +10,13 @@ from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.wire.brokers import connect, make_broker, until
 from wire.lane import READ_BYTES, Lane, Nonsense
 from wire.mqtt import MqttTransport
-from wire.transport import Inbound
+from wire.transport import Expected, Inbound
 
 MOST_BYTES = 200_000
 
@@ -286,3 +286,75 @@ def test_a_receiver_that_stops_reading_gets_all_of_it_later(tmp_path, five: bool
         near.close()
         far.close()
         broker.stop()
+
+
+@given(
+    st.lists(messages | others, min_size=1, max_size=8),
+    st.lists(st.integers(0, 1 << 20), max_size=20),
+    st.lists(st.booleans(), min_size=1, max_size=12),
+    st.integers(0, 7),
+)
+def test_a_look_at_what_comes_takes_nothing_away(
+    packets: list[Any], places: list[int], looks: list[bool], known: int
+) -> None:
+    stream, whole = b"", []
+    for kind, *rest in packets:
+        packet = publish(*rest[:2], retain=rest[2]) if kind == "message" else other(*rest)
+        whole.append(packet)
+        stream += packet
+    plain, _ = lane(cut(stream, places))
+    peeking, _ = lane(cut(stream, places))
+    wanted = whole[known % len(whole)]
+    assume(len(wanted) >= 9)
+    expected = Expected(wanted[:5], 2, wanted[7:9], len(wanted))
+    messages_seen, others_seen = [], b""
+    for turn in range(100_000):
+        if looks[turn % len(looks)]:
+            view = peeking.peek(expected)
+            if view is not None:
+                seen = bytes(view)
+                assert len(seen) == len(wanted) - 5 and seen[2:4] == wanted[7:9]
+        found, _ = peeking.read()
+        messages_seen += found
+        while peeking._others:
+            others_seen += peeking.recv(7)
+        if not peeking.connection.pieces and not peeking._unread:  # type: ignore[attr-defined]
+            break
+    assert (messages_seen, others_seen) == read_all(plain)
+
+
+def test_the_packet_that_was_expected_is_seen_and_then_read() -> None:
+    packet = publish("here", b"elm1....rest of it" + b"payload")
+    head = packet[: packet.index(b"....")]
+    expected = Expected(head, 4, b"rest of it", len(packet))
+    one, _ = lane([packet, packet[:-1], packet[-1:] + packet])
+    view = one.peek(expected)
+    assert view is not None and bytes(view) == b"....rest of itpayload"
+    assert one.peek(expected) is None, "it is still to be read"
+    assert one.read()[0] == [Inbound("here", b"elm1....rest of itpayload", False)]
+    assert one.peek(expected) is None, "not whole"
+    assert one.read()[0] == []
+    assert one.peek(expected) is None, "the rest of one and the next"
+    assert len(one.read()[0]) == 2
+    assert one.peek(expected) is None and one.read() == ([], False)
+
+
+@pytest.mark.parametrize("five", [False, True])
+def test_a_packet_that_is_put_is_the_one_that_is_published(five: bool) -> None:
+    one, wire = lane([], five=five)
+    one.publish("a/topic", (b"some ", b"payload"), 12)
+    published, wire.written = wire.written, b""
+    head = one.packet_head("a/topic", 12)
+    one.put((head, b"some payload"), len(head) + 12)
+    assert wire.written == published
+
+
+def test_the_end_that_a_look_finds_is_left_for_paho() -> None:
+    expected = Expected(b"0", 0, b"", 1)
+    one, wire = lane([])
+    wire.closes = True
+    assert one.peek(expected) is None and one.others and one.recv(9) == b""
+    two, _ = lane([], error=ConnectionResetError("reset"))
+    assert two.peek(expected) is None and two.others
+    with pytest.raises(ConnectionResetError):
+        two.recv(9)
