@@ -175,6 +175,7 @@ class StageWork:
 
     def drop_all(self) -> None:
         """Free all slots, as after a lost connection: parcels under way are gone, the requesters begin again."""
+        self.made = None
         for request in list(self._live):
             self._free(request)
         for unit in (*self._decode, *self._prefill):

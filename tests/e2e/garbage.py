@@ -47,7 +47,7 @@ TYPES: Final = {
 }
 
 READ_BY_COORDINATOR: Final = (
-    topics.STATE, topics.INFO, topics.PROFILE, topics.TELEMETRY, topics.APPLIED, topics.EVENT,
+    topics.STATE, topics.INFO, topics.PROFILE, topics.TELEMETRY, topics.APPLIED, topics.EVENT, topics.REPLY,
 )  # fmt: skip
 
 
