@@ -23,7 +23,6 @@ from collections.abc import Callable
 from math import ceil
 from time import perf_counter
 from typing import Final
-from zlib import crc32
 
 import numpy as np
 
@@ -32,10 +31,9 @@ from hwprofiles.measure import StopRule, sample
 from hwprofiles.profile import LinkMeasurement
 from hwprofiles.reading import Absent, Failed
 from wire.errors import MalformedFrame
+from wire.foreseen import Coming, Going, frame_head
 from wire.frames import (
-    CHECKSUM_BYTES,
     LARGEST_CHUNK_BYTES,
-    LEAD,
     Kind,
     Parcel,
     Tensor,
@@ -44,7 +42,7 @@ from wire.frames import (
     lay_out,
     parse,
 )
-from wire.transport import Expected, Inbound, Link, NotConnected, ShortWay, Transport
+from wire.transport import Inbound, Link, NotConnected, ShortWay, Transport
 
 Clock = Callable[[], float]
 
@@ -235,17 +233,14 @@ class _Probe:
         probe = Parcel(Kind.PROBE, request=self._token, position=number, tensor=Tensor.of(self._filler[: len(filler)]))
         laid = lay_out(probe, self._token, 0, number)
         try:
-            head = way.packet_head(self._topic, laid.frame_bytes) + LEAD
+            head = frame_head(way, self._topic, laid.frame_bytes)
         except NotConnected as error:
             raise _ConnectionLost(f"connection lost ({error})") from None
-        packet_bytes = len(head) - len(LEAD) + laid.frame_bytes
-        expected = Expected(head, CHECKSUM_BYTES, laid.rest, packet_bytes)
-        rest_crc = crc32(laid.rest)
+        coming, going = Coming(head, laid), Going(head, laid)
         came_s: list[float] = []
 
         def look() -> None:
-            view = way.peek(expected)
-            if view is not None and crc32(view[CHECKSUM_BYTES:]) == int.from_bytes(view[:CHECKSUM_BYTES], "little"):
+            if coming.look(way) is not None:
                 came_s.append(self.clock())
 
         def trip() -> float:
@@ -253,8 +248,7 @@ class _Probe:
             way.ahead = look
             started_s = self.clock()
             try:
-                checksum = crc32(filler, rest_crc).to_bytes(CHECKSUM_BYTES, "little")
-                way.put((head, checksum, laid.rest, filler), packet_bytes, laid.frame_bytes)
+                going.send(way, filler)
                 self._await(1, payload_bytes, started_s)
             except NotConnected as error:
                 raise _ConnectionLost(f"connection lost ({error})") from None

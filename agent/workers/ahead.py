@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
-from zlib import crc32
 
 import numpy as np
 
@@ -23,9 +22,10 @@ from agent.workers.ring import StageWork
 from agent.workers.stretch import Stretch
 from models.engine.base import EngineFailed, RowStep, StageEngine
 from wire.channel import Inbox
-from wire.frames import CHECKSUM_BYTES, LEAD, Laid, Parcel, Tensor
+from wire.foreseen import Coming, Going, frame_head
+from wire.frames import Laid, Parcel, Tensor
 from wire.messages import Sampling
-from wire.transport import Buffer, Expected, NotConnected, ShortWay
+from wire.transport import Buffer, NotConnected, ShortWay
 
 _NO_TOKEN: Final = np.zeros(1, np.int32)
 """Stands for the token that the head has not drawn yet."""
@@ -63,16 +63,11 @@ class _Heads(NamedTuple):
 class _Next(NamedTuple):
     """One step that may come: its message, its engine, and the frame that follows from it."""
 
-    expected: Expected
-    input_at: int
-    """Where in the peeked view the payload begins."""
+    coming: Coming
+    going: Going
     live: Live
     position: int
     row: RowStep
-    laid: Laid
-    head: bytes
-    rest_crc: int
-    packet_bytes: int
 
 
 class StepAhead:
@@ -117,13 +112,7 @@ class StepAhead:
         heads = None if laid is None else self._heads_of(inbox.topic, coming.frame_bytes, laid.frame_bytes)
         if answer is None or laid is None or heads is None:
             return
-        expected = Expected(
-            heads.coming, CHECKSUM_BYTES, coming.rest, len(heads.coming) - len(LEAD) + coming.frame_bytes
-        )
-        self._next = _Next(
-            expected, CHECKSUM_BYTES + len(coming.rest), live, live.run, answer.row, laid,
-            heads.going, crc32(laid.rest), len(heads.going) - len(LEAD) + laid.frame_bytes,
-        )  # fmt: skip
+        self._next = _Next(Coming(heads.coming, coming), Going(heads.going, laid), live, live.run, answer.row)
 
     def _answer_of(self, live: Live) -> _Answer | None:
         if self._answer is None or self._answer.live is not live:
@@ -139,8 +128,8 @@ class StepAhead:
         heads = self._heads
         if heads is None or heads.coming_bytes != coming_bytes or heads.going_bytes != going_bytes:
             try:
-                coming = self._way.packet_head(topic, coming_bytes) + LEAD
-                going = self._way.packet_head(self._sender.next_topic, going_bytes) + LEAD
+                coming = frame_head(self._way, topic, coming_bytes)
+                going = frame_head(self._way, self._sender.next_topic, going_bytes)
             except NotConnected:
                 return None
             self._heads = heads = _Heads(coming_bytes, going_bytes, coming, going)
@@ -151,12 +140,12 @@ class StepAhead:
         step = self._next
         if step is None:
             return
-        view = self._way.peek(step.expected)
-        if view is None or crc32(view[CHECKSUM_BYTES:]) != int.from_bytes(view[:CHECKSUM_BYTES], "little"):
+        given = step.coming.look(self._way)
+        if given is None:
             return
         self._next = None
         row = step.row
-        if not row.fill(view[step.input_at :]):
+        if not row.fill(given):
             return
         self._stretch.begin()
         token = -1
@@ -186,14 +175,12 @@ class StepAhead:
             payload: Buffer = token.to_bytes(4, "little", signed=True)
         else:
             payload = output
-        checksum = crc32(payload, step.rest_crc).to_bytes(CHECKSUM_BYTES, "little")
-        laid = step.laid
         try:
-            self._way.put((step.head, checksum, laid.rest, payload), step.packet_bytes, laid.frame_bytes)
+            step.going.send(self._way, payload)
         except NotConnected:
             return 0
-        self._sender.next_went(laid)
-        return laid.frame_bytes
+        self._sender.next_went(step.going.laid)
+        return step.going.laid.frame_bytes
 
     def _settled(self, step: _Next) -> EngineFailed | None:
         """Check a result that has gone already: one that is no number is told to the requester before its token."""
