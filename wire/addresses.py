@@ -23,6 +23,19 @@ _CONTAINER_BRIDGE: Final = re.compile(r"^(docker|br-[0-9a-f]{12}$|veth|virbr|cni
 them. To be found through such a bridge, name its address as an interface."""
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address, or the name localhost, is of this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def host_port_text(host: str, port: int) -> str:
+    """'10.0.0.5:1883', '[::1]:1883'."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class HostAddress(NamedTuple):
     address: str
     network: ipaddress.IPv4Network

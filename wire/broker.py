@@ -7,10 +7,10 @@ publish their retained state again at every connect, and persistence is off unle
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import ipaddress
 import json
 import os
 import pwd
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from wire.addresses import host_port_text, is_loopback
 from wire.child import Child
 from wire.errors import Refused, Unreachable, UsageError
 from wire.limits import MAX_DEVICES, MAX_PUBLISH_BYTES
@@ -33,9 +34,17 @@ from wire.limits import MAX_DEVICES, MAX_PUBLISH_BYTES
 READY_TIMEOUT_S: Final = 15.0
 """A broker that doesn't listen by then has failed: mosquitto takes 0.1 s, Python on a loaded board some seconds."""
 
-FIRST_BACKOFF_S: Final = 0.5
+FIRST_BACKOFF_S: Final = 0.1
+"""Doubled each time. All that use a broker try again after RECONNECT_DELAY_S: by then it should be there."""
+
 MAX_BACKOFF_S: Final = 30.0
-STEADY_AFTER_S: Final = 60.0
+HIDDEN_S: Final = 1.0
+"""Where we can't see whose port it is: a broker that could not have it has ended by then."""
+
+PORT_TRIES: Final = 3
+"""Of a port that we choose: between our choice and the broker's start somebody else may take it."""
+
+STEADY_AFTER_S: Final = 10.0
 """A broker that ran for so long begins with the first backoff again."""
 
 MAX_PACKET_BYTES: Final = MAX_PUBLISH_BYTES + 65_536
@@ -70,7 +79,7 @@ class Broker(ABC):
         `directory` is made if it is missing; configuration, log and database lie there. `because` says why this kind
         of broker was chosen.
         """
-        if not credentials and not _is_loopback(host):
+        if not credentials and not is_loopback(host):
             raise Refused(
                 f"a broker on {host} without passwords would be open to the whole network",
                 try_="give credentials, or bind it to 127.0.0.1",
@@ -104,10 +113,7 @@ class Broker(ABC):
     @property
     def url(self) -> str:
         """Where a client on this machine connects."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return (
-            f"mqtt://[{host}]:{self.port}" if ":" in host and not host.startswith("[") else f"mqtt://{host}:{self.port}"
-        )
+        return f"mqtt://{host_port_text({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(self.host, self.host), self.port)}"
 
     @property
     def running(self) -> bool:
@@ -116,8 +122,13 @@ class Broker(ABC):
     def start(self) -> None:
         """Start and wait until it listens; raise Unreachable with its last words if it doesn't."""
         self.directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        self.port = _free_port(self.host, self.port)
-        self._launch()
+        wanted = self.port
+        for _ in range(PORT_TRIES - 1 if wanted == 0 else 0):
+            self.port = free_port(self.host, wanted)
+            with contextlib.suppress(Unreachable):
+                return self._launch()
+        self.port = free_port(self.host, wanted)
+        return self._launch()
 
     def poll(self) -> str:
         """Look after it: start it again if it died. Give what happened in words, '' if nothing did."""
@@ -149,7 +160,7 @@ class Broker(ABC):
     def _launch(self) -> None:
         self._started_s = time.monotonic()
         self._child = child = Child(self._command(), self.directory / "broker.log")
-        while not _listens(self.url):
+        while not (_listens(self.url) and self._is_ours(child)):
             if child.exit_code is not None or time.monotonic() - self._started_s > READY_TIMEOUT_S:
                 code, words = child.exit_code, child.last_words()
                 child.stop()
@@ -158,6 +169,13 @@ class Broker(ABC):
                     try_=f"see {child.log}",
                 )
             time.sleep(0.01)
+
+    def _is_ours(self, child: Child) -> bool:
+        """Whether it is our broker that answers there, and not one that took the port before ours could."""
+        listens = child.listens(self.port)
+        if listens is None:
+            return child.exit_code is None and time.monotonic() - self._started_s > HIDDEN_S
+        return listens
 
 
 class MosquittoBroker(Broker):
@@ -289,18 +307,35 @@ def start_broker(
 
     Raises Refused (open to the network without credentials), Unreachable (none installed, port taken, failed to start).
     """
-    binary = _find("mosquitto")
     broker: Broker
-    if binary is not None:
-        because = f"mosquitto found: {binary}"
-        broker = MosquittoBroker(
-            directory, host, port, credentials, binary=binary, persistence=persistence, because=because
-        )
-    elif importlib.util.find_spec("amqtt") is not None:
+    if mosquitto_path() is not None:
+        return start_mosquitto(directory, host, port, credentials, persistence=persistence)
+    if importlib.util.find_spec("amqtt") is not None:
         because = f"mosquitto is not installed; the embedded broker is {EMBEDDED_COST}"
         broker = EmbeddedBroker(directory, host, port, credentials, because=because)
     else:
         raise Unreachable("no broker: neither mosquitto nor the Python package amqtt is installed", try_=INSTALL_HINT)
+    broker.start()
+    return broker
+
+
+def mosquitto_path() -> str | None:
+    """Where mosquitto is on this machine; None if it is not."""
+    return _find("mosquitto")
+
+
+def start_mosquitto(
+    directory: Path, host: str, port: int, credentials: Sequence[Credential] = (), *, persistence: bool = False
+) -> Broker:
+    """Start a mosquitto. Raises Refused (open to the network without credentials), Unreachable (not installed, port
+    taken, failed to start)."""
+    binary = mosquitto_path()
+    if binary is None:
+        raise Unreachable("mosquitto is not installed", try_=INSTALL_HINT)
+    because = f"mosquitto found: {binary}"
+    broker = MosquittoBroker(
+        directory, host, port, credentials, binary=binary, persistence=persistence, because=because
+    )
     broker.start()
     return broker
 
@@ -324,16 +359,7 @@ def _account(name: str) -> pwd.struct_passwd | None:
         return None
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _free_port(host: str, port: int) -> int:
+def free_port(host: str, port: int) -> int:
     """Give `port`, or a free one for 0; raise Unreachable if it can't be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

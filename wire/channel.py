@@ -238,6 +238,8 @@ class Delivery(Struct, frozen=True, eq=False, gc=False):
     credit_bytes: int
     """What `done` returns to the sender."""
     sender: _Sender
+    inbox: Inbox
+    """Whose it is."""
 
 
 @dataclass(slots=True)
@@ -383,7 +385,9 @@ class Inbox:
         sender.window.consumed(frame.whole_bytes - retained)
         if parcel is None:
             return
-        delivery = Delivery(parcel, frame.stream, sender.frame_bytes, self._clock(), sender.retained_bytes, sender)
+        delivery = Delivery(
+            parcel, frame.stream, sender.frame_bytes, self._clock(), sender.retained_bytes, sender, self
+        )
         sender.retained_bytes = sender.frame_bytes = 0
         self._held_bytes += _held_bytes(delivery.bytes)
         self.counters.parcels += 1

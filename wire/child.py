@@ -12,9 +12,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 _KEEPER: Final = """
 exec 3<&0 </dev/null
@@ -69,6 +71,29 @@ class Child:
     def exit_code(self) -> int | None:
         """None while it runs; 128 + n after signal n, as shells say it, or -n if the shell got it as well."""
         return self._process.poll()
+
+    def listens(self, port: int) -> bool | None:
+        """Whether one of its processes listens on this TCP port; None where the system does not let us look."""
+        hidden = False
+        for process in self._members():
+            try:
+                connections = process.net_connections("tcp")
+            except psutil.AccessDenied:  # root in a container may not look into a process that changed its user
+                hidden = True
+                continue
+            except (psutil.Error, OSError):
+                continue
+            if any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections):
+                return True
+        return None if hidden else False
+
+    def _members(self) -> Iterator[psutil.Process]:
+        for pid in psutil.pids():
+            try:
+                if os.getpgid(pid) == self._process.pid:
+                    yield psutil.Process(pid)
+            except (psutil.Error, OSError):
+                continue
 
     def last_words(self) -> str:
         """The last line of the log, '' if there is none."""

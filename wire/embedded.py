@@ -24,6 +24,8 @@ from amqtt.errors import MQTTError
 from amqtt.mqtt.connect import ConnectPacket, ConnectVariableHeader
 from amqtt.plugins.base import BaseAuthPlugin
 
+from wire.addresses import host_port_text
+
 MQTT_311: Final = 4
 """Protocol level in CONNECT."""
 
@@ -82,7 +84,7 @@ async def serve(host: str, port: int, users: dict[str, list[str]]) -> None:
     plugins: dict[str, Any] = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
     if users:
         plugins = {"wire.embedded.PasswordPlugin": {"users": users}}
-    bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    bind = host_port_text(host, port)
     ConnectPacket.VARIABLE_HEADER = OnlyThree
     broker = Broker({"listeners": {"default": {"type": "tcp", "bind": bind}}, "plugins": plugins})
     broker._subscriptions = Subscriptions(broker._subscriptions)

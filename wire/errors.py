@@ -3,6 +3,7 @@
     EdgelamError
      ├─ UsageError         2   the command line or a file given by the user is wrong
      ├─ Refused            3   a rule says no (unsupported model, identity in use, unlike conditions)
+     │   └─ Busy               others come first: the same may be asked again in a moment
      ├─ Unreachable        4   broker, coordinator or device can't be reached
      ├─ Degraded           5   it worked, but not all of it
      ├─ CorruptData        1   a file or an artifact is damaged
@@ -47,6 +48,10 @@ class UsageError(EdgelamError):
 
 class Refused(EdgelamError):
     exit_code = ExitCode.REFUSED
+
+
+class Busy(Refused):
+    """There are more requests than can be served now."""
 
 
 class Unreachable(EdgelamError):

@@ -37,6 +37,7 @@ from wire.transport import Buffer
 from wire.version import PROTOCOL
 
 __all__ = [
+    "FLAG_DRAFTS",
     "FLAG_FINAL",
     "LARGEST_CHUNK_BYTES",
     "Dtype",
@@ -54,6 +55,9 @@ __all__ = [
 MAGIC: Final = b"elm"
 FLAG_FINAL: Final = 1
 """Last parcel of a request in this direction."""
+
+FLAG_DRAFTS: Final = 2
+"""On HIDDEN: all rows but the first are of tokens that were guessed, which meta names (wire.drafts)."""
 
 _FIXED: Final = struct.Struct("<3sBIBBBBHHIIQQQIHH")
 _LEAD: Final = struct.Struct("<3sBI")
@@ -85,6 +89,14 @@ class Kind(IntEnum):
     """Bytes to measure a link with."""
     ASK = 6
     """A blocked sender says how far it has sent (`offset`) and asks for its credit again; channel.py only."""
+    INQUIRY = 7
+    """A requester asks a stage whether it works and knows the request; meta is an Inquiry."""
+    STANDING = 8
+    """The stage's answer to the requester; meta is a Standing."""
+    ROWS = 9
+    """One row of each of several requests: hidden states [b, hidden] or token ids [b]; meta says whose (wire.rows)."""
+    ITEM = 10
+    """All tensors of an item that cross a cut, or come out behind the last, as bytes [n]; meta is an ItemMeta."""
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}
@@ -273,8 +285,8 @@ def parse(data: bytes) -> Frame:
         raise MalformedFrame(f"frame of kind {kind} and dtype {dtype}, one of which is not known")
     kind, dtype = _KINDS[kind], _DTYPES[dtype]
     shape = _DIMS[rank].unpack_from(data, _FIXED.size)
-    if flags & ~FLAG_FINAL:
-        raise MalformedFrame(f"flags {flags:#x} are not known")
+    if flags & ~(FLAG_FINAL | FLAG_DRAFTS) or (flags & FLAG_DRAFTS and kind is not Kind.HIDDEN):
+        raise MalformedFrame(f"flags {flags:#x} are not known of {kind.name}")
     if offset > MAX_OFFSET:
         raise MalformedFrame(f"offset {offset} is beyond {MAX_OFFSET}")
     total = tensor_bytes(dtype, shape, group)

@@ -59,6 +59,9 @@ MAX_CONTROL_BYTES: Final = 262_144
 LEAST_CONTEXT_TOKENS: Final = 2
 """One token of a prompt and one of an answer."""
 
+MAX_DRAFTS: Final = 7
+"""Tokens guessed for one step: with the one before them eight rows, which cost a small board three steps of one."""
+
 MAX_PROMPT_TOKENS: Final = 131_072
 MAX_LIVE_REQUESTS: Final = 256
 MAX_DEVICES: Final = 256
@@ -83,3 +86,8 @@ RECONNECT_DELAY_S: Final = 1.0
 """Fixed reconnect delay: paho's default backoff reaches 120 s."""
 
 MIN_DEADLINE_S: Final = 0.25
+
+LEAST_SUSTAINED_S: Final = 5.0
+MOST_SUSTAINED_S: Final = 1800.0
+"""For how long a board can be told to make steps without a pause: what is shorter warms nothing, and half an hour is
+enough for any heat sink."""

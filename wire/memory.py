@@ -162,6 +162,10 @@ class MemoryTransport(Endpoint):
         if self._subscriptions.remove(topic_filter, handler) and self._link is Link.UP:
             self._broker.unsubscribe(self, topic_filter)
 
+    @property
+    def local_host(self) -> str:
+        return "127.0.0.1" if self.link is Link.UP else ""
+
     def start(self) -> None:
         if not self._started and self._link is not Link.CLOSED:
             self._started = True

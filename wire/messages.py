@@ -25,6 +25,13 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 BootId = Annotated[str, Meta(pattern=r"^[0-9a-f]{1,32}$")]
 
 
+Runs = Literal["tokens", "items"]
+"""What a stage is worked with: requests that it keeps rows of, or items of which it keeps nothing."""
+
+CodecName = Literal["as-is", "f16", "bf16", "int8-group", "int8-token"]
+"""In which form hidden states cross a cut: wire.codecs."""
+
+
 class Message(Struct, frozen=True, kw_only=True, omit_defaults=False):
     v: int = PROTOCOL
 
@@ -61,6 +68,9 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     engines: Annotated[tuple[EngineInfo, ...], Meta(max_length=16)]
     addresses: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
     cache_bytes: Count = 0
+    data_broker: Annotated[str, Meta(max_length=256)] = ""
+    """URL of the board's own broker for activations, '' if it has none; `data_broker_because` says what or why not."""
+    data_broker_because: Text = ""
     emulated: Text = ""
     """Not '' on a virtual board: what is emulated, in words."""
 
@@ -80,6 +90,10 @@ class InboxAddress(Struct, frozen=True, kw_only=True):
     broker: Annotated[str, Meta(max_length=256)] = ""
 
 
+EngineName = Literal["tensorrt", "onnxruntime-cuda", "onnxruntime", "torch-cuda", "torch"]
+"""What can compute a stage (models.engine.choice)."""
+
+
 class StageOrder(Struct, frozen=True, kw_only=True):
     """One stage that a device shall hold. Blocks are [first_block, end_block)."""
 
@@ -88,7 +102,7 @@ class StageOrder(Struct, frozen=True, kw_only=True):
     stage: Annotated[int, Meta(ge=0, lt=1024)]
     stages: Annotated[int, Meta(ge=1, le=1024)]
     model: Text
-    engine: Literal["onnxruntime", "torch"]
+    engine: EngineName
     graph: ArtifactRef
     weights: Annotated[tuple[ArtifactRef, ...], Meta(max_length=4096)]
     embedding: bool
@@ -104,8 +118,21 @@ class StageOrder(Struct, frozen=True, kw_only=True):
     inbox: InboxAddress
     next: InboxAddress
     """Inbox of the next stage in the ring; the head's next is the first stage."""
+    codec_in: CodecName = "as-is"
+    """Of the chunks of prompts that come; means nothing where token ids do."""
+    codec_out: CodecName = "as-is"
+    """Of those that go to the next stage; means nothing for the head."""
+    row_codec_in: CodecName = "as-is"
+    """Of the single rows of answers (one, or one of each of several requests)."""
+    row_codec_out: CodecName = "as-is"
     config: Annotated[str, Meta(max_length=65536)] = ""
     """JSON of the family's configuration, for engines that build their own graph (torch)."""
+    runs: Runs = "tokens"
+    standby: bool = False
+    """A second copy: loaded and warm, with an inbox of its own to which nobody sends. It makes no steps until a later
+    order puts it in its stage's place (docs/decisions/0013-replicas.md)."""
+    standard_graph: ArtifactRef | None = None
+    """The same stage in operators of ONNX alone, for engines that know no others."""
 
 
 class Desired(Message, frozen=True, kw_only=True):
@@ -129,6 +156,12 @@ class StageReport(Struct, frozen=True, kw_only=True):
     resident_bytes: Count = 0
     """Memory of the worker process as the kernel counts it."""
     restarts: Count = 0
+    standby: bool = False
+    """Of a copy that waits to take the stage's place."""
+    engine: Text = ""
+    """What it runs on, as the engine says itself; '' while it is not loaded."""
+    fell_back: Text = ""
+    """Why it is not the engine that was ordered; '' if it is."""
 
 
 class Applied(Message, frozen=True, kw_only=True):
@@ -141,8 +174,22 @@ class Applied(Message, frozen=True, kw_only=True):
     refused_because: Text = ""
 
 
+class StepMark(Struct, frozen=True, array_like=True):
+    """When a step over a row of an answer was made, by the board's own clock. Stages mark the same rows, so that
+    what lies between them can be told (coordinator.laps)."""
+
+    request: Count
+    """The lower bits of its number."""
+    row: Count
+    began_s: Seconds
+    ended_s: Seconds
+    back_s: Seconds = 0.0
+    """At the first stage: when its next step for this answer began, for which the token had to come back."""
+
+
 class StageCounters(Struct, frozen=True, kw_only=True):
-    """Totals since the worker started; `*_bytes` are payload bytes at the transport."""
+    """Totals since the worker took this epoch, so that a figure of an answer has nothing of another plan in it; of
+    `sent_frames`, `sent_bytes` and `received_bytes` since it started. `*_bytes` are payload bytes at the transport."""
 
     deployment: Name
     epoch: Count
@@ -152,14 +199,30 @@ class StageCounters(Struct, frozen=True, kw_only=True):
     prefill_tokens: Count = 0
     prefill_busy_s: Seconds = 0.0
     decode_steps: Count = 0
+    decode_rows: Count = 0
+    """Tokens: a decode step runs one row of each request in a group."""
     decode_busy_s: Seconds = 0.0
+    decode_rows_run: Count = 0
+    """Rows that decode steps ran, those of wrong guesses too."""
+    decode_context_tokens: Count = 0
+    """Rows in the KV cache before the step of each of these, added up: a step takes longer with more of them."""
     sent_frames: Count = 0
     sent_bytes: Count = 0
     decode_sent_bytes: Count = 0
     """The part of `sent_bytes` that decode steps sent to the next stage (tokens to the requester not counted)."""
+    drafts_sent: Count = 0
+    """Tokens that the first stage guessed for steps."""
+    drafts_accepted: Count = 0
+    """Those of them that were drawn."""
     received_bytes: Count = 0
     refused_frames: Count = 0
     resident_bytes: Count = 0
+    live: Count = 0
+    """Requests that hold a slot now; no total."""
+    marks: Annotated[tuple[StepMark, ...], Meta(max_length=32)] = ()
+    """The last ones."""
+    engine: Annotated[str, Meta(max_length=256)] = ""
+    """What makes the steps, as the engine says itself."""
 
 
 class Telemetry(Message, frozen=True, kw_only=True):
@@ -181,9 +244,12 @@ class KitModule(Struct, frozen=True, kw_only=True):
     key: Annotated[str, Meta(max_length=256)]
     kind: Literal["block", "embedding", "head"]
     graphs: Annotated[tuple[tuple[int, ArtifactRef], ...], Meta(max_length=8)]
+    standard: Annotated[tuple[tuple[int, ArtifactRef], ...], Meta(max_length=8)] = ()
+    """The same in operators of ONNX alone, for engines that know no others."""
     hidden: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
     vocabulary: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
     wire_dtype: Literal["f32", "f16", "bf16"]
+    runs: Runs = "tokens"
 
 
 class Kit(Message, frozen=True, kw_only=True):
@@ -233,6 +299,55 @@ class RequestMeta(Struct, frozen=True, kw_only=True):
     stop_ids: Annotated[tuple[int, ...], Meta(max_length=64)] = ()
     idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 60.0
     """A stage frees the request's slot when nothing came for so long."""
+    replay_tokens: Annotated[int, Meta(ge=0, lt=limits.MAX_PROMPT_TOKENS)] = 0
+    """So many tokens at the end of the prompt are run one by one: they were an answer's, and must be computed as they
+    were then."""
+    alone: bool = False
+    """No row of it shares a step with rows of other requests: how many share it shows in the last bits."""
+    speculate: Annotated[int, Meta(ge=0, le=limits.MAX_DRAFTS)] = 0
+    """Most tokens that the first stage may guess for a step; 0: none."""
+    padded: bool = False
+    """Every step of it has two rows or more, so that what was given can be computed again as a prompt."""
+
+
+class StageTime(Struct, frozen=True, array_like=True):
+    """What an item took at a stage."""
+
+    busy_s: Seconds
+    """In the engine."""
+    sent_bytes: Count
+    """Payload that went on, header and meta not counted."""
+
+
+class ItemMeta(Struct, frozen=True, kw_only=True):
+    """Rides in front of an item from stage to stage, and in front of what comes out to the requester."""
+
+    reply: InboxAddress
+    rows: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
+    stages: Annotated[tuple[StageTime, ...], Meta(max_length=128)] = ()
+    """Of the stages that it went through."""
+
+
+class Inquiry(Struct, frozen=True, kw_only=True):
+    """Body of an INQUIRY parcel. A stage of whatever epoch answers it, between two steps."""
+
+    reply: InboxAddress
+    number: Count
+
+
+class Standing(Struct, frozen=True, kw_only=True):
+    """Body of a STANDING parcel: how a request stands at a stage."""
+
+    stage: Count
+    number: Count
+    """Of the inquiry that this answers."""
+    known: bool
+    filed: Count = 0
+    """Rows of it that came."""
+    run: Count = 0
+    """Rows of it that were run."""
+    waiting: bool = False
+    """Whether something of it waits here, for its step or to be sent."""
 
 
 class StageError(Struct, frozen=True, kw_only=True):

@@ -109,6 +109,14 @@ class MqttTransport(Endpoint):
             lane = None if self._client is None else self._client.lane
             return None if lane is None else lane.connection
 
+    @property
+    def local_host(self) -> str:
+        connection = self.socket
+        try:
+            return "" if connection is None else str(connection.getsockname()[0])
+        except OSError:
+            return ""
+
     def subscribe(self, topic_filter: str, handler: Handler, *, qos: int = 0) -> None:
         with self._lock:
             news = self._subscriptions.add(topic_filter, handler, qos)
@@ -181,6 +189,25 @@ class MqttTransport(Endpoint):
             if handled or self._woken or self._link is Link.CLOSED or time.monotonic() >= deadline_s:
                 self._woken = False
                 return handled
+
+    def watched(self) -> tuple[float, tuple[tuple[int, int], ...]]:
+        """For who waits for several connections at once (wire.several): do what is due, and give when something will be
+        due next (monotonic) and what to wait for until then: descriptors with their events."""
+        due_s = self._advance(time.monotonic())
+        with self._lock:
+            if self._wake_read < 0:
+                return math.inf, ()
+            lane = None if self._client is None else self._client.lane
+            if self._client is None or lane is None:
+                return due_s, ((self._wake_read, select.POLLIN),)
+            events = select.POLLIN | (select.POLLOUT if self._client.unsent else 0)
+            return due_s, ((self._wake_read, select.POLLIN), (lane.fileno(), events))
+
+    def serve(self, ready: Sequence[tuple[int, int]]) -> int:
+        """Go on after such a wait, with the descriptors that are ready and their events; handlers run. Gives the number
+        of messages that were handled."""
+        self._serve(self._client, ready)
+        return self._dispatch()
 
     def wake(self) -> None:
         self._woken = True
@@ -428,7 +455,11 @@ class MqttTransport(Endpoint):
             client = self._client
             poller = self._watching(client)
         wait_ms = None if wait_s == math.inf else max(0, math.ceil(wait_s * 1000))
-        for descriptor, events in poller.poll(wait_ms):
+        self._serve(client, poller.poll(wait_ms))
+
+    def _serve(self, client: Client | None, ready: Sequence[tuple[int, int]]) -> None:
+        """Write and read what is possible, after a wait over this client's socket."""
+        for descriptor, events in ready:
             with self._lock:
                 if descriptor == self._wake_read:
                     _drain(descriptor)

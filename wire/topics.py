@@ -82,7 +82,7 @@ APPLIED: Final = Topic(
 )  # fmt: skip
 COMMAND: Final = Topic(
     "command", f"{ROOT}/{{site}}/dev/{{device}}/cmd/{{verb}}", "Command", 1, False, Writer.COORDINATOR,
-    "ask the device to do something once: measure, probe-link",
+    "ask the device to do something once: measure, sustain, probe-link, probe-ways, probe-pair",
 )  # fmt: skip
 REPLY: Final = Topic(
     "reply", f"{ROOT}/{{site}}/rsp/{{requester}}/{{verb}}", "Reply", 1, False, Writer.DEVICE,

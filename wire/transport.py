@@ -85,6 +85,10 @@ class Transport(Protocol):
         """Why the last attempt to connect failed, for people; '' if it didn't."""
 
     @property
+    def local_host(self) -> str:
+        """Our own address on the connection, '' while there is none."""
+
+    @property
     def bytes_sent(self) -> int:
         """Payload bytes published since the start, topic names and MQTT headers not counted."""
 
