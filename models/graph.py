@@ -10,6 +10,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from wire.errors import Refused
+
 ModuleKind = Literal["embedding", "block", "head"]
 
 
@@ -32,10 +34,20 @@ class Edge(Struct, frozen=True, kw_only=True):
     elements_per_token: int
     bytes_per_token: int
     """At the wire dtype, without headers."""
+    tensor: str = ""
+    """Names what crosses where modules are no chain: edges with the same name and source carry the same bytes, once."""
+
+
+class Items(Struct, frozen=True, kw_only=True):
+    """Of a model that takes items and keeps nothing: "per token" means per item of so many `rows` in its graph."""
+
+    rows: int
+    input_bytes: int
+    output_bytes: int
 
 
 class Graph(Struct, frozen=True, kw_only=True):
-    """`modules` stand in topological order; for the Llama family the edges are a chain."""
+    """`modules` stand in topological order; for the Llama family the edges are a chain. Cut i lies before module i."""
 
     model: str
     family: str
@@ -47,6 +59,8 @@ class Graph(Struct, frozen=True, kw_only=True):
     max_context_tokens: int
     modules: tuple[Module, ...]
     edges: tuple[Edge, ...]
+    items: Items | None = None
+    """None: a language model."""
 
     def module(self, name: str) -> Module:
         for module in self.modules:
@@ -58,3 +72,25 @@ class Graph(Struct, frozen=True, kw_only=True):
     def weight_bytes(self) -> int:
         """Bytes of all weights, files that modules share counted once only if the modules say so by digest."""
         return sum(module.weight_bytes for module in self.modules)
+
+    def live_at(self, cut: int) -> tuple[Edge, ...]:
+        """What crosses a cut: each tensor that a module before it makes and one behind it needs, once, however many
+        need it; a skip is live over all cuts between its ends. In the order of the modules that make them."""
+        places = {module.name: place for place, module in enumerate(self.modules)}
+        live: dict[tuple[str, str], Edge] = {}
+        for edge in sorted(self.edges, key=lambda edge: (places[edge.source], edge.tensor)):
+            if places[edge.source] < cut <= places[edge.target]:
+                live.setdefault((edge.source, edge.tensor), edge)
+        return tuple(live.values())
+
+    def live_bytes(self) -> tuple[int, ...]:
+        """Bytes of all that crosses each cut 0 .. len(modules), without headers; nothing crosses the first and last.
+
+        Raises Refused if the modules do not stand in topological order, or an edge names none of them.
+        """
+        places = {module.name: place for place, module in enumerate(self.modules)}
+        for edge in self.edges:
+            if not places.get(edge.source, len(places)) < places.get(edge.target, -1):
+                raise Refused(f"{self.model}: {edge.source} -> {edge.target} is no edge from a module to a later one")
+        cuts = range(len(self.modules) + 1)
+        return tuple(sum(edge.bytes_per_token for edge in self.live_at(cut)) for cut in cuts)

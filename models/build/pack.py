@@ -6,12 +6,10 @@ last, so a pack that was cut off is made again. Weights don't depend on the wire
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
@@ -26,13 +24,13 @@ from models.build.layout import (
     table_weights,
 )
 from models.build.quantise import quantise_4bit, quantise_8bit
-from models.cache import write_atomic
 from models.engine.manifest import Precision, WeightInfo
 from models.families.config import LlamaConfig
 from models.families.llama import build_graph, module_names
 from models.formats import safetensors
 from models.formats.contents import Checkpoint
 from models.graph import Graph
+from models.packed import PackedFile, finish, known_files, write_file
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
@@ -53,21 +51,6 @@ class Packed(Struct, frozen=True, kw_only=True):
     config: LlamaConfig
 
 
-class _File(Struct, frozen=True):
-    """A file of a pack; `name` is 'embedding', 'block.0' .., 'head' or 'final_norm'."""
-
-    name: str
-    digest: str
-    size_bytes: int
-
-    def path(self, folder: Path) -> Path:
-        return folder / f"{self.name}-{self.digest.removeprefix('sha256:')[:16]}.safetensors"
-
-
-class _Index(Struct, frozen=True):
-    files: list[_File]
-
-
 def pack(
     checkpoint: Checkpoint, precision: str, wire_dtype: str, cache_dir: Path, progress: Progress | None = None
 ) -> Packed:
@@ -79,7 +62,7 @@ def pack(
     packed_as, wire = checked_precision(precision), checked_wire_dtype(wire_dtype)
     config = checkpoint.config
     folder = cache_dir / "packs" / f"{checkpoint.digest.removeprefix('sha256:')[:32]}-{packed_as}-v{PACK_VERSION}"
-    files = _known(folder, _file_names(config))
+    files = known_files(folder, _file_names(config))
     if files is None:
         files = _write(checkpoint, packed_as, folder, progress)
     digests = {file.name: file.digest for file in files}
@@ -132,29 +115,17 @@ def _artifacts(config: LlamaConfig, digests: Mapping[str, str]) -> dict[str, tup
     return of_modules | {"head": (digests[head_matrix(config)], digests[_FINAL_NORM])}
 
 
-def _known(folder: Path, names: Sequence[str]) -> list[_File] | None:
-    """Give the files of a finished pack whose files are all there; None if it has to be made."""
-    try:
-        index = msgspec.json.decode((folder / "index.json").read_bytes(), type=_Index)
-        whole = all(file.path(folder).stat().st_size == file.size_bytes for file in index.files)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-        return None  # never packed, cut off, or damaged: packing again is the answer to all of them
-    return index.files if whole and [file.name for file in index.files] == list(names) else None
-
-
-def _write(checkpoint: Checkpoint, precision: Precision, folder: Path, progress: Progress | None) -> list[_File]:
+def _write(checkpoint: Checkpoint, precision: Precision, folder: Path, progress: Progress | None) -> list[PackedFile]:
     names = _file_names(checkpoint.config)
-    files: list[_File] = []
+    files: list[PackedFile] = []
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names))
         tensors = module_tensors(checkpoint, name, precision)
         _check(name, tensors, _expected(checkpoint.config, name, precision))
         content = safetensors.to_bytes(tensors)
-        file = _File(name, f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))
-        write_atomic(file.path(folder), content)
-        files.append(file)
-    write_atomic(folder / "index.json", msgspec.json.encode(_Index(files)))
+        files.append(write_file(folder, name, content))
+    finish(folder, files)
     if progress is not None:
         progress(len(names), len(names))
     return files

@@ -1,14 +1,16 @@
 """A stage as an ONNX graph without weights, out of onnxruntime's own fused operators.
 
-Inputs and outputs, with n rows of one request and `context` rows of room:
-    tokens       int64 [1, n]                        stages with the embedding; else
-    hidden       wire dtype [1, n, hidden]
-    last_row     int32 [1]                           position of the last row given
-    rows         int32 []                            last_row + 1
+Inputs and outputs, with n rows of each of b requests and `context` rows of room; b is 1 (a prompt) or n is 1 (decode),
+for GroupQueryAttention appends several rows of one request, or one row of several, but not several of several:
+    tokens       int64 [b, n]                        stages with the embedding; else
+    hidden       wire dtype [b, n, hidden]
+    last_row     int32 [b]                           position of the last row given, of each request
+    rows         int32 []                            the greatest last_row + 1
     rope.cos     float32 [context, head_dim / 2]     rope.sin alike: the engine computes them once
-    kv.{i}.key   float32 [1, kv_heads, context, head_dim], and kv.{i}.value; the same buffers are the outputs
-    hidden.out   wire dtype [1, n, hidden]           what goes to the next stage; with a head: of the last block
-    logits       float32 [1, vocabulary]             stages with the head: of the last row only
+    kv.{i}.key   float32 [b, kv_heads, context, head_dim], and kv.{i}.value; the same buffers are the outputs
+    hidden.out   wire dtype [b, n, hidden]           what goes to the next stage; with a head: of the last block
+    logits_from  int64 [1]                           stages with the head: -m for logits of the last m rows
+    logits       float32 [b * m, vocabulary]         stages with the head; m is 1 where b is more
 Stages without blocks have none of last_row, rows, rope and kv. Weights are declared as external data: the engine
 supplies them by name from mapped files, so they are in memory once.
 
@@ -54,8 +56,16 @@ IR_VERSION: Final = 10
 ACCURACY_LEVEL: Final = 4
 """MatMulNBits rounds activations to 8 bit blockwise and multiplies whole numbers; in floating point 4 bit is slow."""
 
-_WIRE_TYPES: Final = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-_WEIGHT_TYPES: Final = {"f32": TensorProto.FLOAT, "u8": TensorProto.UINT8}
+WIRE_TYPES: Final = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+WEIGHT_TYPES: Final = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "u8": TensorProto.UINT8}
+INT32: Final = TensorProto.INT32
+
+
+def check_stage(config: LlamaConfig, first_block: int, end_block: int, ends: bool) -> None:
+    """Raise UsageError for blocks that the model hasn't, and for a stage without anything. `ends`: whether it has the
+    embedding or the head."""
+    if not 0 <= first_block <= end_block <= config.blocks or not (ends or end_block > first_block):
+        raise UsageError(f"no stage of blocks {first_block} to {end_block} in a model of {config.blocks} blocks")
 
 
 def build_stage_graph(
@@ -73,8 +83,7 @@ def build_stage_graph(
     Equal arguments give equal bytes. Raises UsageError for an unknown precision or dtype and for blocks that the model
     hasn't; a stage without anything is such a case.
     """
-    if not 0 <= first_block <= end_block <= config.blocks or not (embedding or head or end_block > first_block):
-        raise UsageError(f"no stage of blocks {first_block} to {end_block} in a model of {config.blocks} blocks")
+    check_stage(config, first_block, end_block, embedding or head)
     parts = _Parts(config, checked_precision(precision), checked_wire_dtype(wire_dtype))
     residual = parts.embedding() if embedding else parts.given_hidden()
     if end_block > first_block:
@@ -95,7 +104,7 @@ def build_stage_graph(
     return parts.graph.serialised(manifest)
 
 
-class _Graph:
+class GraphWriter:
     """Nodes, values and initialisers of an ONNX graph under construction; names are unique and deterministic."""
 
     def __init__(self) -> None:
@@ -133,11 +142,14 @@ class _Graph:
         self._initializers[name] = numpy_helper.from_array(value, name)
         return name
 
-    def external(self, info: WeightInfo) -> str:
-        """Declare a weight that the engine supplies."""
-        tensor = TensorProto(name=info.name, data_type=_WEIGHT_TYPES[info.dtype], dims=info.shape)
+    def external(self, info: WeightInfo, offset_bytes: int | None = None) -> str:
+        """Declare a weight that the engine supplies; with its place, where it may do so as a file."""
+        tensor = TensorProto(name=info.name, data_type=WEIGHT_TYPES[info.dtype], dims=info.shape)
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value=WEIGHTS_LOCATION)
+        if offset_bytes is not None:
+            tensor.external_data.add(key="offset", value=str(offset_bytes))
+            tensor.external_data.add(key="length", value=str(info.size_bytes))
         self._initializers[info.name] = tensor
         return info.name
 
@@ -157,17 +169,17 @@ class _Parts:
         self.config = config
         self.precision = precision
         self.wire_dtype = wire_dtype
-        self.graph = _Graph()
+        self.graph = GraphWriter()
         self.weights: dict[str, WeightInfo] = {}
-        self._wire_type = _WIRE_TYPES[wire_dtype]
+        self._wire_type = WIRE_TYPES[wire_dtype]
 
     def given_hidden(self) -> str:
         """Give the input 'hidden', still in wire dtype."""
-        return self.graph.input("hidden", self._wire_type, [1, "n", self.config.hidden])
+        return self.graph.input("hidden", self._wire_type, ["b", "n", self.config.hidden])
 
     def embedding(self) -> str:
         """Look the tokens up; give hidden states in wire dtype."""
-        tokens = self.graph.input("tokens", TensorProto.INT64, [1, "n"])
+        tokens = self.graph.input("tokens", TensorProto.INT64, ["b", "n"])
         names = self._declare(table_weights("embedding", self.config, self.precision))
         rows = self.graph.value("Gather", [names[0], tokens])
         if table_precision(self.precision) == "f32":
@@ -179,14 +191,14 @@ class _Parts:
         column = self.graph.value("Unsqueeze", [scales, self._shape("last_axis", -1)])
         codes = self.graph.value("Sub", [self.graph.value("Cast", [rows], to=TensorProto.FLOAT), zero])
         values = self.graph.value("Mul", [codes, column])
-        flat = self.graph.value("Reshape", [values, self._shape("padded_rows", 1, -1, blocks * BLOCK)])
+        flat = self.graph.value("Reshape", [values, self._shape("padded_rows", 0, -1, blocks * BLOCK)])
         if self.config.hidden % BLOCK:
             end = self._shape("hidden_end", self.config.hidden)
             flat = self.graph.value("Slice", [flat, self._shape("start", 0), end, self._shape("last_axis", -1)])
         return self._to_wire(flat)
 
     def declare_attention_inputs(self) -> None:
-        self.graph.input("last_row", TensorProto.INT32, [1])
+        self.graph.input("last_row", TensorProto.INT32, ["b"])
         self.graph.input("rows", TensorProto.INT32, [])
         for name in ("rope.cos", "rope.sin"):
             self.graph.input(name, TensorProto.FLOAT, ["context", self.config.head_dim // 2])
@@ -220,11 +232,13 @@ class _Parts:
         if not given:
             self.graph.rename(residual, "hidden.out")
             residual = "hidden.out"
-            self.graph.output("hidden.out", self._wire_type, [1, "n", self.config.hidden])
+            self.graph.output("hidden.out", self._wire_type, ["b", "n", self.config.hidden])
         if not head:
             return
-        last = self.graph.constant("last", np.array(-1, np.int64))
-        row = self._from_wire(self.graph.value("Gather", [residual, last], axis=1))
+        first = self.graph.input("logits_from", TensorProto.INT64, [1])
+        end, axis = self._shape("all_rows", np.iinfo(np.int64).max), self._shape("row_axis", 1)
+        rows = self.graph.value("Slice", [residual, first, end, axis])
+        row = self._from_wire(self.graph.value("Reshape", [rows, self._shape("flat_rows", -1, self.config.hidden)]))
         self._declare([WeightInfo("final_norm", "f32", (self.config.hidden,))])
         normed = self._norm(row, "final_norm")
         matrix = head_matrix(self.config)
@@ -233,10 +247,10 @@ class _Parts:
             self.graph.node("Gemm", [normed, names[0]], ["logits"], transB=1)
         else:
             self._product_of_codes(normed, matrix, names, 8, ["logits"])
-        self.graph.output("logits", TensorProto.FLOAT, [1, self.config.vocabulary])
+        self.graph.output("logits", TensorProto.FLOAT, ["m", self.config.vocabulary])
 
     def _attention(self, index: int, normed: str) -> str:
-        """Rotate, append to the KV buffers, attend: [1, n, hidden] -> [1, n, heads * head_dim]."""
+        """Rotate, append to the KV buffers, attend: [b, n, hidden] -> [b, n, heads * head_dim]."""
         config, prefix = self.config, f"block.{index}."
         stacked = self._product(normed, prefix, "qkv")
         if config.qkv_bias:
@@ -244,7 +258,7 @@ class _Parts:
         # Without norms in between, the operator takes the stacked product and splits it itself.
         query, key, value = self._normed_heads(stacked, prefix) if config.qk_norm else (stacked, "", "")
         buffers = [f"kv.{index}.key", f"kv.{index}.value"]
-        shape: list[int | str] = [1, config.kv_heads, "context", config.head_dim]
+        shape: list[int | str] = ["b", config.kv_heads, "context", config.head_dim]
         for name in buffers:
             self.graph.input(name, TensorProto.FLOAT, shape)
             self.graph.output(f"{name}.out", TensorProto.FLOAT, shape)
@@ -269,9 +283,9 @@ class _Parts:
         self.graph.node("Split", [stacked, widths], parts, axis=-1)
         normed = []
         for letter, part, width in (("q", parts[0], config.q_width), ("k", parts[1], config.kv_width)):
-            by_head = self._shape(f"{letter}_by_head", 1, -1, width // config.head_dim, config.head_dim)
+            by_head = self._shape(f"{letter}_by_head", 0, -1, width // config.head_dim, config.head_dim)
             heads = self._norm(self.graph.value("Reshape", [part, by_head]), f"{prefix}{letter}_norm")
-            normed.append(self.graph.value("Reshape", [heads, self._shape(f"{letter}_flat", 1, -1, width)]))
+            normed.append(self.graph.value("Reshape", [heads, self._shape(f"{letter}_flat", 0, -1, width)]))
         return normed[0], normed[1], parts[2]
 
     def _norm(self, values: str, weight: str) -> str:

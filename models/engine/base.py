@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -77,13 +78,27 @@ class StageEngine(Protocol):
     def close(self, slot: int) -> None:
         """Free a slot. Closing a free slot is an error of the caller."""
 
-    def step(self, slot: int, given: Array, position: int) -> Array:
+    def step(self, slot: int, given: Array, position: int, logits_rows: int = 1) -> Array:
         """Run rows `position .. position + n` of one request through the stage.
 
         `given`: token ids int64 [n] for a stage with the embedding, else hidden states [n, hidden] in wire dtype.
         `position` must equal the number of rows already run in this slot (or less: the tail is forgotten and
         overwritten). Gives hidden states [n, hidden] in wire dtype, or for a stage with the head the logits of the
-        last row, float32 [vocabulary]. The result is valid until the next step. Raises ContextFull, EngineFailed.
+        last row, float32 [vocabulary]; with `logits_rows` above 1, at most n, those of so many last rows, float32
+        [logits_rows, vocabulary]. The result is valid until the next step. Raises ContextFull, EngineFailed.
+        """
+
+    def step_many(
+        self, slots: Sequence[int], given: Array, positions: Sequence[int]
+    ) -> tuple[Array, dict[int, EdgelamError]]:
+        """Run one row of each of several requests in one step.
+
+        `given`: token ids int64 [b], or hidden states [b, hidden] in wire dtype; row i belongs to `slots[i]`, all
+        different, and has the number `positions[i]` there, as in `step`. Gives hidden states [b, hidden] or logits
+        [b, vocabulary], valid until the next step, and why the rows that failed did, by their number; what is given
+        for those means nothing. A row's result does not depend on the others in the step, nor on their order, as long
+        as there are any: one row alone may be computed otherwise, in the last bits. Raises EngineFailed when none could
+        be run; then the rows have not been counted, and may be run again.
         """
 
     def row(self, slot: int) -> RowStep | None:

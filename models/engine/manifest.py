@@ -34,6 +34,8 @@ _VALUE_FIELD: Final = 2
 
 Precision = Literal["f32", "int8", "int4"]
 WireDtype = Literal["f32", "f16", "bf16"]
+Operators = Literal["fused", "standard"]
+"""Of onnxruntime's own (models.build.stage), or of ONNX alone (models.build.standard)."""
 Dim = Annotated[int, Meta(ge=1, le=MAX_DIM)]
 
 
@@ -41,12 +43,12 @@ class WeightInfo(Struct, frozen=True, array_like=True):
     """One tensor that the engine must supply."""
 
     name: str
-    dtype: Literal["f32", "u8"]
+    dtype: Literal["f32", "f16", "u8"]
     shape: Annotated[tuple[Dim, ...], Meta(min_length=1, max_length=MAX_RANK)]
 
     @property
     def size_bytes(self) -> int:
-        count = 4 if self.dtype == "f32" else 1
+        count = {"f32": 4, "f16": 2, "u8": 1}[self.dtype]
         for dim in self.shape:
             count *= dim
         return count
@@ -64,6 +66,8 @@ class StageManifest(Struct, frozen=True, kw_only=True):
     end_block: Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
     config: LlamaConfig
     weights: Annotated[tuple[WeightInfo, ...], Meta(max_length=MAX_BLOCKS * 32)]
+    """As they are packed, whatever the graph's own initialisers are."""
+    operators: Operators = "fused"
 
     @property
     def blocks(self) -> range:
@@ -85,7 +89,7 @@ class StageManifest(Struct, frozen=True, kw_only=True):
                 raise EngineFailed(f"{where}: {name} is {found}, the order says {expected}")
 
 
-def load_graph(path: Path, spec: StageSpec) -> tuple[bytes, StageManifest]:
+def load_graph(path: Path, spec: StageSpec, operators: Operators = "fused") -> tuple[bytes, StageManifest]:
     """Read a graph file: its bytes and its manifest, checked against the order. Raises EngineFailed."""
     try:
         if path.stat().st_size > MAX_GRAPH_BYTES:
@@ -95,18 +99,31 @@ def load_graph(path: Path, spec: StageSpec) -> tuple[bytes, StageManifest]:
         raise EngineFailed(f"{path}: {error.strerror}") from error
     manifest = read_manifest(graph, path.name)
     manifest.check(spec, path.name)
+    if manifest.operators != operators:
+        raise EngineFailed(
+            f"{path.name}: a graph of {manifest.operators} operators, this engine reads {operators} ones"
+        )
     return graph, manifest
 
 
 def read_manifest(graph: bytes, where: str) -> StageManifest:
     """Give the manifest inside an ONNX model; raise EngineFailed (with `where`) if there is none or it is damaged."""
+    data = metadata_of(graph, KEY, where)
+    try:
+        return msgspec.json.decode(data, type=StageManifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, EdgelamError) as error:
+        raise EngineFailed(f"{where}: damaged stage graph: {error}") from error
+
+
+def metadata_of(graph: bytes, key: str, where: str) -> bytes:
+    """Give what an ONNX model's metadata holds under a key; raise EngineFailed if it holds nothing there."""
     try:
         for field, value in _fields(memoryview(graph)):
             if field == _METADATA_FIELD:
-                pair = {key: bytes(text) for key, text in _fields(value)}
-                if pair.get(_KEY_FIELD) == KEY.encode():
-                    return msgspec.json.decode(pair.get(_VALUE_FIELD, b""), type=StageManifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, EdgelamError) as error:
+                pair = {number: bytes(text) for number, text in _fields(value)}
+                if pair.get(_KEY_FIELD) == key.encode():
+                    return pair.get(_VALUE_FIELD, b"")
+    except ValueError as error:
         raise EngineFailed(f"{where}: damaged stage graph: {error}") from error
     raise EngineFailed(f"{where}: not a stage graph of edgelam", try_="install the same edgelam version everywhere")
 

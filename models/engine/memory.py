@@ -1,10 +1,10 @@
-"""Memory that an engine hands to onnxruntime: mapped weights, KV buffers, tables of rotary positions."""
+"""Memory that an engine hands to onnxruntime: mapped weights, tables of rotary positions."""
 
 from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.engine.base import EngineFailed
-from models.engine.manifest import StageManifest, WeightInfo
+from models.engine.manifest import WeightInfo
 from models.families.config import LlamaConfig
 from models.formats.safetensors import SafetensorsFile, open_safetensors
 
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
 
-KV_ALIGNMENT_BYTES: Final = 64
+ALIGNMENT_BYTES: Final = 64
 """A cache line, and the widest vector register."""
 
 _POOL: Final = 1 << 20
@@ -54,8 +54,8 @@ class Weights:
             pages.madvise(mmap.MADV_DONTNEED)
 
 
-def map_weights(manifest: StageManifest, paths: Iterable[Path]) -> Weights:
-    """Map the files and give the tensors that the manifest wants, checked for dtype and shape.
+def map_weights(weights: Sequence[WeightInfo], paths: Iterable[Path]) -> Weights:
+    """Map the files and give the tensors that a stage wants, checked for dtype and shape.
 
     Files may hold more than the stage needs. Raises EngineFailed naming what is missing or differs, and what
     `open_safetensors` raises for damaged files.
@@ -65,7 +65,7 @@ def map_weights(manifest: StageManifest, paths: Iterable[Path]) -> Weights:
     for file in files:
         holders.update(dict.fromkeys(file.tensors, file))
     tensors: dict[str, Array] = {}
-    for info in manifest.weights:
+    for info in weights:
         if info.name not in holders:
             raise EngineFailed(f"no file holds the tensor {info.name!r} of the stage")
         tensor = holders[info.name].view(info.name)
@@ -78,37 +78,36 @@ def map_weights(manifest: StageManifest, paths: Iterable[Path]) -> Weights:
     return Weights(tensors, [file.pages for file in files])
 
 
-def make_weights(manifest: StageManifest, folder: Path, seed: int) -> Weights:
-    """Make weights of the manifest's shapes, for measuring: sane sizes, so that nothing overflows or is denormal.
+def make_weights(wanted: Sequence[WeightInfo], folder: Path, seed: int) -> Weights:
+    """Make weights of the wanted shapes, for measuring: sane sizes, so that nothing overflows or is denormal.
 
     They lie in a nameless file in `folder`, mapped like real ones, so that memory is what it would be with those.
     Raises OSError when there is no room.
     """
+    if not wanted:
+        return Weights({}, [])
     generator = np.random.default_rng(seed)
     with tempfile.TemporaryFile(dir=folder) as stream:
-        for info in manifest.weights:
+        for info in wanted:
             stream.write(_made(info, generator).tobytes())
-            stream.write(bytes(-stream.tell() % KV_ALIGNMENT_BYTES))
+            stream.write(bytes(-stream.tell() % ALIGNMENT_BYTES))
         stream.flush()
         pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     tensors: dict[str, Array] = {}
     start = 0
-    for info in manifest.weights:
+    for info in wanted:
         dtype = _DTYPES[info.dtype]
         tensors[info.name] = np.frombuffer(pages, dtype, info.size_bytes // dtype.itemsize, start).reshape(info.shape)
-        start += -(-info.size_bytes // KV_ALIGNMENT_BYTES) * KV_ALIGNMENT_BYTES
+        start += -(-info.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return Weights(tensors, [pages])
 
 
-def kv_buffers(count: int, shape: tuple[int, ...]) -> list[Floats]:
-    """Give `count` float32 arrays of one shape. The kernel provides a page when it is first written."""
-    each = -(-4 * int(np.prod(shape)) // KV_ALIGNMENT_BYTES) * KV_ALIGNMENT_BYTES
-    if count == 0:
-        return []
-    pages = mmap.mmap(-1, each * count)
-    return [
-        np.frombuffer(pages, np.float32, int(np.prod(shape)), number * each).reshape(shape) for number in range(count)
-    ]
+def made_weights(wanted: Sequence[WeightInfo], folder: Path, seed: int) -> Weights:
+    """`make_weights`; raises EngineFailed when there is no room."""
+    try:
+        return make_weights(wanted, folder, seed)
+    except OSError as error:
+        raise EngineFailed(f"no room for weights to measure with in {folder}: {error.strerror}") from error
 
 
 def rope_tables(config: LlamaConfig, positions: int) -> tuple[Floats, Floats]:

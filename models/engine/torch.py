@@ -6,7 +6,8 @@ expanded to float32 at load. The residual stream takes the wire dtype at every b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -15,39 +16,59 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.build.layout import MATRICES, head_matrix, matrix_size, table_precision
-from models.build.quantise import Quantised, blocks_in, dequantise
+from models.build.layout import MATRICES, head_matrix
 from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
-from models.engine.manifest import Precision, StageManifest, load_graph
-from models.engine.memory import map_weights, rope_tables
+from models.engine.expand import expanded as floats
+from models.engine.manifest import StageManifest, load_graph
+from models.engine.memory import made_weights, map_weights, rope_tables
+from wire.errors import EdgelamError
+
+BLOCK_MATRICES: Final = tuple(f".{name}" for name in MATRICES)
+"""Ends of the names of matrices that are stored [in, out]."""
+
+MAX_SAID_LETTERS: Final = 300
 
 _WIRE_TYPES: Final = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchStage:
-    """A stage as torch tensors on the CPU. See `models.engine.base.StageEngine`."""
+    """A stage as torch tensors on one device. See `models.engine.base.StageEngine`."""
 
-    def __init__(self, manifest: StageManifest, tensors: dict[str, Tensor], spec: StageSpec) -> None:
-        """`tensors` as `expanded` gives them."""
+    def __init__(
+        self, manifest: StageManifest, tensors: dict[str, Tensor], spec: StageSpec, device: str = "cpu"
+    ) -> None:
+        """`tensors` as `expanded` gives them; moved to the device. Raises EngineFailed if that can't be."""
         self._manifest = manifest
-        self._tensors = tensors
         self._spec = spec
+        self._device = device
         cosines, sines = rope_tables(manifest.config, spec.context_tokens)
-        self._cosines, self._sines = torch.from_numpy(cosines), torch.from_numpy(sines)
+        with _failing(device):
+            self._tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+            self._cosines = torch.from_numpy(cosines).to(device)
+            self._sines = torch.from_numpy(sines).to(device)
         self._slots: list[_Slot | None] = [None] * spec.slots
 
     @classmethod
-    def load(cls, graph_path: Path, weight_paths: Iterable[Path], spec: StageSpec) -> TorchStage:
+    def load(cls, graph_path: Path, weight_paths: Iterable[Path], spec: StageSpec, device: str = "cpu") -> TorchStage:
         """Load a stage; raises EngineFailed, CorruptData and Refused like OnnxStage.load."""
         _, manifest = load_graph(graph_path, spec)
         manifest.config.check_context(spec.context_tokens)
-        weights = map_weights(manifest, weight_paths)
+        weights = map_weights(manifest.weights, weight_paths)
         torch.set_num_threads(spec.threads)
-        return cls(manifest, expanded(manifest, weights.tensors), spec)
+        return cls(manifest, expanded(manifest, weights.tensors), spec, device)
+
+    @classmethod
+    def load_synthetic(cls, graph_path: Path, spec: StageSpec, seed: int, device: str = "cpu") -> TorchStage:
+        """Load a graph with weights made up here, for measuring."""
+        _, manifest = load_graph(graph_path, spec)
+        weights = made_weights(manifest.weights, graph_path.parent, seed)
+        torch.set_num_threads(spec.threads)
+        return cls(manifest, expanded(manifest, weights.tensors), spec, device)
 
     @property
     def name(self) -> str:
-        return f"torch {torch.__version__} cpu"
+        on = torch.cuda.get_device_name() if self._device == "cuda" else self._device
+        return f"torch {torch.__version__} {on}"
 
     @property
     def held_bytes(self) -> int:
@@ -60,7 +81,8 @@ class TorchStage:
     def open(self) -> int:
         for number, slot in enumerate(self._slots):
             if slot is None:
-                self._slots[number] = _Slot(self._manifest, self._spec.context_tokens)
+                with _failing(self._device):
+                    self._slots[number] = _Slot(self._manifest, self._spec.context_tokens, self._device)
                 return number
         raise NoSlot(f"all {self._spec.slots} slots are taken", try_="try again when a request has ended")
 
@@ -68,17 +90,35 @@ class TorchStage:
         self._opened(slot)
         self._slots[slot] = None
 
+    def step_many(
+        self, slots: Sequence[int], given: Array, positions: Sequence[int]
+    ) -> tuple[Array, dict[int, EdgelamError]]:
+        """One after the other."""
+        results: list[Array | None] = []
+        failed: dict[int, EdgelamError] = {}
+        for index, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+            try:
+                results.append(self.step(slot, given[index : index + 1], position).reshape(-1))
+            except (ContextFull, EngineFailed) as error:
+                failed[index] = error
+                results.append(None)
+        made = next((result for result in results if result is not None), np.zeros(self._spec.hidden, np.float32))
+        return np.stack([np.zeros_like(made) if result is None else result for result in results]), failed
+
     def row(self, slot: int) -> None:
         """None: this engine is the reference, not the fast one."""
         del slot
 
-    @torch.no_grad()
-    def step(self, slot: int, given: Array, position: int) -> Array:
+    def step(self, slot: int, given: Array, position: int, logits_rows: int = 1) -> Array:
+        with torch.no_grad(), _failing(self._device):
+            return self._step(slot, given, position, logits_rows)
+
+    def _step(self, slot: int, given: Array, position: int, logits_rows: int) -> Array:
         opened = self._opened(slot)
         end = position + given.shape[0]
         if end > self._spec.context_tokens:
             raise ContextFull(f"{end} tokens in a context of {self._spec.context_tokens}")
-        if not 0 <= position <= opened.rows or given.shape[0] == 0:
+        if not 0 <= position <= opened.rows or not 1 <= logits_rows <= given.shape[0]:
             raise EngineFailed(f"step of {given.shape[0]} rows at position {position} after {opened.rows} rows")
         residual = self._given(given)
         opened.rows = position
@@ -93,8 +133,9 @@ class TorchStage:
         opened.rows = end
         if not self._manifest.head:
             return self._wire_array(residual)
-        logits = self._norm(residual[-1], "final_norm") @ self._tensors[head_matrix(self._manifest.config)].T
-        result: Array = logits.numpy()
+        last = residual[-1] if logits_rows == 1 else residual[-logits_rows:]
+        logits = self._norm(last, "final_norm") @ self._tensors[head_matrix(self._manifest.config)].T
+        result: Array = logits.cpu().numpy()
         return result
 
     def _opened(self, slot: int) -> _Slot:
@@ -109,15 +150,15 @@ class TorchStage:
             ids = torch.from_numpy(given.astype(np.int64))
             if int(ids.min()) < 0 or int(ids.max()) >= self._spec.vocabulary:
                 raise EngineFailed(f"token ids {int(ids.min())} to {int(ids.max())} in {self._spec.vocabulary}")
-            return self._rounded(self._tensors["embedding"][ids])
-        values = torch.from_numpy(np.ascontiguousarray(given))
+            return self._rounded(self._tensors["embedding"][ids.to(self._device)])
+        values = torch.from_numpy(np.array(given, order="C")).to(self._device)
         return (values.view(torch.bfloat16) if self._spec.wire_dtype == "bf16" else values).float()
 
     def _rounded(self, residual: Tensor) -> Tensor:
         return residual.to(_WIRE_TYPES[self._spec.wire_dtype]).float()
 
     def _wire_array(self, residual: Tensor) -> Array:
-        wire = residual.to(_WIRE_TYPES[self._spec.wire_dtype])
+        wire = residual.to(_WIRE_TYPES[self._spec.wire_dtype]).cpu()
         array: Array = wire.view(torch.int16).numpy().view(np.uint16) if wire.dtype == torch.bfloat16 else wire.numpy()
         return array
 
@@ -144,7 +185,7 @@ class TorchStage:
             query, key = self._norm(query, f"{prefix}q_norm"), self._norm(key, f"{prefix}k_norm")
         keys[:, position:end] = self._rotated(key, position)
         values[:, position:end] = value
-        mask = torch.ones(rows, end, dtype=torch.bool).tril(position)
+        mask = torch.ones(rows, end, dtype=torch.bool, device=self._device).tril(position)
         shared = config.heads // config.kv_heads
         attended = functional.scaled_dot_product_attention(
             self._rotated(query, position)[None],
@@ -173,42 +214,23 @@ class TorchStage:
 class _Slot:
     """One request's keys and values, by block of the stage: [kv_heads, context, head_dim] each."""
 
-    def __init__(self, manifest: StageManifest, context_tokens: int) -> None:
+    def __init__(self, manifest: StageManifest, context_tokens: int, device: str) -> None:
         shape = (manifest.config.kv_heads, context_tokens, manifest.config.head_dim)
-        self.keys = [torch.zeros(shape) for _ in manifest.blocks]
-        self.values = [torch.zeros(shape) for _ in manifest.blocks]
+        self.keys = [torch.zeros(shape, device=device) for _ in manifest.blocks]
+        self.values = [torch.zeros(shape, device=device) for _ in manifest.blocks]
         self.rows = 0
+
+
+@contextmanager
+def _failing(device: str) -> Iterator[None]:
+    """What torch refuses on a device is the engine's failure: no memory, no kernel for this GPU, no GPU at all."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise EngineFailed(f"torch {torch.__version__} {device}: {str(error)[:MAX_SAID_LETTERS]}") from error
 
 
 def expanded(manifest: StageManifest, stored: Mapping[str, Array]) -> dict[str, Tensor]:
     """Give a stage's weights in float32: matrices [out, in] by their bare names, norms and biases by their own."""
-    config, tensors = manifest.config, {}
-    matrices = {f"block.{index}.{name}": name for index in manifest.blocks for name in MATRICES}
-    precisions: dict[str, Precision] = dict.fromkeys(matrices, manifest.precision)
-    for table in ([head_matrix(config)] if manifest.head else []) + (["embedding"] if manifest.embedding else []):
-        matrices[table] = table
-        precisions[table] = table_precision(manifest.precision)
-    for name, kind in matrices.items():
-        out, columns = matrix_size(config, kind)
-        tensors[name] = torch.from_numpy(_matrix(stored, name, out, columns, precisions[name]))
-        if precisions[name] == "f32" and kind in MATRICES:
-            tensors[name] = tensors[name].T
-    for info in manifest.weights:
-        if info.name.endswith(("norm", "bias")):
-            tensors[info.name] = torch.from_numpy(np.array(stored[info.name], np.float32))
-    return tensors
-
-
-def _matrix(
-    stored: Mapping[str, Array], name: str, out: int, columns: int, precision: Precision
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    weight = stored[f"{name}.weight"]
-    if precision == "f32":
-        return np.array(weight, np.float32)  # a copy: torch wants memory that may be written
-    zeros = stored.get(f"{name}.zero_points")
-    codes = Quantised(
-        data=weight.astype(np.uint8, copy=False),
-        scales=stored[f"{name}.scales"].astype(np.float32, copy=False).reshape(out, blocks_in(columns)),
-        zero_points=None if zeros is None else zeros.astype(np.uint8, copy=False).reshape(out, -1),
-    )
-    return np.array(dequantise(codes, columns), np.float32)
+    tensors = {name: torch.from_numpy(values) for name, values in floats(manifest, stored)}
+    return {name: tensor.T if name.endswith(BLOCK_MATRICES) else tensor for name, tensor in tensors.items()}
