@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Final
 
-from hwprofiles.probe import clocks, engines, limits, proc, thermal
+from hwprofiles.probe import clocks, engines, jetson, limits, proc, tegrastats, thermal
 from hwprofiles.probe.commands import Runner, runner_for
 from hwprofiles.profile import Conditions, Snapshot
-from hwprofiles.reading import Reading
+from hwprofiles.reading import Absent, Failed, Reading
 from wire.version import VERSION
 
 LONG_QUOTA_PERIOD_S: Final = 0.010
@@ -20,13 +20,16 @@ LONG_QUOTA_PERIOD_S: Final = 0.010
 
 def snapshot(root: Path = Path("/"), run: Runner | None = None) -> Snapshot:
     """Read the conditions of this moment. `run` starts programs, by default as fits the root."""
+    run = run or runner_for(root)
     quota, frequency = limits.processor_quota(root), clocks.clocks(root)
     kernel, load, affinity = proc.kernel(root), proc.load(root), proc.affinity(root)
     timer = time.get_clock_info("perf_counter")
     return Snapshot(
         software=VERSION,
         python=platform.python_version(),
-        engine_versions={name: found.value for name, found in engines.engines().items() if isinstance(found, Reading)},
+        engine_versions={
+            name: found.value for name, found in engines.engines_of(root).items() if isinstance(found, Reading)
+        },
         kernel=kernel.value if isinstance(kernel, Reading) else "unknown",
         affinity=affinity.value if isinstance(affinity, Reading) else (),
         quota_cores=Reading(quota.value.cores, quota.source) if isinstance(quota, Reading) else quota,
@@ -34,12 +37,20 @@ def snapshot(root: Path = Path("/"), run: Runner | None = None) -> Snapshot:
         governor=clocks.governor(root),
         clock_hz=Reading(frequency.value.current_hz, frequency.source) if isinstance(frequency, Reading) else frequency,
         temperature_c=thermal.hottest(root),
-        throttle=thermal.throttle(root, run or runner_for(root)),
+        throttle=thermal.throttle(root, run),
         load=load.value if isinstance(load, Reading) else 0.0,
         timer=f"{timer.implementation}, resolution {timer.resolution:g} s",
         at_unix=time.time(),
         at_mono_s=time.monotonic(),
+        power_mode=_power_mode(root, run),
     )
+
+
+def _power_mode(root: Path, run: Runner) -> Reading[str] | Absent | Failed:
+    if not tegrastats.runs_on(root):
+        return Absent("not a Jetson")
+    found = jetson.power_mode(run)
+    return Reading(found.value.name, found.source) if isinstance(found, Reading) else found
 
 
 def join(before: Snapshot, after: Snapshot, allow_spinning: bool) -> Conditions:
@@ -65,4 +76,5 @@ def join(before: Snapshot, after: Snapshot, allow_spinning: bool) -> Conditions:
         timer=before.timer,
         measured_at_unix=before.at_unix,
         duration_s=max(0.0, after.at_mono_s - before.at_mono_s),
+        power_mode=before.power_mode,
     )

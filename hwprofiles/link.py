@@ -28,7 +28,7 @@ import numpy as np
 
 from hwprofiles import stats
 from hwprofiles.measure import StopRule, sample
-from hwprofiles.profile import LinkMeasurement
+from hwprofiles.profile import LinkMeasurement, Samples
 from hwprofiles.reading import Absent, Failed
 from wire.errors import MalformedFrame
 from wire.foreseen import Coming, Going, frame_head
@@ -118,16 +118,27 @@ def measure_link(
         transport.unsubscribe(topic)
 
 
+def measure_round_trip(
+    transport: Transport, topic: str, clock: Clock = perf_counter, before: Callable[[], None] = lambda: None
+) -> float | str:
+    """Give the median round trip of a small message over a started transport, seconds; or in words why there is none.
+    As `measure_link`, without the goodput, and in a second or two."""
+    probe = _Probe(transport, topic, clock, secrets.randbits(63))
+    transport.subscribe(topic, probe.arrived)
+    try:
+        probe.wait_until_up()
+        probe.first_answer()
+        return stats.median(_round_trip(probe, before).samples_s)
+    except _LinkLost as error:
+        return str(error)
+    finally:
+        transport.unsubscribe(topic)
+
+
 def _measured(probe: _Probe, broker_text: str, before: Callable[[], None]) -> LinkMeasurement:
     probe.wait_until_up()
     probe.first_answer()
-
-    def round_trip_s() -> float:
-        trip = probe.short_trip(ROUND_TRIP_BYTES)
-        before()
-        return probe.seconds(1, ROUND_TRIP_BYTES) if trip is None else trip()
-
-    round_trip = sample(round_trip_s, ROUND_TRIP_RULE, probe.clock)
+    round_trip = _round_trip(probe, before)
     small_s = stats.median(round_trip.samples_s)
     for trial_chunk_bytes in TRIAL_CHUNK_BYTES:
         trial_s = probe.seconds(GOODPUT_CHUNKS, trial_chunk_bytes)
@@ -143,6 +154,15 @@ def _measured(probe: _Probe, broker_text: str, before: Callable[[], None]) -> Li
         goodput_chunk_bytes=chunk_bytes,
         goodput=goodput,
     )
+
+
+def _round_trip(probe: _Probe, before: Callable[[], None]) -> Samples:
+    def round_trip_s() -> float:
+        trip = probe.short_trip(ROUND_TRIP_BYTES)
+        before()
+        return probe.seconds(1, ROUND_TRIP_BYTES) if trip is None else trip()
+
+    return sample(round_trip_s, ROUND_TRIP_RULE, probe.clock)
 
 
 def fitting_chunk_bytes(round_trip_s: float, trial_s: float, trial_chunk_bytes: int) -> int:

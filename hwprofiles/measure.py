@@ -176,20 +176,21 @@ def measure_module(
     """Time one module at every point and depth of `plan`. What `run` and its steps raise passes through.
 
     `run` may load a stack when it is first asked for it; growth of the process's resident memory from just before the
-    deepest stack is first asked for is reported as `resident_bytes`. `base_bytes`: resident memory of this process
-    before any module was loaded (`resident_bytes()` right after the engine was imported).
+    deepest stack is first asked for until it has made its first steps is reported as `resident_bytes`: what it holds,
+    and nothing that larger steps need for a moment; that of the shallowest of several as `shallow_bytes`. `base_bytes`:
+    resident memory of this process before any module was loaded, with an engine that has been started.
     """
-    deepest = max(plan.stacks)
+    deepest, shallowest = max(plan.stacks), min(plan.stacks)
     taken: dict[tuple[Point, int], Samples] = {}
-    before_bytes: int | None = None
-    peak_bytes = 0
+    grown: dict[int, int] = {}
     for point in plan.points:
         for stack in plan.stacks:
-            if stack == deepest and before_bytes is None:
-                before_bytes = resident_bytes()
+            before_bytes = resident_bytes()
             step = run(point.phase, point.tokens, point.context, stack)
             taken[point, stack] = _sampled_with_retries(step, plan, clock)
-            peak_bytes = max(peak_bytes, resident_bytes())
+            if stack not in grown:
+                grown[stack] = max(1, resident_bytes() - before_bytes)  # 0 is what was not measured
+    _settle_depths(taken, run, plan, clock)
     _settle_contradictions(taken, run, plan, clock)
     timings = [
         ModuleTiming(phase=point.phase, tokens=point.tokens, context=point.context, stack=stack, samples=samples)
@@ -201,7 +202,8 @@ def measure_module(
         engine=engine_name,
         threads=threads,
         timings=tuple(timings),
-        resident_bytes=max(0, peak_bytes - (before_bytes or 0)),
+        resident_bytes=grown.get(deepest, 0),
+        shallow_bytes=grown.get(shallowest, 0) if shallowest < deepest else 0,
         base_bytes=base_bytes,
     )
 
@@ -210,6 +212,19 @@ def contradict(shorter: Samples, longer: Samples) -> bool:
     """Did a step behind fewer rows take longer than one behind more, beyond chance and CONTRADICTION_RATIO?"""
     few, many = stats.median_interval(shorter.samples_s), stats.median_interval(longer.samples_s)
     return few is not None and many is not None and few[0] > many[1] * CONTRADICTION_RATIO
+
+
+def _settle_depths(taken: dict[tuple[Point, int], Samples], run: Run, plan: MeasurePlan, clock: Clock) -> None:
+    """More modules are more work: where the deepest stack took no longer than the shallowest, the board did something
+    else meanwhile, and both are measured again. Who insists has no usable figures (`estimate`)."""
+    shallow, deep = min(plan.stacks), max(plan.stacks)
+    for point in plan.points if shallow < deep else ():
+        for _ in range(plan.retries):
+            few, many = taken[point, shallow].samples_s, taken[point, deep].samples_s
+            if not few or not many or stats.median(few) <= stats.median(many):
+                break
+            for stack in (shallow, deep):
+                taken[point, stack] = sample(run(point.phase, point.tokens, point.context, stack), plan.rule, clock)
 
 
 def _settle_contradictions(taken: dict[tuple[Point, int], Samples], run: Run, plan: MeasurePlan, clock: Clock) -> None:

@@ -17,41 +17,42 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from hwprofiles import seal
 from hwprofiles.reading import Absent, Failed, Reading
+from hwprofiles.samples import MAX_SAMPLES as MAX_SAMPLES
+from hwprofiles.samples import (
+    Ceilings,
+    Codings,
+    Count,
+    Course,
+    DiskMeasurement,
+    EnergyMeasurement,
+    Rate,
+    Seconds,
+    Sustained,
+    Text,
+)
+from hwprofiles.samples import Phase as Phase
+from hwprofiles.samples import Samples as Samples
 from wire.errors import CorruptData, Refused, UsageError
 from wire.units import bytes_text
 
-Phase = Literal["decode", "prefill"]
-
-Seconds = Annotated[float, Meta(ge=0, le=1e6)]
-"""A measured time. 1e6 s (11 days) is longer than anything measured; sums of them can't overflow."""
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Text = Annotated[str, Meta(max_length=1024)]
-
-MAX_SAMPLES: Final = 2048
-"""Samples of one run that a reader takes."""
 KEPT_SAMPLES: Final = 200
 """Samples of one run that are kept: p95 needs 59, and more only sharpen what is sharp already."""
+KEPT_OF_PAIRS: Final = 40
 FEWEST_KEPT: Final = 12
 """Fewer are never kept where more were taken: an interval of the median needs 6, seeing drift 12."""
 SAMPLE_DIGITS: Final = 7
 """Samples are rounded to 1e-7 s: timers and schedulers jitter by more."""
 MAX_PROFILE_BYTES: Final = 200 * 1024
 """Largest JSON of a profile: it must pass as one control message (256 KB) with room to spare."""
+NOT_MEASURED: Final = Absent("not measured")
+NOT_ASKED: Final = Absent("not asked for: edgelam bench --sustained SECONDS")
+MAX_FILE_BYTES: Final = MAX_PROFILE_BYTES + 1024
+"""With the seal (hwprofiles.seal)."""
+MAX_PAIRS: Final = 64
 MAX_AGE_S: Final = 30 * 86_400.0
 """A profile older than 30 days is measured again: dust, updates and seasons change a board."""
-
-
-class Samples(Struct, frozen=True, kw_only=True):
-    """Raw samples in seconds, in the order taken, and why sampling stopped. Percentiles are computed, not stored."""
-
-    samples_s: Annotated[tuple[Seconds, ...], Meta(max_length=MAX_SAMPLES)]
-    warmup: Count
-    stopped_because: Text
-    valid: bool = True
-    invalid_because: Text = ""
-    taken: Count = 0
-    """How many were taken, if only an even selection of them was kept; 0 if all were."""
 
 
 class ModuleTiming(Struct, frozen=True, kw_only=True):
@@ -74,9 +75,21 @@ class ModuleMeasurement(Struct, frozen=True, kw_only=True):
     threads: Count
     timings: Annotated[tuple[ModuleTiming, ...], Meta(max_length=256)]
     resident_bytes: Count
-    """Growth of the measuring process while the deepest stack was loaded."""
+    """Growth of the measuring process while the deepest stack was loaded and made its first steps; 0 where
+    that was not measured."""
+    shallow_bytes: Count = 0
+    """The same of the shallowest of several stacks; 0 where there is one only, or that was not noted."""
     base_bytes: Count
-    """Resident memory of the measuring process before anything was loaded: interpreter, engine, libraries."""
+    """Resident memory of the measuring process before the module was loaded: interpreter, libraries, an engine that has
+    been started."""
+    weight_bytes: Count = 0
+    """Weights that a step reads in each of the modules; 0 where that is not known."""
+    row_operations: Count = 0
+    """Of one module for each row of a step: two for each weight of its matrices; 0 where that is not known."""
+    took_s: Seconds = 0.0
+    """Wall time of measuring it, loading and retries and all; 0 if that was not noted."""
+    spoiled_because: Text = ""
+    """What was wrong with the conditions when this was measured, if it was not with those of the profile."""
 
 
 class LinkMeasurement(Struct, frozen=True, kw_only=True, tag="measured"):
@@ -90,6 +103,36 @@ class LinkMeasurement(Struct, frozen=True, kw_only=True, tag="measured"):
     goodput_chunk_bytes: Annotated[int, Meta(ge=1, le=2**32)]
     goodput: Samples
     """Seconds from the first publish to the last byte back, for `goodput_payload_bytes` in chunks."""
+
+
+PairWay = Literal["direct", "central"]
+"""Through each board's own broker, or through the site's."""
+
+
+class Goodput(Struct, frozen=True, kw_only=True):
+    """Loads of `payload_bytes` in chunks, in one direction: seconds from the first arrival to the last."""
+
+    payload_bytes: Annotated[int, Meta(ge=1, le=2**32)]
+    chunk_bytes: Annotated[int, Meta(ge=1, le=2**32)]
+    samples: Samples
+
+
+class PairMeasurement(Struct, frozen=True, kw_only=True, tag="measured"):
+    """The way to another board and back, as activations would take it (hwprofiles.pairs)."""
+
+    peer: Annotated[str, Meta(max_length=64)]
+    way: PairWay
+    measured_at_unix: float
+    round_trip_payload_bytes: Annotated[int, Meta(ge=1, le=2**32)]
+    round_trip: Samples
+    sent: Count
+    """Small messages that went there for `round_trip`, warm-up included."""
+    lost: Count
+    """Of these, how many did not come back in time at all."""
+    late: Count
+    """How many took so long that a token would be seen to stall."""
+    there: Goodput
+    back: Goodput
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
@@ -110,6 +153,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     timer: str
     at_unix: float
     at_mono_s: float
+    power_mode: Reading[str] | Absent | Failed = Absent("not read")
 
 
 class Conditions(Struct, frozen=True, kw_only=True):
@@ -136,6 +180,8 @@ class Conditions(Struct, frozen=True, kw_only=True):
     timer: str
     measured_at_unix: float
     duration_s: float
+    power_mode: Reading[str] | Absent | Failed = Absent("not read")
+    """Of a Jetson: which cores run, and how fast (nvpmodel)."""
 
 
 class Interface(Struct, frozen=True, kw_only=True):
@@ -156,6 +202,8 @@ class Identity(Struct, frozen=True, kw_only=True):
     os: Reading[str] | Absent | Failed
     accelerators: Reading[tuple[str, ...]] | Absent | Failed
     interfaces: tuple[Interface, ...] = ()
+    power_modes: Reading[tuple[str, ...]] | Absent | Failed = Absent("not read")
+    """All that this board offers: firmware that is too old offers fewer."""
 
 
 class Memory(Struct, frozen=True, kw_only=True):
@@ -194,6 +242,17 @@ class Profile(Struct, frozen=True, kw_only=True):
     link: LinkMeasurement | Absent | Failed
     failed: Annotated[dict[Text, Text], Meta(max_length=256)] = {}
     """Keys of modules that could not be measured, and why."""
+    ceilings: Ceilings | Absent | Failed = NOT_MEASURED
+    disk: DiskMeasurement | Absent | Failed = NOT_MEASURED
+    codings: Codings | Absent | Failed = NOT_MEASURED
+    course: Course | Absent | Failed = NOT_MEASURED
+    """While the modules were measured that were measured last."""
+    energy: EnergyMeasurement | Absent | Failed = NOT_MEASURED
+    sustained: Sustained | Absent | Failed = NOT_ASKED
+    pairs: Annotated[tuple[PairMeasurement, ...], Meta(max_length=MAX_PAIRS)] = ()
+    """Ways to other boards, the latest measurement of each; this board asked, the other answered."""
+    pending: Text = ""
+    """An engine with which the board is about to measure what it has measured on its processor; '' if there is none."""
 
 
 def compact(profile: Profile) -> Profile:
@@ -234,7 +293,38 @@ def _thinned(profile: Profile, keep: int) -> Profile:
             round_trip=_thinned_samples(link.round_trip, keep),
             goodput=_thinned_samples(link.goodput, keep),
         )
-    return msgspec.structs.replace(profile, modules=modules, link=link)
+    ceilings, disk = profile.ceilings, profile.disk
+    if isinstance(ceilings, Ceilings):
+        ceilings = msgspec.structs.replace(
+            ceilings, memory=_thinned_rates(ceilings.memory, keep), products=_thinned_rates(ceilings.products, keep)
+        )
+    if isinstance(disk, DiskMeasurement):
+        disk = msgspec.structs.replace(
+            disk, write=_thinned_samples(disk.write, keep), read=_thinned_samples(disk.read, keep)
+        )
+    codings = profile.codings
+    if isinstance(codings, Codings):
+        timings = tuple(
+            msgspec.structs.replace(one, samples=_thinned_samples(one.samples, min(keep, KEPT_OF_PAIRS)))
+            for one in codings.timings
+        )
+        codings = msgspec.structs.replace(codings, timings=timings)
+    pairs = tuple(_thinned_pair(pair, min(keep, KEPT_OF_PAIRS)) for pair in profile.pairs)
+    return msgspec.structs.replace(
+        profile, modules=modules, link=link, pairs=pairs, ceilings=ceilings, disk=disk, codings=codings
+    )
+
+
+def _thinned_rates(rates: tuple[Rate, ...], keep: int) -> tuple[Rate, ...]:
+    return tuple(msgspec.structs.replace(rate, samples=_thinned_samples(rate.samples, keep)) for rate in rates)
+
+
+def _thinned_pair(pair: PairMeasurement, keep: int) -> PairMeasurement:
+    def of(goodput: Goodput) -> Goodput:
+        return msgspec.structs.replace(goodput, samples=_thinned_samples(goodput.samples, keep))
+
+    round_trip = _thinned_samples(pair.round_trip, keep)
+    return msgspec.structs.replace(pair, round_trip=round_trip, there=of(pair.there), back=of(pair.back))
 
 
 def _thinned_samples(samples: Samples, keep: int) -> Samples:
@@ -258,7 +348,7 @@ def digest(profile: Profile) -> str:
 
 def save(profile: Profile, path: Path) -> None:
     """Write the profile so that `path` holds the old or the new one, never a part; OSError passes through."""
-    data = encode(profile)
+    data = seal.sealed(encode(profile))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -276,23 +366,37 @@ def load(path: Path) -> Profile:
     """Read a profile; raise UsageError if there is none at `path`, CorruptData if it is damaged or too large."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_PROFILE_BYTES + 1)
+            data = file.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"no profile at {path}", try_="edgelam bench, which measures one") from None
-    if len(data) > MAX_PROFILE_BYTES:
+    if len(data) > MAX_FILE_BYTES:
         raise CorruptData(f"{path}: larger than any profile ({bytes_text(MAX_PROFILE_BYTES)})", try_=f"rm {path}")
     try:
-        return msgspec.json.decode(data, type=Profile)
+        profile = msgspec.json.decode(data, type=Profile)
+        changed = seal.broken(data)
     except (msgspec.ValidationError, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise CorruptData(f"{path}: not a profile: {error}", try_=f"rm {path}; it is measured again") from None
+    if changed:
+        raise CorruptData(f"{path}: changed after it was measured", try_=f"rm {path}; it is measured again")
+    return profile
 
 
-def expired(profile: Profile, now_unix: float, current: Snapshot, memory: Memory, emulation: str) -> str:
+def expired(
+    profile: Profile,
+    now_unix: float,
+    current: Snapshot,
+    memory: Memory,
+    emulation: str,
+    identity: Identity | None = None,
+) -> str:
     """Say why the profile no longer holds for this device as it is now; '' if it does.
 
-    `current`, `memory` and `emulation` are today's; temperature and load may differ, what sets the speed may not.
+    `current`, `memory`, `emulation` and `identity` are today's; temperature and load may differ, what sets the speed
+    may not. A replayed profile never holds, and neither does that of another board, whose card this one started from.
     """
     then = profile.conditions
+    if profile.source == "replayed":
+        return "it is of a recording, and was not measured here"
     age_s = now_unix - then.measured_at_unix
     if age_s > MAX_AGE_S:
         return f"measured {age_s / 86_400:.0f} days ago"
@@ -306,13 +410,23 @@ def expired(profile: Profile, now_unix: float, current: Snapshot, memory: Memory
         ("processor quota", _value(then.quota_cores), _value(current.quota_cores)),
         ("quota period", _value(then.quota_period_s), _value(current.quota_period_s)),
         ("governor", _value(then.governor), _value(current.governor)),
+        ("power mode", _value(then.power_mode), _value(current.power_mode)),
         ("memory limit", _value(profile.memory.limit_bytes), _value(memory.limit_bytes)),
         ("emulation", profile.emulation, emulation),
+        *(() if identity is None else _who(profile.identity, identity)),
     )
     for what, before, after in changes:
         if before != after:
             return f"{what} changed from {_shown(before)} to {_shown(after)}"
     return ""
+
+
+def _who(then: Identity, now: Identity) -> tuple[tuple[str, object, object], ...]:
+    return (
+        ("board", _value(then.board), _value(now.board)),
+        ("processor", _value(then.cpu), _value(now.cpu)),
+        ("architecture", then.arch, now.arch),
+    )
 
 
 def _value(reading: Reading[float] | Reading[int] | Reading[str] | Absent | Failed) -> object:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hwprofiles.probe import engines as engine_probe
-from hwprofiles.probe import jetson, limits, network, nvidia, proc
+from hwprofiles.probe import jetson, limits, network, nvidia, proc, tegrastats
+from hwprofiles.probe.commands import Runner, runner_for
 from hwprofiles.profile import Cores, Identity, Memory
 from hwprofiles.reading import Absent, Failed, Reading
 from wire.units import bytes_text
@@ -24,17 +25,17 @@ class Survey(NamedTuple):
     engines: Engines
 
 
-def survey(root: Path, device: str, emulated_memory_bytes: int = 0) -> Survey:
+def survey(root: Path, device: str, emulated_memory_bytes: int = 0, run: Runner | None = None) -> Survey:
     """Read everything. `emulated_memory_bytes` > 0 is a limit set by the user, besides those of control groups."""
     return Survey(
-        identity=identity(root, device),
+        identity=identity(root, device, run),
         memory=memory(root, emulated_memory_bytes),
         cores=cores(root),
-        engines=engine_probe.engines(),
+        engines=engine_probe.engines_of(root),
     )
 
 
-def identity(root: Path, device: str) -> Identity:
+def identity(root: Path, device: str, run: Runner | None = None) -> Identity:
     return Identity(
         device=device,
         board=proc.board(root),
@@ -43,6 +44,7 @@ def identity(root: Path, device: str) -> Identity:
         os=_system(root),
         accelerators=_accelerators(root),
         interfaces=network.interfaces(root),
+        power_modes=jetson.power_modes(run or runner_for(root)) if tegrastats.runs_on(root) else Absent("not a Jetson"),
     )
 
 
@@ -108,6 +110,8 @@ def cores(root: Path) -> Cores:
     online_count = len(online.value) if isinstance(online, Reading) else allowed
     allowed = max(1, allowed)  # whatever the files say, we run on one
     usable, because = float(allowed), f"{allowed} allowed of {max(1, online_count)} online"
+    if not sets:
+        because = "nothing says which processors there are"
     if isinstance(quota, Reading):
         usable = min(usable, quota.value.cores)
         because += f", quota of {quota.value.cores:g} per {quota.value.period_s * 1e3:g} ms ({quota.source})"

@@ -37,7 +37,7 @@ def clocks(root: Path) -> Reading[Clocks] | Absent | Failed:
         return Absent("no cpufreq: clocks are not ours to see (a virtual machine, or fixed clocks)")
     columns = []
     for name in ("scaling_cur_freq", "scaling_min_freq", "scaling_max_freq"):
-        found = [files.parsed(root, f"{_FOLDER}/{policy}/{name}", int) for policy in policies]
+        found = [files.parsed(root, f"{_FOLDER}/{policy}/{name}", files.whole) for policy in policies]
         kilohertz = [one.value for one in found if isinstance(one, Reading)]
         if not kilohertz:
             first = found[0]

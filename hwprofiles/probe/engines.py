@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
+from hwprofiles.probe import files
 from hwprofiles.reading import Absent, Failed, Reading
 
 ENGINES: Final[dict[str, tuple[str, ...]]] = {
@@ -20,6 +23,9 @@ ENGINES: Final[dict[str, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt",),
 }
 """Engine (its import name) -> names of the distributions that install it, as in <name>-<version>.dist-info."""
+
+RECORDED: Final = "engines.json"
+"""Engines of the board that a recorded tree is of."""
 
 _INFO = re.compile(r"(?P<name>.+?)-(?P<version>[^-]+)(?:-.*)?\.(?:dist|egg)-info")
 
@@ -39,6 +45,19 @@ def engines(
     """
     versions = _versions(sys.path if paths is None else paths)
     return {engine: _engine(engine, names, versions, find) for engine, names in ENGINES.items()}
+
+
+def engines_of(root: Path) -> dict[str, Reading[str] | Absent | Failed]:
+    """Engines of this machine, or of a recorded one."""
+    if root == Path("/"):
+        return engines()
+    said = files.text(root, RECORDED)
+    if not isinstance(said, Reading):
+        return {engine: Absent("engines were not recorded") for engine in ENGINES}
+    try:
+        return msgspec.json.decode(said.value, type=dict[str, Reading[str] | Absent | Failed])
+    except (msgspec.DecodeError, RecursionError) as error:
+        return {engine: Failed(f"{RECORDED}: {error}") for engine in ENGINES}
 
 
 def _engine(

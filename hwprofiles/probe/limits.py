@@ -72,7 +72,7 @@ def _mounts(mountinfo: str) -> Iterator[_Mount]:
         if "-" not in fields[6:]:
             continue
         dash = fields.index("-", 6)
-        if len(fields) < dash + 4 or fields[dash + 1] not in ("cgroup", "cgroup2"):
+        if len(fields) < dash + 4 or fields[dash + 1] not in ("cgroup", "cgroup2") or not fields[4].startswith("/"):
             continue
         version = 1 if fields[dash + 1] == "cgroup" else 2
         yield _Mount(version, _plain(fields[3]), _plain(fields[4]), frozenset(fields[dash + 3].split(",")))
@@ -133,11 +133,14 @@ def memory_limit(root: Path) -> Reading[int] | Absent | Failed:
 
 
 def _bytes(text: str) -> int:
-    return UNLIMITED_FROM_BYTES if text == "max" else int(text)
+    limit = UNLIMITED_FROM_BYTES if text == "max" else files.whole(text)
+    if limit < 0:
+        raise ValueError(text)
+    return limit
 
 
 def _hierarchical_bytes(text: str) -> int:
-    found = re.search(r"^hierarchical_memory_limit (\d+)$", text, re.MULTILINE)
+    found = re.search(r"^hierarchical_memory_limit (\d{1,20})$", text, re.MULTILINE)
     return int(found[1]) if found else UNLIMITED_FROM_BYTES
 
 
@@ -156,8 +159,8 @@ def processor_quota(root: Path) -> Reading[Quota] | Absent | Failed:
 
 
 def _quota_v1(root: Path, folder: str) -> Reading[Quota] | Absent | Failed:
-    quota = files.parsed(root, f"{folder}/cpu.cfs_quota_us", int)
-    period = files.parsed(root, f"{folder}/cpu.cfs_period_us", int)
+    quota = files.parsed(root, f"{folder}/cpu.cfs_quota_us", files.whole)
+    period = files.parsed(root, f"{folder}/cpu.cfs_period_us", files.whole)
     if not isinstance(quota, Reading):
         return quota
     if quota.value <= 0:
@@ -175,7 +178,7 @@ def _quota_v2(root: Path, folder: str) -> Reading[Quota] | Absent | Failed:
     if quota == "max":
         return Absent(f"no quota in {found.source}")
     try:
-        return _quota(int(quota), int(period), found.source)
+        return _quota(files.whole(quota), files.whole(period), found.source)
     except ValueError:
         return Failed(f"{found.source} holds {found.value[: files.MAX_QUOTED]!r}")
 

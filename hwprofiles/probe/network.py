@@ -35,6 +35,7 @@ def interfaces(root: Path, ask: Callable[[], Addresses] = live_addresses) -> tup
         if name == "lo" or (live and not addresses):
             continue
         folder = f"sys/class/net/{name}"
+        files.exists(root, folder)  # a recording keeps the interface even if no file of it can be read
         found.append(
             Interface(
                 name=name,
@@ -48,7 +49,7 @@ def interfaces(root: Path, ask: Callable[[], Addresses] = live_addresses) -> tup
 
 def _link_speed(root: Path, folder: str) -> Reading[float] | Absent | Failed:
     """Mbit/s as a cable negotiated it. Wireless and virtual interfaces have none: the kernel says -1 or EINVAL."""
-    found = files.parsed(root, f"{folder}/speed", int)
+    found = files.parsed(root, f"{folder}/speed", files.whole)
     if isinstance(found, Failed) and found.because.startswith("EINVAL"):
         return Absent("the interface negotiates no speed")
     if not isinstance(found, Reading):

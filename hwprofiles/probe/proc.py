@@ -59,7 +59,7 @@ def memory(root: Path) -> Reading[MemoryInfo] | Absent | Failed:
 
 
 def _memory(text: str) -> MemoryInfo:
-    kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
+    kilobytes = dict(re.findall(r"^(\w+):\s+(\d{1,15}) kB$", text, re.MULTILINE))
     try:
         return MemoryInfo(int(kilobytes["MemTotal"]) * 1024, int(kilobytes["MemAvailable"]) * 1024)
     except KeyError as error:

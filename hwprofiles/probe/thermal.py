@@ -30,6 +30,10 @@ THROTTLE_WORDS: Final = (
 """Bits of the Raspberry Pi's throttle word: now. The same 16 bits higher: has happened since boot."""
 SINCE_BOOT_SHIFT: Final = 16
 
+NOW: Final = " now"
+SINCE_BOOT: Final = " since boot"
+"""What stands behind each word of a reading; hwprofiles.report.verdict goes by it."""
+
 _FIRMWARE_PATTERNS: Final = ("soc/soc:firmware/get_throttled", "soc@*/*firmware*/get_throttled")
 _ALERT_SUFFIX: Final = "-throttle-alert"
 
@@ -53,7 +57,7 @@ def zones(root: Path) -> tuple[Zone, ...]:
 
 
 def _celsius(root: Path, name: str, kind: str) -> Reading[float] | Absent | Failed:
-    found = files.parsed(root, f"{_THERMAL}/{name}/temp", int)
+    found = files.parsed(root, f"{_THERMAL}/{name}/temp", files.whole)
     if not isinstance(found, Reading):
         return found
     celsius = found.value / 1000
@@ -92,8 +96,8 @@ def throttle(root: Path, run: Runner) -> Reading[str] | Absent | Failed:
 
 def throttle_words(word: int) -> str:
     """0x50005 -> '0x50005: under-voltage now, throttled now, under-voltage since boot, throttled since boot'."""
-    said = [f"{name} now" for bit, name in THROTTLE_WORDS if word >> bit & 1]
-    said += [f"{name} since boot" for bit, name in THROTTLE_WORDS if word >> (bit + SINCE_BOOT_SHIFT) & 1]
+    said = [f"{name}{NOW}" for bit, name in THROTTLE_WORDS if word >> bit & 1]
+    said += [f"{name}{SINCE_BOOT}" for bit, name in THROTTLE_WORDS if word >> (bit + SINCE_BOOT_SHIFT) & 1]
     return f"{word:#x}: {', '.join(said)}" if said else f"{word:#x}: none"
 
 
@@ -106,10 +110,9 @@ def parse_throttle_word(text: str) -> int:
 
 
 def _throttle_word(root: Path, run: Runner) -> Reading[int] | Absent | Failed:
-    platform = "sys/devices/platform"
     for pattern in _FIRMWARE_PATTERNS:
-        for path in sorted((root / platform).glob(pattern)):
-            return files.parsed(root, str(path.relative_to(root)), parse_throttle_word)
+        for path in files.matches(root, "sys/devices/platform", pattern):
+            return files.parsed(root, path, parse_throttle_word)
     board = proc.board(root)
     if not isinstance(board, Reading) or "Raspberry Pi" not in board.value:
         return Absent("the board tells nothing about throttling")
@@ -128,11 +131,11 @@ def _throttle_alerts(root: Path) -> Reading[str] | Absent | Failed:
     for name in files.listed(root, _THERMAL, "cooling_device*"):
         kind = files.text(root, f"{_THERMAL}/{name}/type")
         if isinstance(kind, Reading) and kind.value.endswith(_ALERT_SUFFIX):
-            states[kind.value] = files.parsed(root, f"{_THERMAL}/{name}/cur_state", int)
+            states[kind.value] = files.parsed(root, f"{_THERMAL}/{name}/cur_state", files.whole)
     raised = [kind for kind, state in states.items() if isinstance(state, Reading) and state.value > 0]
     if raised:
         return Reading(
-            ", ".join(f"{kind.removesuffix(_ALERT_SUFFIX)} throttled now" for kind in raised), "throttle alerts"
+            ", ".join(f"{kind.removesuffix(_ALERT_SUFFIX)} throttled{NOW}" for kind in raised), "throttle alerts"
         )
     unread = [state for state in states.values() if not isinstance(state, Reading)]
     if unread:

@@ -6,7 +6,10 @@ import re
 import textwrap
 from typing import Final
 
+from msgspec import Struct
+
 from hwprofiles.profile import Profile
+from hwprofiles.report import ceiling_rows, heat_rows
 from hwprofiles.report.rows import ALWAYS, Table, origin, rows, warnings
 
 GAP: Final = 2
@@ -18,18 +21,46 @@ MIN_TABLE_WIDTH: Final = 40
 MIN_WIDTH: Final = 20
 
 
+class Part(Struct, frozen=True, kw_only=True):
+    """A heading, what must be known first, and tables: what every renderer takes."""
+
+    title: str
+    notes: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+def part(profile: Profile, doubt: str = "") -> Part:
+    """All that is said of a profile. `doubt`: why it is not believed, from its board's work."""
+    notes = tuple(f"Warning: {text}" for text in warnings(profile))
+    return Part(
+        title=origin(profile),
+        notes=notes,
+        tables=(*rows(profile, doubt), *ceiling_rows.tables(profile), *heat_rows.tables(profile)),
+    )
+
+
 def markdown(profile: Profile) -> str:
     """The whole profile as a Markdown document that ends in a line feed."""
-    parts = [f"# {_escaped(origin(profile))}"]
-    warned = "\n".join(f"- **Warning:** {_escaped(text)}" for text in warnings(profile))
-    if warned:
-        parts.append(warned)
-    for table in rows(profile):
+    return markdown_of(part(profile))
+
+
+def markdown_of(shown: Part) -> str:
+    parts = [f"# {_escaped(shown.title)}"]
+    notes = "\n".join(f"- {_noted(text)}" for text in shown.notes)
+    if notes:
+        parts.append(notes)
+    for table in shown.tables:
         titles = [column.title for column in table.columns]
         lines = [titles, ["---"] * len(titles), *table.rows]
         body = "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
         parts.append(f"## {_escaped(table.title)}\n\n{body}")
     return "\n\n".join(parts) + "\n"
+
+
+def _noted(text: str) -> str:
+    """'Warning: it was hot', with the first word in bold."""
+    word, colon, rest = text.partition(": ")
+    return f"**{_escaped(word)}:** {_escaped(rest)}" if colon else _escaped(text)
 
 
 def _escaped(text: str) -> str:
@@ -40,11 +71,15 @@ def _escaped(text: str) -> str:
 def plain(profile: Profile, width: int = 100) -> str:
     """The whole profile as lines of at most `width` columns (20 at the least). Narrow screens show fewer columns, never
     cut-off values; words longer than a line are broken."""
+    return plain_of(part(profile), width)
+
+
+def plain_of(shown: Part, width: int = 100) -> str:
     width = max(width, MIN_WIDTH)
-    parts = ["\n".join(_wrapped(origin(profile), width))]
-    for text in warnings(profile):
-        parts.append("\n".join(_wrapped(f"WARNING: {text}", width)))
-    for table in rows(profile):
+    parts = ["\n".join(_wrapped(shown.title, width))]
+    for text in shown.notes:
+        parts.append("\n".join(_wrapped(re.sub("^Warning:", "WARNING:", text), width)))
+    for table in shown.tables:
         parts.append("\n".join([*_wrapped(table.title, width), *_plain_table(table, width)]))
     return "\n\n".join(parts) + "\n"
 

@@ -14,9 +14,13 @@ from msgspec import Struct
 from hwprofiles import link as link_figures
 from hwprofiles import stats
 from hwprofiles.conditions import LONG_QUOTA_PERIOD_S
-from hwprofiles.measure import StepEstimate, estimate
-from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Profile, Samples
+from hwprofiles.measure import StepEstimate, StopRule, estimate
+from hwprofiles.plain import clean
+from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, PairMeasurement, Profile, Samples
 from hwprofiles.reading import Absent, Failed, Reading
+from hwprofiles.report.verdict import RUN_RULE, in_all, run_because, sections
+from hwprofiles.report.ways import COLUMNS, way_line
+from hwprofiles.spoiled import conditions_because
 from wire.units import bytes_text, rate_text, seconds_text
 
 ALWAYS: Final = 0
@@ -25,6 +29,9 @@ ALWAYS: Final = 0
 NAGLE_ROUND_TRIPS_S: Final = ((0.040, 0.048), (0.080, 0.096))
 """A small round trip of one or two delayed acknowledgements (40 ms on Linux) and little else: Nagle's algorithm is on
 at one or both ends."""
+
+SHOWN_REASONS: Final = 3
+"""Reasons of one verdict that tables show; the document has all."""
 
 SHORT_SAMPLE_S: Final = 1e-3
 """Below a millisecond interrupts and timers are a visible share of each sample."""
@@ -45,12 +52,12 @@ class Table(Struct, frozen=True, kw_only=True):
     """False where the column titles say nothing that the rows don't."""
 
 
-_ITEMS: Final = (Column("item"), Column("value"))
+ITEMS: Final = (Column("item"), Column("value"))
 
 
-def rows(profile: Profile) -> tuple[Table, ...]:
-    """Everything the profile says, in the order board, conditions, modules, link."""
-    tables = [_board(profile), _conditions(profile)]
+def rows(profile: Profile, doubt: str = "") -> tuple[Table, ...]:
+    """Everything the profile says, in the order verdict, board, conditions, modules, link."""
+    tables = [_verdicts(profile, doubt), _board(profile), _conditions(profile)]
     for module in profile.modules:
         tables.append(_timings(module))
         if len({timing.stack for timing in module.timings}) > 1:  # from one depth, cost and time are the same
@@ -58,7 +65,7 @@ def rows(profile: Profile) -> tuple[Table, ...]:
     if profile.failed:
         reasons = tuple((clean(key), clean(because)) for key, because in sorted(profile.failed.items()))
         tables.append(Table(title="not measured", columns=(Column("module"), Column("because")), rows=reasons))
-    return (*tables, _link(profile.link))
+    return (*tables, _link(profile.link), *_ways(profile.pairs))
 
 
 def origin(profile: Profile) -> str:
@@ -83,11 +90,7 @@ def warnings(profile: Profile) -> tuple[str, ...]:
         )
     if isinstance(conditions.quota_cores, Reading) and conditions.allow_spinning:
         found.append("allow_spinning is on under a processor quota: waiting threads burn the quota")
-    for when, throttle in (("before", conditions.throttle_before), ("after", conditions.throttle_after)):
-        if isinstance(throttle, Reading) and " now" in throttle.value:
-            found.append(f"throttled {when} measuring: {clean(throttle.value)}")
-    if conditions.load_before > profile.cores.online:
-        found.append(f"load of {conditions.load_before:.1f} on {profile.cores.online} cores before measuring")
+    found += [clean(text) for text in conditions_because(profile)]
     if isinstance(profile.link, LinkMeasurement) and profile.link.round_trip.samples_s:
         middle_s = stats.median(profile.link.round_trip.samples_s)
         if any(low <= middle_s <= high for low, high in NAGLE_ROUND_TRIPS_S):
@@ -96,18 +99,30 @@ def warnings(profile: Profile) -> tuple[str, ...]:
                 "TCP_NODELAY must be set in the broker too (mosquitto: set_tcp_nodelay true)"
             )
     timings = [timing for module in profile.modules for timing in module.timings]
-    invalid = sum(not timing.samples.valid for timing in timings)
+    invalid = sum(bool(run_because(timing.samples)) for timing in timings)
     if invalid:
         found.append(f"{invalid} of {len(timings)} timings INVALID, for the reasons given with them")
     return tuple(found)
 
 
-def clean(text: str) -> str:
-    """Text without control characters and line breaks."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def _verdicts(profile: Profile, doubt: str) -> Table:
+    """In all and part by part; the reasons of single runs stand with the runs."""
+    judged = sections(profile)
+    whole, because = in_all(profile, judged)
+    if doubt:
+        whole, because = "INVALID", (f"not believed: the board {doubt}", *because)
+    lines = [("in all", whole, _counted(because))]
+    lines += [(clean(part.name), part.verdict, _counted(part.because)) for part in judged]
+    return Table(title="Verdict", columns=(Column("part"), Column("verdict"), Column("because")), rows=tuple(lines))
 
 
-def _said(reading: Reading[str] | Absent | Failed) -> str:
+def _counted(because: tuple[str, ...]) -> str:
+    """The first reasons, and how many more there are."""
+    shown, more = because[:SHOWN_REASONS], len(because) - SHOWN_REASONS
+    return clean("; ".join(shown)) + (f"; and {more} more" if more > 0 else "") or "-"
+
+
+def said(reading: Reading[str] | Absent | Failed) -> str:
     """A reading's value, or why there is none."""
     if isinstance(reading, Reading):
         return clean(reading.value)
@@ -117,30 +132,30 @@ def _said(reading: Reading[str] | Absent | Failed) -> str:
 def _bytes(reading: Reading[int] | Absent | Failed) -> str:
     if isinstance(reading, Reading):
         return f"{bytes_text(reading.value)} ({clean(reading.source)})"
-    return _said(reading)
+    return said(reading)
 
 
 def _hertz(reading: Reading[float] | Absent | Failed) -> str:
-    return f"{reading.value / 1e6:.0f} MHz" if isinstance(reading, Reading) else _said(reading)
+    return f"{reading.value / 1e6:.0f} MHz" if isinstance(reading, Reading) else said(reading)
 
 
 def _celsius(reading: Reading[float] | Absent | Failed) -> str:
     if isinstance(reading, Reading):
         return f"{reading.value:.1f} C ({clean(reading.source)})"
-    return _said(reading)
+    return said(reading)
 
 
 def _board(profile: Profile) -> Table:
     identity, memory, cores = profile.identity, profile.memory, profile.cores
     accelerators = identity.accelerators
     lines = [
-        ("board", _said(identity.board)),
-        ("processor", _said(identity.cpu)),
+        ("board", said(identity.board)),
+        ("processor", said(identity.cpu)),
         ("architecture", clean(identity.arch)),
-        ("system", _said(identity.os)),
+        ("system", said(identity.os)),
         (
             "accelerators",
-            clean("; ".join(accelerators.value)) if isinstance(accelerators, Reading) else _said(accelerators),
+            clean("; ".join(accelerators.value)) if isinstance(accelerators, Reading) else said(accelerators),
         ),
         ("cores", f"{cores.usable:g} usable ({clean(cores.because)})"),
         ("memory", f"{bytes_text(memory.usable_bytes)} usable{', shared with the GPU' if memory.unified else ''}"),
@@ -148,7 +163,9 @@ def _board(profile: Profile) -> Table:
         ("memory available", _bytes(memory.available_bytes)),
         ("memory limit", _bytes(memory.limit_bytes)),
     ]
-    lines += [(f"engine {clean(name)}", _said(found)) for name, found in sorted(profile.engines.items())]
+    lines += [(f"engine {clean(name)}", said(found)) for name, found in sorted(profile.engines.items())]
+    if isinstance(identity.power_modes, Reading):
+        lines.append(("power modes", clean(", ".join(identity.power_modes.value))))
     for interface in identity.interfaces:
         speed = interface.link_bits_per_s
         known = [
@@ -157,40 +174,51 @@ def _board(profile: Profile) -> Table:
             *interface.addresses,
         ]
         lines.append((f"interface {clean(interface.name)}", clean(", ".join(filter(None, known)))))
-    return Table(title="Board", columns=_ITEMS, rows=tuple(lines), headed=False)
+    return Table(title="Board", columns=ITEMS, rows=tuple(lines), headed=False)
 
 
 def _conditions(profile: Profile) -> Table:
     held = profile.conditions
     engines = ", ".join(f"{name} {version}" for name, version in sorted(held.engine_versions.items()))
-    quota = f"{held.quota_cores.value:g} cores" if isinstance(held.quota_cores, Reading) else _said(held.quota_cores)
+    quota = f"{held.quota_cores.value:g} cores" if isinstance(held.quota_cores, Reading) else said(held.quota_cores)
     if isinstance(held.quota_period_s, Reading):
         quota += f" per {seconds_text(held.quota_period_s.value)}"
     measured_at = datetime.fromtimestamp(min(max(held.measured_at_unix, 0.0), 4e9), timezone.utc)
     lines = (
         ("measured", f"{measured_at:%Y-%m-%d %H:%M} UTC, in {seconds_text(held.duration_s)}"),
+        *_duration(profile),
         ("software", clean(f"edgelam {held.software}, Python {held.python}, {engines or 'no engine'}")),
         ("kernel", clean(held.kernel)),
         ("allowed cores", ", ".join(map(str, held.affinity)) or "unknown"),
         ("quota", quota),
         ("allow_spinning", "on" if held.allow_spinning else "off"),
-        ("governor", _said(held.governor)),
+        ("governor", said(held.governor)),
+        *((("power mode", said(held.power_mode)),) if not isinstance(held.power_mode, Absent) else ()),
         ("clock", _both(_hertz(held.clock_hz_before), _hertz(held.clock_hz_after))),
         ("temperature", _both(_celsius(held.temperature_c_before), _celsius(held.temperature_c_after))),
-        ("throttling", _both(_said(held.throttle_before), _said(held.throttle_after))),
+        ("throttling", _both(said(held.throttle_before), said(held.throttle_after))),
         ("load", _both(f"{held.load_before:.2f}", f"{held.load_after:.2f}")),
         ("timer", clean(held.timer)),
     )
-    return Table(title="Conditions", columns=_ITEMS, rows=lines, headed=False)
+    return Table(title="Conditions", columns=ITEMS, rows=lines, headed=False)
+
+
+def _duration(profile: Profile) -> tuple[tuple[str, str], ...]:
+    """How long all modules took together, which may have been measured at several times."""
+    known = [module.took_s for module in profile.modules if module.took_s]
+    if not known:
+        return ()
+    return (("modules took", f"{seconds_text(sum(known))} in all, {len(known)} of them"),)
 
 
 def _both(before: str, after: str) -> str:
     return before if before == after else f"before: {before}; after: {after}"
 
 
-def verdict(samples: Samples) -> str:
+def verdict(samples: Samples, rule: StopRule = RUN_RULE) -> str:
     """'VALID', or 'INVALID: why'."""
-    return "VALID" if samples.valid else f"INVALID: {clean(samples.invalid_because) or 'no reason given'}"
+    because = run_because(samples, rule)
+    return f"INVALID: {clean('; '.join(because))}" if because else "VALID"
 
 
 def _figures(samples: Samples) -> tuple[str, str, str, str]:
@@ -276,9 +304,17 @@ def _cost(step: StepEstimate) -> tuple[str, ...]:
     )
 
 
+def _ways(pairs: tuple[PairMeasurement, ...]) -> tuple[Table, ...]:
+    """The ways to other boards, where any was measured."""
+    if not pairs:
+        return ()
+    columns = tuple(Column(title) for title in COLUMNS)
+    return (Table(title="Ways to other boards", columns=columns, rows=tuple(map(way_line, pairs))),)
+
+
 def _link(link: LinkMeasurement | Absent | Failed) -> Table:
     if not isinstance(link, LinkMeasurement):
-        return Table(title="Link", columns=_ITEMS, rows=(("link", _said(link)),), headed=False)
+        return Table(title="Link", columns=ITEMS, rows=(("link", said(link)),), headed=False)
     one_way, rate = link_figures.one_way_s(link), link_figures.bytes_per_s(link)
     chunk = f"{bytes_text(link.goodput_payload_bytes)} in {bytes_text(link.goodput_chunk_bytes)}"
     lines = (
@@ -287,7 +323,7 @@ def _link(link: LinkMeasurement | Absent | Failed) -> Table:
             *_figures(link.round_trip),
             verdict(link.round_trip),
         ),
-        (chunk, *_figures(link.goodput), verdict(link.goodput)),
+        (chunk, *_figures(link.goodput), verdict(link.goodput, link_figures.GOODPUT_RULE)),
         (
             "one way",
             "-" if one_way is None else seconds_text(one_way),
