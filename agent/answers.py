@@ -6,9 +6,12 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from agent.measuring import Asked, Outcome
+from agent.jobs import Asked, Outcome
+from agent.pairs import VERB as PROBE_PAIR
 from hwprofiles.profile import LinkMeasurement
-from wire.messages import Applied, Reply
+from hwprofiles.reading import Absent, Failed
+from hwprofiles.samples import Sustained
+from wire.messages import Applied, Command, Reply
 
 PROGRESS_PERIOD_S: Final = 0.5
 """Reports in which only fetched bytes changed are published at most twice a second."""
@@ -41,7 +44,7 @@ class AppliedNews:
         return True
 
 
-def reply_to(asked: Asked, device: str, outcome: Outcome) -> Reply:
+def reply_to(asked: Asked, command: Command, device: str, outcome: Outcome) -> Reply:
     """The answer to a command whose job is over."""
     error = outcome.error
     result: dict[str, object] = {"measured": outcome.measured, "failed": dict(outcome.failed)}
@@ -50,8 +53,24 @@ def reply_to(asked: Asked, device: str, outcome: Outcome) -> Reply:
             result = {"link": msgspec.to_builtins(outcome.link)}
         else:
             error = outcome.link.because
-    return Reply(id=asked.command.id, device=device, ok=not error, error=error[:4096], result={} if error else result)
+    if asked.verb == "sustain" and not error:
+        if isinstance(outcome.sustained, Sustained):
+            result = {"windows": len(outcome.sustained.windows)}
+        else:
+            error = outcome.sustained.because
+    if asked.verb == "probe-ways" and not error:
+        result = {
+            "round_trip_s": {url: outcome.ways[url] for url in asked.urls if url in outcome.ways},
+            "failed": {url: outcome.ways_failed[url] for url in asked.urls if url in outcome.ways_failed},
+        }
+    if asked.verb == PROBE_PAIR and not error:
+        measures = asked.pair is not None and asked.pair.measure
+        found = outcome.pair
+        if found is None or isinstance(found, Failed) or (measures and isinstance(found, Absent)):
+            error = found.because if found is not None else "it was not measured"
+        result = {"pair": msgspec.to_builtins(found)} if measures else {}
+    return Reply(id=command.id, device=device, ok=not error, error=error[:4096], result={} if error else result)
 
 
-def refusal_of(asked: Asked, device: str, problem: str) -> Reply:
-    return Reply(id=asked.command.id, device=device, ok=False, error=problem[:4096])
+def refusal_of(command: Command, device: str, problem: str) -> Reply:
+    return Reply(id=command.id, device=device, ok=False, error=problem[:4096])

@@ -1,4 +1,4 @@
-"""`edgelam-agent run | bench | info | version`: the command line of a board.
+"""`edgelam-agent run | bench | info | record | version`: the command line of a board.
 
 Imports only what parsing needs; everything else is imported by the command that uses it.
 """
@@ -47,8 +47,18 @@ def parser() -> Parser:
     bench = commands.add_parser("bench", help="measure this board and print its profile")
     bench.add_argument("--format", choices=("table", "markdown", "json"), default="table")
     bench.add_argument("--stored", action="store_true", help="print the profile of last time, measure nothing")
+    bench.add_argument(
+        "--sustained", metavar="SECONDS", type=float, default=0.0,
+        help="then put it under load for so long (5 to 1800), for cool and sustained speed",
+    )  # fmt: skip
     info = commands.add_parser("info", help="what this board is, as the coordinator would see it")
     info.add_argument("--json", action="store_true", help="as JSON")
+    info.add_argument(
+        "--prove", action="store_true", help="compute with each engine and say which gave the right result"
+    )
+    info.add_argument("--replay", metavar="RECORDING", help="of a recorded board instead: a folder or .tar.gz")
+    record = commands.add_parser("record", help="write what this board's sensors say, for a bug report")
+    record.add_argument("--output", metavar="DIR|FILE.tar.gz", help="where to (default: edgelam-recording-TIME.tar.gz)")
     for command in (run, bench, info):
         command.add_argument("--config", metavar="FILE", help="JSON file with settings (EDGELAM_CONFIG)")
         for setting in SETTINGS:
@@ -65,14 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "version":
             print(f"{PROGRAM} {VERSION}")
             return ExitCode.OK
+        if options.command == "record":
+            from agent.recording import record
+
+            return record(options.output)
+        if options.command == "info" and options.prove and (options.replay or options.json):
+            raise UsageError("--prove computes on this board, and goes with neither --replay nor --json")
+        if options.command == "info" and options.replay:
+            from agent.recording import replay
+
+            return replay(options.replay, options.json)
         given = vars(options)
         flags = {setting.flag: given[setting.flag.replace("-", "_")] for setting in SETTINGS}
         config = load({**flags, "config": options.config})
         _log_to_stderr(config.log_level)
         if options.command == "info":
-            return _info(config, options.json)
+            return _info(config, options.json, options.prove)
         if options.command == "bench":
-            return _bench(config, options.format, options.stored)
+            return _bench(config, options.format, options.stored, options.sustained)
         return _run(config)
     except EdgelamError as error:
         print(render(error, PROGRAM), file=sys.stderr)
@@ -110,6 +130,7 @@ class Signals:
 
 def _outside(config: AgentConfig) -> Outside:
     """The real world: MQTT, child processes, mDNS, systemd."""
+    from agent.databroker import DataBroker
     from agent.launcher import ProcessLauncher
     from agent.notify import Notifier
     from agent.outside import Advertised, Outside
@@ -136,6 +157,7 @@ def _outside(config: AgentConfig) -> Outside:
         launcher=ProcessLauncher,
         find=find_coordinator,
         advertise=advertise,
+        data_broker=DataBroker,
         notifier=Notifier(os.environ),
     )
 
@@ -149,9 +171,16 @@ def _run(config: AgentConfig) -> int:
     return ExitCode.INTERRUPTED if signals.interrupted else ExitCode.OK
 
 
-def _bench(config: AgentConfig, form: str, stored: bool) -> int:
+def _bench(config: AgentConfig, form: str, stored: bool, sustained_s: float) -> int:
     """Join the site, measure what its kit names, print the profile, leave."""
     from hwprofiles import profile
+    from wire.limits import LEAST_SUSTAINED_S, MOST_SUSTAINED_S
+
+    if sustained_s and (stored or not LEAST_SUSTAINED_S <= sustained_s <= MOST_SUSTAINED_S):
+        raise UsageError(
+            f"--sustained {sustained_s:g}{' with --stored' if stored else ''} can't be measured",
+            try_=f"edgelam-agent bench --sustained SECONDS, {LEAST_SUSTAINED_S:g} to {MOST_SUSTAINED_S:g}",
+        )
 
     path = config.state_dir / "profile.json"
     interrupted = False
@@ -160,7 +189,7 @@ def _bench(config: AgentConfig, form: str, stored: bool) -> int:
 
         service = Service(config, _outside(config))
         signals = Signals(service)
-        service.run(until=_Patience())
+        service.run(until=_Patience(sustained_s))
         interrupted = signals.interrupted
     if interrupted:
         return ExitCode.INTERRUPTED
@@ -172,9 +201,10 @@ def _bench(config: AgentConfig, form: str, stored: bool) -> int:
 class _Patience:
     """Ends a service when all is measured; says what it waits for when there is nothing to measure with."""
 
-    def __init__(self) -> None:
+    def __init__(self, sustained_s: float) -> None:
         self._began_s = time.monotonic()
         self._told = False
+        self._sustained_s = sustained_s
 
     def __call__(self, service: Service) -> bool:
         if not self._told and not service.has_kit and time.monotonic() - self._began_s > KIT_PATIENCE_S:
@@ -184,6 +214,11 @@ class _Patience:
                 "  try: edgelam plan MODEL on the coordinator",
                 file=sys.stderr,
             )
+        if service.measured and self._sustained_s:
+            seconds, self._sustained_s = self._sustained_s, 0.0
+            problem = service.sustain(seconds)
+            if problem:
+                raise UsageError(problem, try_="edgelam plan MODEL on the coordinator")
         return service.measured
 
 
@@ -191,7 +226,10 @@ def _shown(found: Profile, form: str) -> str:
     if form == "json":
         import msgspec
 
-        return msgspec.json.format(msgspec.json.encode(found)).decode()
+        from hwprofiles.profile import encode
+        from hwprofiles.seal import sealed
+
+        return msgspec.json.format(sealed(encode(found))).decode()
     from hwprofiles import report
 
     return report.markdown(found) if form == "markdown" else report.plain(found, _width())
@@ -203,13 +241,14 @@ def _width() -> int:
     return shutil.get_terminal_size((100, 24)).columns
 
 
-def _info(config: AgentConfig, as_json: bool) -> int:
-    """What the info topic would say."""
+def _info(config: AgentConfig, as_json: bool, prove: bool) -> int:
+    """What the info topic would say, and for people what the sensors do."""
     from pathlib import Path
 
     import msgspec
 
     from agent.describe import device_info
+    from hwprofiles import board, sensors
     from hwprofiles.survey import survey
     from wire.ids import new_boot_id
     from wire.units import bytes_text
@@ -227,4 +266,11 @@ def _info(config: AgentConfig, as_json: bool) -> int:
         print(f"engine    {engine.name} {engine.version or '-'}  ({engine.because})")
     print(f"network   {', '.join(info.addresses) or 'no address'}")
     print(f"cache     {config.cache_dir}, at most {bytes_text(info.cache_bytes)}")
+    for item, value in sensors.lines(board.read()):
+        print(f"{item:<9} {value}")
+    if prove:
+        from hwprofiles.probe import proof
+
+        for line in sensors.proof_lines(proof.prove_all()):
+            print(f"{'proof':<9} {line}")
     return ExitCode.OK

@@ -13,13 +13,15 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, get_args
 
+import msgspec
 from msgspec import Struct
 
-from wire.addresses import DEFAULT_MQTT_PORT
+from wire.addresses import DEFAULT_MQTT_PORT, host_port_text
 from wire.errors import UsageError
 from wire.ids import checked_name
+from wire.messages import EngineName
 from wire.units import bytes_text
 
 MEASURE_BUDGET_S: Final = 0.5
@@ -38,7 +40,7 @@ class HostPort(Struct, frozen=True):
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port_text(self.host, self.port)
 
 
 class Via(Struct, frozen=True):
@@ -60,11 +62,20 @@ class AgentConfig(Struct, frozen=True, kw_only=True):
     interfaces: tuple[str, ...] = ()
     via: Via = Via()
     emulate_speed: float = 1.0
+    emulate_throttle: str = ""
+    """A file with the share of its speed that a virtual board has now; '' = all of it, always."""
     emulate_memory_bytes: int = 0
     """0 = not emulated."""
     threads: int = 0
     """0 = as many as the processors that may be used."""
     measure_budget_s: float = MEASURE_BUDGET_S
+    engines: tuple[EngineName, ...] | None = None
+    """To measure with besides the processor; None: those for a GPU that are there."""
+    data_broker: bool = True
+    data_port: int = 0
+    """0 = the one of last time, or any."""
+    data_address: str = ""
+    """HOST:PORT; '' = as it is."""
     site_key: str = ""
     log_level: str = "info"
 
@@ -137,6 +148,17 @@ def _speed(text: str) -> float:
     return speed
 
 
+def _engines(text: str) -> tuple[EngineName, ...] | None:
+    if text in ("auto", "none"):
+        return None if text == "auto" else ()
+    try:
+        return tuple(msgspec.convert(name.strip(), type=EngineName) for name in text.split(","))
+    except msgspec.ValidationError:
+        raise UsageError(
+            f"--engines {text!r}: no such engine", try_=f"auto, none, or of {', '.join(get_args(EngineName))}"
+        ) from None
+
+
 def _threads(text: str) -> int:
     if not text.isdigit() or not 0 <= int(text) <= 1024:
         raise UsageError(f"--threads {text!r}: not a number from 0 to 1024", try_="0 is all processors")
@@ -153,6 +175,22 @@ def _budget(text: str) -> float:
     return budget_s
 
 
+def _on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise UsageError(f"--data-broker {text!r}: neither on nor off", try_="--data-broker off")
+    return text == "on"
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 <= int(text) < 65536:
+        raise UsageError(f"--data-port {text!r}: not a port", try_="1 to 65535; 0 is any")
+    return int(text)
+
+
+def _data_address(text: str) -> str:
+    return str(host_port(text))
+
+
 def _level(text: str) -> str:
     if text not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level {text!r}", try_="debug, info, warning or error")
@@ -161,6 +199,10 @@ def _level(text: str) -> str:
 
 def _folder(text: str) -> Path:
     return Path(text).expanduser().resolve()
+
+
+def _path(text: str) -> str:
+    return str(_folder(text))
 
 
 def _name(text: str) -> str:
@@ -216,9 +258,14 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("interfaces", "interfaces", "A,B", _addresses, "addresses to speak mDNS on (default: all)"),
     Setting("via", "via", "mqtt=H:P,http=H:P", via, "dial these instead of the coordinator's addresses (tunnels)"),
     Setting("emulate_speed", "emulate-speed", "F", _speed, "pretend to be a slower processor: 0 < F <= 1"),
+    Setting("emulate_throttle", "emulate-throttle", "FILE", _path, "file with the share of that speed there is now"),
     Setting("emulate_memory_bytes", "emulate-memory", "SIZE", size_bytes, "pretend to have only so much memory"),
     Setting("threads", "threads", "N", _threads, "threads of an engine (default: all processors that may be used)"),
+    Setting("engines", "engines", "A,B", _engines, "to measure besides the processor (auto: those for a GPU; none)"),
     Setting("measure_budget_s", "measure-budget", "S", _budget, "seconds per point of measuring (default: 0.5)"),
+    Setting("data_broker", "data-broker", "on|off", _on_off, "a broker of its own for activations (default: on)"),
+    Setting("data_port", "data-port", "PORT", _port, "of that broker (default: the one of last time, or any)"),
+    Setting("data_address", "data-address", "H:P", _data_address, "where others reach that broker (tunnels)"),
     Setting("site_key", "site-key-file", "FILE", _key, "file with the site's key, for broker and artifacts"),
     Setting("log_level", "log-level", "LEVEL", _level, "debug, info, warning or error"),
 )  # fmt: skip

@@ -78,6 +78,11 @@ class Control:
         self._finder = Finder(self._config, self._outside.find, self._records.load("broker", LastBroker))
         self._finder.start()
 
+    @property
+    def local_host(self) -> str:
+        """Our own address on the way to the broker, '' without a connection."""
+        return self.session.transport.local_host if self.session is not None else ""
+
     def poll(self, timeout_s: float) -> None:
         """Let the connection work, or wait."""
         if self.session is not None:

@@ -13,6 +13,9 @@
     not running, files there, died too often              -
     not running, files there                              Start
 
+Standbys wait until every stage that has to answer was fetched and started here: nothing holds up an answer less than a
+copy that may never be needed.
+
 Asking again with the same arguments gives the same answer, and an answer carried out is not given again.
 """
 
@@ -77,7 +80,7 @@ Action = Fetch | Start | Adopt | Stop
 # What an engine is loaded from. All other fields of an order may change under a loaded engine.
 _LOADED = (
     "engine", "graph", "weights", "embedding", "head", "first_block", "end_block", "hidden", "vocabulary",
-    "wire_dtype", "context_tokens", "slots", "config",
+    "wire_dtype", "context_tokens", "slots", "config", "runs", "standard_graph",
 )  # fmt: skip
 
 
@@ -96,8 +99,9 @@ def light(order: StageOrder) -> StageOrder:
 
 
 def files_of(order: StageOrder) -> tuple[ArtifactRef, ...]:
-    """Graph and weights, each digest once."""
-    return tuple({ref.digest: ref for ref in (order.graph, *order.weights)}.values())
+    """Graphs and weights, each digest once."""
+    graphs = (order.graph,) if order.standard_graph is None else (order.graph, order.standard_graph)
+    return tuple({ref.digest: ref for ref in (*graphs, *order.weights)}.values())
 
 
 def actions(
@@ -110,6 +114,8 @@ def actions(
         action = _action(key, orders.get(key), running.get(key, Running(None)), present)
         if action is not None:
             found.append(action)
+    if any(isinstance(action, Fetch | Start) and not orders[action.key].standby for action in found):
+        found = [action for action in found if not (isinstance(action, Fetch | Start) and orders[action.key].standby)]
     # Stops first: they give back memory and disk that the others need.
     return tuple(sorted(found, key=lambda action: not isinstance(action, Stop)))
 

@@ -21,6 +21,7 @@ from typing import IO, Final, Protocol
 
 from msgspec import Struct
 
+from agent.telemetry import processor_s_of
 from agent.workers.deaths import oom_kills, words_for
 from agent.workers.pipe import MAX_LINE_BYTES
 
@@ -55,6 +56,12 @@ class Launcher(Protocol):
 
     def end(self, worker: int) -> None:
         """Close the worker's input; kill it if it is still there after POLITE_S (at a later `tick`)."""
+
+    def kill(self, worker: int) -> None:
+        """End it at once; `drain` reports it as one that was not asked to."""
+
+    def processor_s(self, worker: int) -> float:
+        """Processor time that it has used so far; 0 for one that is gone."""
 
     def tick(self, now_s: float) -> None: ...
 
@@ -124,8 +131,16 @@ class ProcessLauncher:
         for child in self._children.values():
             if child.asked and now_s - child.ending_since_s > POLITE_S:
                 child.ending_since_s = now_s
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.process.pid, signal.SIGKILL)
+                _kill(child)
+
+    def kill(self, worker: int) -> None:
+        child = self._children.get(worker)
+        if child is not None:
+            _kill(child)
+
+    def processor_s(self, worker: int) -> float:
+        child = self._children.get(worker)
+        return processor_s_of(child.process.pid) if child is not None else 0.0
 
     def drain(self) -> list[Line | Ended]:
         found = []
@@ -163,6 +178,11 @@ class ProcessLauncher:
         words = words_for(code, list(child.tail), child.kills_before, oom_kills())
         self._events.append(Ended(number, child.asked, words))
         self._wake()
+
+
+def _kill(child: _Child) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.process.pid, signal.SIGKILL)
 
 
 def _read_errors(source: IO[bytes], tail: deque[str]) -> None:

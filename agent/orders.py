@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 from msgspec import Struct
 
 from agent.converge import key_of
 from wire import topics
-from wire.limits import MAX_CONTROL_BYTES
-from wire.messages import Count, Desired
+from wire.client import parse_url
+from wire.codecs import is_codec_for
+from wire.errors import UsageError
+from wire.limits import LEAST_SUSTAINED_S, MAX_CONTROL_BYTES, MOST_SUSTAINED_S
+from wire.messages import Command, Count, Desired
+
+MAX_WAYS: Final = 64
+"""Brokers in one command: a board has at most so many neighbours."""
+
+
+SUSTAINED_BOUNDS: Final = f"'seconds' of load must be {LEAST_SUSTAINED_S:g} to {MOST_SUSTAINED_S:g}"
+SUSTAINED_STAGES: Final = "stages run on this board, and a sustained load would take the processor from them: stop them"
 
 
 class Refusal(Struct, frozen=True):
@@ -40,6 +52,30 @@ def is_inbox(topic: str, site: str) -> bool:
     return topic == topics.INBOX.on(site, *fields)
 
 
+def is_broker(url: str) -> bool:
+    """Whether this is the address of a broker."""
+    try:
+        parse_url(url)
+    except UsageError:
+        return False
+    return True
+
+
+def brokers_in(command: Command) -> tuple[str, ...]:
+    """The addresses of brokers that a command names, if they are such and not too many."""
+    given = command.arguments.get("brokers")
+    urls = [url for url in given if isinstance(url, str) and is_broker(url)] if isinstance(given, list) else []
+    return tuple(urls) if len(urls) <= MAX_WAYS and isinstance(given, list) and len(urls) == len(given) else ()
+
+
+def sustained_s_in(verb: str, command: Command) -> float:
+    """For how long a command puts the board under load; 0 for other commands, and where that is too short or long."""
+    given = command.arguments.get("seconds")
+    if verb != "sustain" or isinstance(given, bool) or not isinstance(given, (int, float)):
+        return 0.0
+    return float(given) if LEAST_SUSTAINED_S <= given <= MOST_SUSTAINED_S else 0.0
+
+
 def problem_with(desired: Desired, site: str, device: str) -> str:
     """Say what is wrong with an order, in words for its writer; '' if nothing is."""
     if desired.device != device:
@@ -57,6 +93,11 @@ def problem_with(desired: Desired, site: str, device: str) -> str:
         for address in (order.inbox, order.next):
             if not is_inbox(address.topic, site):
                 return f"{what}: {address.topic!r} is no inbox of site {site}"
+            if address.broker and not is_broker(address.broker):
+                return f"{what}: {address.broker!r} is no address of a broker"
+        for codec in (order.codec_in, order.codec_out, order.row_codec_in, order.row_codec_out):
+            if not is_codec_for(codec, order.wire_dtype, order.hidden):
+                return f"{what}: no codec {codec} for {order.wire_dtype} rows of {order.hidden}"
         if order.end_block < order.first_block:
             return f"{what}: blocks {order.first_block} to {order.end_block}"
     return ""

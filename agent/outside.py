@@ -9,9 +9,11 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from agent.databroker import DataBroker, Wanted
 from agent.finder import Find
 from agent.launcher import Launcher
 from agent.notify import Notifier
+from agent.records import Records
 from wire.messages import DeviceInfo
 from wire.transport import Transport, Will
 
@@ -32,6 +34,8 @@ class Outside(Struct, frozen=True, kw_only=True):
     find: Find
     advertise: Callable[[str, DeviceInfo], Advertised] | None = None
     """(site, info) -> an mDNS advertisement; None = be silent."""
+    data_broker: Callable[[Path, Wanted, Records, Callable[[], None]], DataBroker] | None = None
+    """(folder, what is wanted, records, changed) -> the board's own broker; None = have none."""
     notifier: Notifier
     root: Path = Path("/")
     clock: Callable[[], float] = time.monotonic

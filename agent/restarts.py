@@ -8,7 +8,8 @@ from typing import Final
 MAX_DEATHS: Final = 5
 WITHIN_S: Final = 300.0
 FIRST_PAUSE_S: Final = 1.0
-"""Doubles with each death: 1, 2, 4, 8 s. A stage that dies five times in five minutes waits for a new epoch."""
+"""After the second death, and doubled with each further one: 0, 1, 2, 4 s. Whoever waits for an answer waits for a
+worker that died once. A stage that dies five times in five minutes waits for a new epoch."""
 
 
 class Deaths:
@@ -31,4 +32,6 @@ class Deaths:
         """Not before this."""
         if not self._at_s:
             return 0.0
-        return self._at_s[-1] + FIRST_PAUSE_S * 2.0 ** (len(self._at_s) - 1)
+        if len(self._at_s) == 1:
+            return self._at_s[0]
+        return self._at_s[-1] + FIRST_PAUSE_S * 2.0 ** (len(self._at_s) - 2)

@@ -13,16 +13,22 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
+import msgspec
+
 from agent import lifecycle, orders
 from agent.answers import AppliedNews, refusal_of, reply_to
 from agent.claim import Claim, Verdict
 from agent.config import AgentConfig
 from agent.control import Control
+from agent.databroker import DataBroker, Wanted
 from agent.describe import device_info
 from agent.fetch import Fetcher, artifact_url
+from agent.jobs import Asked, Outcome, Subject
 from agent.lifecycle import Action, State
-from agent.measuring import Asked, Measuring, Outcome, Subject
+from agent.measuring import Measuring
 from agent.outside import Advertised, Outside
+from agent.pairs import VERB as PROBE_PAIR
+from agent.pairs import PairAsk, pair_in
 from agent.records import Records
 from agent.session import Session
 from agent.stages import Bench, Stages
@@ -76,6 +82,9 @@ class Service:
         self._pulse = Pulse(self.boot, self._info.memory_bytes, outside.root)
         self._since_unix = time.time()
         self._control = Control(config, outside, self.boot, self._records, self)
+        self._data_broker = self._make_data_broker()
+        self._broker_news = False
+        """The board's own broker has something to say."""
         self._claim: Claim | None = None
         self._stages: Stages | None = None
         self._measuring: Measuring | None = None
@@ -134,6 +143,7 @@ class Service:
         self._watch_workers(now_s)
         self._watch_fetches()
         self._watch_measuring(now_s)
+        self._watch_data_broker()
         if self._stages is not None and self.state in lifecycle.SAID:
             self._stages.converge(now_s)
             self._watch_draining(now_s)
@@ -147,6 +157,8 @@ class Service:
             self._advertised.close()
             self._advertised = None
         self._control.close()
+        if self._data_broker is not None:
+            self._data_broker.close()
         self._records.close()
 
     # What the broker brings (agent.session.Listener).
@@ -191,12 +203,25 @@ class Service:
     def command(self, verb: str, message: Command) -> None:
         if self._measuring is None or self.state not in (State.SERVING, State.MEASURING):
             return
-        asked = Asked(verb, message)
-        problem = f"no such command: {verb}; measure and probe-link are known"
-        if verb in ("measure", "probe-link"):
+        pair = pair_in(message) if verb == PROBE_PAIR else None
+        asked = Asked(
+            verb,
+            message,
+            orders.brokers_in(message),
+            orders.sustained_s_in(verb, message),
+            pair if isinstance(pair, PairAsk) else None,
+        )
+        problem = f"no such command: {verb}; measure, sustain, probe-link, probe-ways and probe-pair are known"
+        if verb == "probe-ways" and not asked.urls:
+            problem = f"no addresses of brokers: at most {orders.MAX_WAYS} as 'brokers'"
+        elif isinstance(pair, str):
+            problem = pair
+        elif verb == "sustain" and not (asked.sustained_s and self._stages_empty()):
+            problem = orders.SUSTAINED_BOUNDS if not asked.sustained_s else orders.SUSTAINED_STAGES
+        elif verb in ("measure", "sustain", "probe-link", "probe-ways", PROBE_PAIR):
             problem = self._measuring.ask(asked)
         if problem:
-            self._reply(asked, refusal_of(asked, self.config.name, problem))
+            self._reply(message, refusal_of(message, self.config.name, problem))
 
     def own_state(self, message: DeviceState) -> None:
         if self._claim is None or message.boot == self.boot:
@@ -234,13 +259,18 @@ class Service:
 
     def _watch_workers(self, now_s: float) -> None:
         self._launcher.tick(now_s)
+        for text in self._stages.kill_hanging(now_s) if self._stages is not None else ():
+            self._tell("worker-hung", "warning", text)
         for event in self._launcher.drain():
             if self._stages is not None and self._stages.heard(event, now_s):
                 continue
             if self._measuring is not None:
+                note = self._measuring.note
                 _, outcome = self._measuring.heard(event, now_s)
                 if outcome is not None:
                     self._measured(outcome)
+                elif self._measuring.note != note:
+                    self._publish_state()
 
     def _watch_fetches(self) -> None:
         for progress in self._fetcher.drain():
@@ -259,6 +289,17 @@ class Service:
             self._handle(lifecycle.Event.MEASURE)
         if outcome is not None:
             self._report(outcome)
+
+    def _watch_data_broker(self) -> None:
+        """Say where the board's own broker is, when that has changed."""
+        broker = self._data_broker
+        if broker is None or not self._broker_news:
+            return
+        self._broker_news = False
+        url = broker.at.address if broker.at is not None else ""
+        self._info = msgspec.structs.replace(self._info, data_broker=url, data_broker_because=broker.because)
+        if self._session is not None and self._session.up and self.state in lifecycle.SAID:
+            self._session.publish(topics.INFO, self._info)
 
     def _watch_draining(self, now_s: float) -> None:
         if self.state is not State.DRAINING:
@@ -299,19 +340,31 @@ class Service:
     def _equip(self) -> None:
         """The site is known: make what holds stages and measures."""
         config = self.config
-        speed, memory = config.emulate_speed, config.emulate_memory_bytes
+        speed, throttle, memory = config.emulate_speed, config.emulate_throttle, config.emulate_memory_bytes
         bench = Bench(
-            device=config.name, site=self._site, threads=self._threads, speed=speed, memory_limit_bytes=memory
+            device=config.name,
+            site=self._site,
+            threads=self._threads,
+            speed=speed,
+            throttle_path=throttle,
+            memory_limit_bytes=memory,
+            engines_path=str(config.cache_dir / "engines"),
         )
-        self._stages = Stages(bench, self._launcher, self._store, self._fetcher, self._login, self._artifact_url)
+        self._stages = Stages(
+            bench, self._launcher, self._store, self._fetcher, self._login, self._artifact_url, self._data_broker
+        )
         subject = Subject(
             site=self._site,
             device=config.name,
             threads=self._threads,
             speed=speed,
+            throttle_path=throttle,
             emulation=config.emulation,
             budget_s=config.measure_budget_s,
             profile_path=config.state_dir / "profile.json",
+            engines=config.engines,
+            engines_path=str(config.cache_dir / "engines"),
+            cache_folder=str(self._store.folder),
         )
         self._measuring = Measuring(
             subject,
@@ -321,6 +374,7 @@ class Service:
             self._login,
             self._artifact_url,
             self._survey_now,
+            self._data_broker,
         )
 
     def link_up(self) -> None:
@@ -348,6 +402,9 @@ class Service:
         LOG.info("connected to %s over %s as %s", self._url, session.transport.protocol, self.config.name)
         stages.relocate(self._url)
         self._control.remember()
+        if self._data_broker is not None:
+            self._data_broker.reached(self._control.local_host)
+        self._watch_data_broker()
         applied = self._applied(self._clock())
         session.announce(self._device_state(), self._info, measuring.profile, applied)
         self._applied_said.news(applied, self._clock())
@@ -438,11 +495,16 @@ class Service:
         for key, reason in list(outcome.failed.items())[:8]:
             self._tell("module-not-measured", "warning", f"{key}: {reason}")
         for asked in outcome.asked:
-            self._reply(asked, reply_to(asked, self.config.name, outcome))
+            if asked.command is not None:
+                self._reply(asked.command, reply_to(asked, asked.command, self.config.name, outcome))
 
-    def _reply(self, asked: Asked, reply: Reply) -> None:
+    def _reply(self, command: Command, reply: Reply) -> None:
         if self._session is not None:
-            self._session.reply(asked.command.reply_topic, reply)
+            self._session.reply(command.reply_topic, reply)
+
+    def sustain(self, seconds: float) -> str:
+        """Put the board under load for so long. Gives why not, or ''."""
+        return self._measuring.ask(Asked("sustain", None, (), seconds)) if self._measuring else "there is no kit yet"
 
     def _tell(self, code: str, level: str, text: str) -> None:
         """A notice for people: into the log, and to the site."""
@@ -452,6 +514,24 @@ class Service:
             self._session.event(event)
 
     # Helpers.
+
+    def _make_data_broker(self) -> DataBroker | None:
+        config = self.config
+        wanted = Wanted(
+            allowed=config.data_broker,
+            interfaces=config.interfaces,
+            port=config.data_port,
+            address=config.data_address,
+            key=config.site_key,
+        )
+        make = self._outside.data_broker
+        return (
+            None if make is None else make(config.state_dir / "data-broker", wanted, self._records, self._broker_told)
+        )
+
+    def _broker_told(self) -> None:
+        self._broker_news = True
+        self._wake()
 
     def _login(self, client: str) -> BrokerLogin:
         key = self.config.site_key

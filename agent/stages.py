@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 from msgspec import Struct
@@ -16,14 +16,20 @@ from msgspec import Struct
 from agent import converge
 from agent.converge import Adopt, Fetch, Hold, Key, Running, Start, Stop
 from agent.fetch import Fetcher, Progress
+from agent.hanging import LOOK_PERIOD_S, Sign
 from agent.launcher import Ended, Launcher, Line
 from agent.restarts import Deaths
 from agent.store import Store
-from agent.workers.pipe import Assignment, BrokerLogin, Status, Tell, line_of, read_line
+from agent.workers.pipe import Assignment, BrokerLogin, DataBrokerAt, Status, Tell, line_of, read_line
+from models.engine.names import FALLBACKS
 from wire.messages import ArtifactRef, Desired, StageCounters, StageOrder, StageReport
 
 LOG = logging.getLogger("edgelam.stages")
-WORKER_MODULE: Final = "agent.workers.inference"
+WORKER_MODULES: Final = {"tokens": "agent.workers.inference", "items": "agent.workers.items"}
+"""By what a stage runs."""
+
+MAX_WORDS: Final = 1024
+"""Letters of what an engine says."""
 
 
 class Bench(Struct, frozen=True, kw_only=True):
@@ -33,7 +39,9 @@ class Bench(Struct, frozen=True, kw_only=True):
     site: str
     threads: int
     speed: float = 1.0
+    throttle_path: str = ""
     memory_limit_bytes: int = 0
+    engines_path: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,12 +55,29 @@ class _Stage:
     ending: bool = False
     deaths: Deaths = field(default_factory=Deaths)
     deaths_epoch: int = -1
+    crashed: dict[str, str] = field(default_factory=dict)
+    """Engines with which a worker died while it loaded, in this epoch: the next one does without."""
     fetching: bool = False
     fetch_failed: dict[str, str] = field(default_factory=dict)
     fetch_note: str = ""
     note: str = ""
     """What went wrong last with a worker."""
     status: Status | None = None
+    sign: Sign | None = None
+    """Of a worker that was ready: before, it may wait for a disk, and reports nothing."""
+    hung: str = ""
+    """Why the worker was killed, until it is gone."""
+    unreached: str = ""
+    """Why the stage can't be reached where the order says; no worker is started for it then."""
+
+
+class BoardBroker(Protocol):
+    """agent.databroker.DataBroker, as far as stages need it."""
+
+    at: DataBrokerAt | None
+
+    @property
+    def starting(self) -> bool: ...
 
 
 class Stages:
@@ -66,6 +91,7 @@ class Stages:
         fetcher: Fetcher,
         login: Callable[[str], BrokerLogin],
         url_of: Callable[[str, str], str],
+        own_broker: BoardBroker | None = None,
     ) -> None:
         self._bench = bench
         self._launcher = launcher
@@ -73,9 +99,11 @@ class Stages:
         self._fetcher = fetcher
         self._login = login
         self._url_of = url_of
+        self._own_broker = own_broker
         self._desired: Desired | None = None
         self._stages: dict[Key, _Stage] = {}
         self._have_bytes: dict[str, int] = {}
+        self._looked_s = 0.0
         self.answered = False
         """A request has ended since this was last set to False: its counters are waited for."""
         self._launches = 0
@@ -103,9 +131,9 @@ class Stages:
         self._have_bytes = {digest: have for digest, have in self._have_bytes.items() if digest in self.wanted_files}
         for order in desired.stages:
             stage = self._stages.setdefault(converge.key_of(order), _Stage(order))
-            stage.wanted = order
+            stage.wanted, stage.unreached = order, ""
             if stage.deaths_epoch != desired.epoch:
-                stage.deaths, stage.deaths_epoch = Deaths(), desired.epoch
+                stage.deaths, stage.deaths_epoch, stage.crashed = Deaths(), desired.epoch, {}
 
     def converge(self, now_s: float) -> None:
         """Take the steps that are due."""
@@ -163,8 +191,32 @@ class Stages:
         if stage.status is None or stage.status.phase != status.phase:
             LOG.info("%s: %s %s", _name(stage.wanted), status.phase, status.detail)
         stage.status = status
+        if status.phase == "ready":
+            stage.sign = stage.sign or Sign(now_s, self._bench.speed)
+            stage.note = ""
+        if stage.sign is not None:
+            stage.sign.heard(now_s)
         self.answered = self.answered or status.answered
         return True
+
+    def kill_hanging(self, now_s: float) -> list[str]:
+        """Kill workers that hang, and give what is to be said of it. They are started again as any that died."""
+        if now_s - self._looked_s < LOOK_PERIOD_S:
+            return []
+        slept = now_s - self._looked_s > 2 * LOOK_PERIOD_S
+        self._looked_s = now_s
+        said = []
+        for stage in self._stages.values():
+            if stage.sign is None or stage.ending or stage.hung:
+                continue
+            stage.sign.used(self._launcher.processor_s(stage.worker), now_s)
+            if slept:  # We were stopped ourselves, and so were they, perhaps.
+                stage.sign.heard(now_s)
+            stage.hung = stage.sign.problem(now_s)
+            if stage.hung:
+                self._launcher.kill(stage.worker)
+                said.append(f"{_name(stage.wanted)}: its worker is started again: {stage.hung}")
+        return said
 
     def reports(self, now_s: float) -> tuple[StageReport, ...]:
         """What became of each stage, for the applied topic."""
@@ -180,36 +232,66 @@ class Stages:
 
     def _start(self, stage: _Stage, order: StageOrder, now_s: float) -> None:
         bench = self._bench
+        if not self._reached(stage, order):
+            return
         self._store.touch([ref.digest for ref in converge.files_of(order)])
         self._launches += 1
         login = self._login(f"{order.deployment}-{order.stage}-{self._launches}")
+        standard = order.standard_graph
         assignment = Assignment(
             device=bench.device,
             site=bench.site,
             order=order,
             graph_path=str(self._store.path_of(order.graph.digest)),
             weight_paths=tuple(str(self._store.path_of(ref.digest)) for ref in order.weights),
+            standard_graph_path=str(self._store.path_of(standard.digest)) if standard else "",
+            engines_path=bench.engines_path,
+            crashed=stage.crashed,
             login=login,
+            data_broker=self._own_at,
             threads=bench.threads,
             speed=bench.speed,
+            throttle_path=bench.throttle_path,
             memory_limit_bytes=bench.memory_limit_bytes,
         )
         stage.status = None
         stage.fetch_failed.clear()
         try:
-            stage.worker = self._launcher.launch(WORKER_MODULE, line_of(assignment), bench.threads)
+            stage.worker = self._launcher.launch(WORKER_MODULES[order.runs], line_of(assignment), bench.threads)
         except OSError as error:
             stage.deaths.died(now_s)
             stage.note = f"no worker could be started: {error.strerror}"
             LOG.error("%s: %s", _name(order), stage.note)
             return
-        stage.order, stage.url, stage.note = order, login.url, ""
+        stage.order, stage.url = order, login.url
         LOG.info("%s: worker %d started", _name(order), stage.worker)
 
     def _adopt(self, stage: _Stage, order: StageOrder) -> None:
+        if not self._reached(stage, order):
+            if stage.unreached:
+                self._stop(stage, stage.unreached)
+            return
         LOG.info("%s: takes epoch %d without loading again", _name(order), order.epoch)
-        self._launcher.tell(stage.worker, line_of(Tell(adopt=converge.light(order))))
+        self._launcher.tell(stage.worker, line_of(Tell(adopt=converge.light(order), data_broker=self._own_at)))
         stage.order = order
+
+    @property
+    def _own_at(self) -> DataBrokerAt | None:
+        return self._own_broker.at if self._own_broker is not None else None
+
+    def _reached(self, stage: _Stage, order: StageOrder) -> bool:
+        """Whether a stage is reached where the order says: on the site's broker, or on this board's own. While that one
+        is starting the stage waits; if it is elsewhere, or there is none, the plan must be made anew."""
+        address, at = order.inbox.broker, self._own_at
+        stage.unreached = ""
+        if not address or (at is not None and at.address == address):
+            return True
+        if self._own_broker is not None and self._own_broker.starting:
+            stage.note = "waits for this board's own broker"
+            return False
+        here = f"it is at {at.address}" if at is not None else "there is none"
+        stage.unreached = f"the plan says that this board's own broker is at {address}; {here}"
+        return False
 
     def _stop(self, stage: _Stage, because: str) -> None:
         if not stage.ending:
@@ -224,13 +306,16 @@ class Stages:
             final = status is not None and status.phase == "failed" and status.final
             curable = not final or stage.deaths.total == 0
             said = status.detail if status is not None and status.phase == "failed" else ""
-            stage.note = said or event.words
+            stage.note = stage.hung or said or event.words
             stage.deaths.died(now_s, curable=curable)
             LOG.error("%s: worker died: %s", _name(stage.wanted), stage.note)
+            if status is not None and status.phase == "loading" and status.trying and FALLBACKS[status.trying]:
+                stage.crashed[status.trying] = f"the worker that loaded it {event.words}"
             if final and stage.order is not None:
                 for ref in converge.files_of(stage.order):
                     self._store.forget(ref.digest)
         stage.worker, stage.order, stage.status, stage.ending = 0, None, None, False
+        stage.sign, stage.hung = None, ""
 
     def _report(self, stage: _Stage, now_s: float) -> StageReport:
         order, status = stage.wanted, stage.status
@@ -253,6 +338,9 @@ class Stages:
             held_bytes=status.held_bytes if status else 0,
             resident_bytes=status.resident_bytes if status else 0,
             restarts=stage.deaths.total,
+            standby=(stage.order or order).standby,
+            engine=status.engine[:MAX_WORDS] if status else "",
+            fell_back=status.fell_back[:MAX_WORDS] if status else "",
         )
 
 
@@ -271,13 +359,16 @@ def _phase_of(stage: _Stage, now_s: float) -> tuple[converge.Phase, str]:
         return "stopping", ""
     if stage.worker:
         if status is None or status.phase == "failed":
-            return "loading", ""
+            return "loading", f"started again; {stage.note}" if stage.note else ""
         ready = status.phase == "ready" and stage.order is not None and status.epoch == stage.order.epoch
-        return ("ready", status.engine) if ready else ("loading", status.detail)
+        again = f"started again; {stage.note}" if stage.note else ""
+        return ("ready", status.engine) if ready else ("loading", status.detail or again)
     if stage.fetch_failed:
         return "failed", next(iter(stage.fetch_failed.values()))
     if stage.fetching:
         return "fetching", stage.fetch_note
+    if stage.unreached:
+        return "failed", stage.unreached
     if stage.deaths.gave_up:
         return "failed", stage.note
     if now_s < stage.deaths.until_s:
@@ -286,4 +377,4 @@ def _phase_of(stage: _Stage, now_s: float) -> tuple[converge.Phase, str]:
 
 
 def _name(order: StageOrder) -> str:
-    return f"stage {order.stage} of {order.deployment} (epoch {order.epoch})"
+    return f"{'standby of ' if order.standby else ''}stage {order.stage} of {order.deployment} (epoch {order.epoch})"

@@ -16,7 +16,6 @@ class Pulse:
         self._boot = boot
         self._memory_bytes = memory_bytes
         self._proc = root / "proc"
-        self._tick_s = 1.0 / os.sysconf("SC_CLK_TCK")
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")
         self._seq = 0
         self._before: dict[int, float] = {}
@@ -26,7 +25,7 @@ class Pulse:
         self, now_s: float, pids: Iterable[int], temperature_c: float | None, stages: tuple[StageCounters, ...]
     ) -> Telemetry:
         """Give the heartbeat; `cpu_fraction` is over the time since the one before."""
-        processor_s = {pid: self._processor_s(pid) for pid in pids}
+        processor_s = {pid: processor_s_of(pid, self._proc) for pid in pids}
         used_s = sum(max(0.0, now - self._before.get(pid, now)) for pid, now in processor_s.items())
         elapsed_s = now_s - self._before_s
         fraction = used_s / elapsed_s if self._before and elapsed_s > 0 else 0.0
@@ -43,18 +42,19 @@ class Pulse:
             stages=stages[:64],
         )
 
-    def _processor_s(self, pid: int) -> float:
-        """User and system time of a process; 0 for one that is gone."""
-        try:
-            text = (self._proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-            fields = text[text.rindex(")") + 2 :].split()
-            return (int(fields[11]) + int(fields[12])) * self._tick_s
-        except (OSError, ValueError, IndexError):
-            return 0.0
-
     def _resident_bytes(self, pid: int) -> int:
         try:
             text = (self._proc / str(pid) / "statm").read_text(encoding="ascii")
             return int(text.split()[1]) * self._page_bytes
         except (OSError, ValueError, IndexError):
             return 0
+
+
+def processor_s_of(pid: int, proc: Path = Path("/proc")) -> float:
+    """User and system time of a process; 0 for one that is gone."""
+    try:
+        text = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+        fields = text[text.rindex(")") + 2 :].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -17,14 +17,18 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
+from agent.workers.marks import clock
 from agent.workers.requests import Live, Made
 from agent.workers.ring import StageWork
+from agent.workers.sending import beyond
 from agent.workers.stretch import Stretch
 from models.engine.base import EngineFailed, RowStep, StageEngine
 from wire.channel import Inbox
+from wire.codecs import AS_IS
+from wire.coding import Coder, coder
 from wire.foreseen import Coming, Going, frame_head
 from wire.frames import Laid, Parcel, Tensor
-from wire.messages import Sampling
+from wire.messages import Sampling, StageOrder
 from wire.transport import Buffer, NotConnected, ShortWay
 
 _NO_TOKEN: Final = np.zeros(1, np.int32)
@@ -71,11 +75,13 @@ class _Next(NamedTuple):
 
 
 class StepAhead:
-    """Call `lay_out` when there is nothing to do, and the object itself when something has come, before it is read."""
+    """Call `lay_out` when there is nothing to do, and the object itself when something has come, before it is read.
+    `inward` brings what comes, `outward` takes what goes."""
 
     def __init__(
         self,
-        way: ShortWay,
+        inward: ShortWay,
+        outward: ShortWay,
         sender: Outgoing,
         work: StageWork,
         engine: StageEngine,
@@ -84,12 +90,14 @@ class StepAhead:
     ) -> None:
         self.steps = 0
         """Steps that were made so."""
-        self._way = way
+        self._inward = inward
+        self._outward = outward
         self._sender = sender
         self._work = work
         self._engine = engine
         self._draw = draw
         self._stretch = stretch
+        self._decoder, self._encoder = _coders(work.order)
         self._next: _Next | None = None
         self._answer: _Answer | None = None
         self._heads: _Heads | None = None
@@ -128,8 +136,8 @@ class StepAhead:
         heads = self._heads
         if heads is None or heads.coming_bytes != coming_bytes or heads.going_bytes != going_bytes:
             try:
-                coming = frame_head(self._way, topic, coming_bytes)
-                going = frame_head(self._way, self._sender.next_topic, going_bytes)
+                coming = frame_head(self._inward, topic, coming_bytes)
+                going = frame_head(self._outward, self._sender.next_topic, going_bytes)
             except NotConnected:
                 return None
             self._heads = heads = _Heads(coming_bytes, going_bytes, coming, going)
@@ -140,34 +148,47 @@ class StepAhead:
         step = self._next
         if step is None:
             return
-        given = step.coming.look(self._way)
+        given = step.coming.look(self._inward)
         if given is None:
             return
         self._next = None
         row = step.row
-        if not row.fill(given):
+        if self._decoder is not None:
+            given = self._decoder.row_in(given)
+        if given is None or not row.fill(given):
             return
         self._stretch.begin()
         token = -1
-        output = row.output
+        output: Buffer | None = row.output
         try:
             row.run(step.position)
             if output is None:
                 row.settle(step.position)
                 token = self._draw(row.result, step.live.sampling, step.position + 1)
+            elif self._encoder is not None:
+                row.settle(step.position)
+                output = self._encoded(self._encoder, row.result)
         except EngineFailed as error:
-            self._work.made = Made(live=step.live, position=step.position, error=error)
+            self._work.made_ahead(Made(live=step.live, position=step.position, error=error))
             return
-        busy_s = self._stretch.end()
+        busy_s, ended_s = self._stretch.end(), clock()
         sent_bytes = self._send(step, token, output)
-        error_after = self._settled(step) if output is not None else None
+        error_after = self._settled(step) if output is not None and self._encoder is None else None
         self.steps += 1
-        self._work.made = Made(
-            live=step.live, position=step.position, busy_s=busy_s, result=row.result, token=token,
-            sent_bytes=sent_bytes, error=error_after,
+        tokens = () if output is not None else (token,)
+        made = Made(
+            live=step.live, position=step.position, busy_s=busy_s, result=row.result, tokens=tokens,
+            sent_bytes=sent_bytes, error=error_after, ended_s=ended_s,
         )  # fmt: skip
+        self._work.made_ahead(made)
 
-    def _send(self, step: _Next, token: int, output: memoryview | None) -> int:
+    def _encoded(self, encoder: Coder, row: Any) -> bytes:
+        """A row that was settled, as it travels; raise EngineFailed if it can't."""
+        if encoder.unfit(row):
+            raise beyond()
+        return encoder.payload_of(row)
+
+    def _send(self, step: _Next, token: int, output: Buffer | None) -> int:
         """Send what was laid out, with its payload; give its bytes, 0 if it did not go: the ordinary way sees why."""
         if output is None:
             if token in step.live.stop_ids:
@@ -176,7 +197,7 @@ class StepAhead:
         else:
             payload = output
         try:
-            step.going.send(self._way, payload)
+            step.going.send(self._outward, payload)
         except NotConnected:
             return 0
         self._sender.next_went(step.going.laid)
@@ -189,3 +210,12 @@ class StepAhead:
         except EngineFailed as error:
             return error
         return None
+
+
+def _coders(order: StageOrder) -> tuple[Coder | None, Coder | None]:
+    """For the row that comes and the one that goes, where a step's numbers are not those that travel."""
+    ends = ((order.row_codec_in, order.embedding), (order.row_codec_out, order.head))
+    decoder, encoder = (
+        None if ids or codec == AS_IS else coder(codec, order.wire_dtype, order.hidden) for codec, ids in ends
+    )
+    return decoder, encoder

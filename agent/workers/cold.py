@@ -7,12 +7,14 @@ against 0.38 ms), so a profile of hot steps would promise what no deployment kee
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+
+from hwprofiles.probe import caches
+from hwprofiles.reading import Reading
 
 PAUSE_S: Final = 0.003
 """About one hop."""
@@ -21,20 +23,11 @@ LEAST_BYTES: Final = 8 << 20
 MOST_BYTES: Final = 64 << 20
 """Twice the last cache level is swept, within these bounds: 64 MB take 4 to 16 ms per step."""
 
-_SIZE = re.compile(r"^([0-9]+)([KM]?)$")
-
 
 def sweep_bytes(root: Path = Path("/")) -> int:
     """How much memory to run through so that the caches hold nothing else; the least where no size can be read."""
-    found = [LEAST_BYTES]
-    for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        try:
-            size = _SIZE.match(file.read_text(encoding="ascii").strip())
-        except (OSError, UnicodeDecodeError):
-            continue
-        if size:
-            found.append(2 * int(size[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20}[size[2]])
-    return min(MOST_BYTES, max(found))
+    found = caches.last_cache_bytes(root)
+    return min(MOST_BYTES, max(LEAST_BYTES, 2 * found.value if isinstance(found, Reading) else 0))
 
 
 class Cold:

@@ -10,26 +10,35 @@ import gc
 import logging
 import sys
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import copy
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
+import msgspec
 import numpy as np
 
 from agent.workers.ahead import StepAhead
 from agent.workers.child import Parent, become_worker
-from agent.workers.dataplane import data_connection
-from agent.workers.echo import Echo
+from agent.workers.dataplane import Connections, data_connection
+from agent.workers.inboxes import Inboxes
+from agent.workers.memory import give_back_memory
 from agent.workers.outboxes import Outboxes
-from agent.workers.pipe import Assignment, Status, Tell
+from agent.workers.pipe import Assignment, DataBrokerAt, Status, Tell
 from agent.workers.ring import StageWork
 from agent.workers.stretch import Stretch
+from agent.workers.throttle import Throttle
+from agent.workers.work import Loaded, Work
 from hwprofiles.measure import resident_bytes
 from models.engine.base import EngineFailed, StageEngine, StageSpec
+from models.engine.choice import Chosen, StageFiles, first_that_works, load_on
 from models.sampling import draw
-from wire.channel import Delivery, Inbox
+from wire.channel import Delivery
 from wire.errors import EdgelamError
-from wire.messages import StageCounters, StageOrder
-from wire.transport import ShortWay, Transport
+from wire.messages import EngineName, StageCounters, StageOrder
+from wire.mqtt import MqttTransport
+from wire.transport import Link, ShortWay, Transport
 from wire.units import bytes_text
 
 LOG = logging.getLogger("edgelam.inference")
@@ -40,52 +49,75 @@ POLL_S: Final = 0.25
 TICK_S: Final = 0.25
 REPORT_PERIOD_S: Final = 1.0
 
+Say = Callable[[Status], None]
+"""Tells the supervisor how far loading is."""
+
+T = TypeVar("T")
+
 
 def main() -> int:
-    """Hold a stage until told to stop, or until the supervisor is gone."""
+    return hold_stage(load, Worker)
+
+
+def hold_stage(
+    load: Callable[[Assignment, Say], T], worker_of: Callable[[Assignment, T, Transport, Parent], StageWorker[Any]]
+) -> int:
+    """Load a stage and hold it until told to stop, or until the supervisor is gone; give the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     parent = become_worker()
     assignment = parent.first(Assignment)
     order = assignment.order
     parent.say(Status(phase="loading", epoch=order.epoch))
     try:
-        engine = load(assignment)
+        loaded = load(assignment, parent.say)
     except (EdgelamError, OSError) as error:
         parent.say(Status(phase="failed", epoch=order.epoch, detail=str(error), final=True))
         return 1
-    transport = data_connection(assignment.login)
-    parent.listen(transport.wake)
+    worker = worker_of(assignment, loaded, data_connection(assignment.login), parent)
+    parent.listen(worker.wake)
     # What is loaded stays: the garbage collector need not walk it again and hold up a token.
     gc.collect()
     gc.freeze()
-    Worker(assignment, engine, transport, parent).run()
+    give_back_memory()
+    worker.run()
     return 0
 
 
-def load(assignment: Assignment) -> StageEngine:
-    """Load the stage and make one step with it, so that `ready` means that it works. Raises EngineFailed."""
+def load(assignment: Assignment, say: Say = lambda _: None) -> Chosen:
+    """Load the stage and make steps with it, so that `ready` means that it works: on the engine that was ordered, or
+    else on the next one that works. `say` hears which one is tried. Raises EngineFailed, CorruptData, Refused."""
     order = assignment.order
-    for address in (order.inbox, order.next):
-        if address.broker and address.broker != assignment.login.url:
-            raise EngineFailed(f"inbox at {address.broker}: this version knows the topology 'central' only")
     spec = spec_of(order, assignment.threads)
-    weights = [Path(path) for path in assignment.weight_paths]
-    if order.engine == "torch":
-        from models.engine.torch import TorchStage
+    files = StageFiles(
+        graph=Path(assignment.graph_path),
+        standard=Path(assignment.standard_graph_path) if assignment.standard_graph_path else None,
+        weights=tuple(Path(path) for path in assignment.weight_paths),
+        built=Path(assignment.engines_path or Path(assignment.graph_path).parent / "engines"),
+    )
 
-        engine: StageEngine = TorchStage.load(Path(assignment.graph_path), weights, spec)
-    else:
-        from models.engine.onnx import OnnxStage
+    def trying(name: EngineName, detail: str = "") -> None:
+        say(Status(phase="loading", epoch=order.epoch, trying=name, detail=detail))
 
-        engine = OnnxStage.load(Path(assignment.graph_path), weights, spec)
-    warm_up(engine, order)
+    def loaded(name: EngineName) -> StageEngine:
+        engine = load_on(name, files, spec, lambda detail: trying(name, detail))
+        warm_up(engine, order)
+        return engine
+
+    chosen = first_that_works(order.engine, loaded, assignment.crashed, trying)
+    if chosen.fell_back:
+        LOG.warning("runs on %s: %s", chosen.name, chosen.fell_back)
+    check_memory(assignment)
+    return chosen
+
+
+def check_memory(assignment: Assignment) -> None:
+    """Raise EngineFailed if what is loaded takes more than the board is made out to have."""
     held = resident_bytes()
     if 0 < assignment.memory_limit_bytes < held:
         raise EngineFailed(
             f"out of memory: the stage needs {bytes_text(held)}, "
             f"the device has {bytes_text(assignment.memory_limit_bytes)} (emulated)"
         )
-    return engine
 
 
 def spec_of(order: StageOrder, threads: int) -> StageSpec:
@@ -105,14 +137,19 @@ def spec_of(order: StageOrder, threads: int) -> StageSpec:
 
 
 def warm_up(engine: StageEngine, order: StageOrder) -> None:
-    """One prefill step and one decode step on zeros."""
-    slot = engine.open()
+    """One prefill step, one decode step, and one of two requests, on zeros."""
+    slots = [engine.open() for _ in range(min(2, order.slots))]
     try:
-        engine.step(slot, zeros(order, 2), 0)
+        engine.step(slots[0], zeros(order, 2), 0)
         if order.context_tokens > 2:
-            engine.step(slot, zeros(order, 1), 2)
+            engine.step(slots[0], zeros(order, 1), 2)
+        if len(slots) > 1:
+            _, failed = engine.step_many(slots, zeros(order, 2), [1, 0])
+            if failed:
+                raise EngineFailed(f"a step of two requests failed: {next(iter(failed.values()))}")
     finally:
-        engine.close(slot)
+        for slot in slots:
+            engine.close(slot)
 
 
 def zeros(order: StageOrder | StageSpec, rows: int) -> Any:
@@ -122,113 +159,144 @@ def zeros(order: StageOrder | StageSpec, rows: int) -> Any:
     return np.zeros((rows, order.hidden), dtype={"f32": "f4", "f16": "f2", "bf16": "u2"}[order.wire_dtype])
 
 
-class Worker:
-    """A loaded stage on a transport."""
+E = TypeVar("E", bound=Loaded)
 
-    def __init__(self, assignment: Assignment, engine: StageEngine, transport: Transport, parent: Parent) -> None:
+
+class StageWorker(ABC, Generic[E]):
+    """A loaded stage on its connections; `site` is the one to the site's broker, not yet started."""
+
+    def __init__(self, assignment: Assignment, engine: E, site: Transport, parent: Parent, fell_back: str = "") -> None:
         self._assignment = assignment
         self._engine = engine
-        self._transport = transport
+        self._fell_back = fell_back
         self._parent = parent
         order = assignment.order
-        self._inbox = Inbox(transport, order.inbox.topic)
-        self._outboxes = Outboxes(transport, order.next)
-        stretch = Stretch(assignment.speed, assignment.threads)
-        self._work = StageWork(
-            order, engine, self._outboxes, self._done, draw, stretch, assignment.site, assignment.device
-        )
+        self._connections = Connections(site, self._another, self._on_up, self._on_down)
+        self._connections.follow(order, assignment.data_broker)
+        self._inboxes = self._open_inboxes(order)
+        self._outboxes = Outboxes(site, self._connections.outward, order.next)
+        self._stretch = Stretch(assignment.speed, assignment.threads)
+        self._throttle = Throttle(assignment.throttle_path)
+        self._work = self._make_work(order)
+        self._at_adoption = copy(self._work.tally)
         self._ahead: StepAhead | None = None
-        if isinstance(transport, ShortWay):
-            transport.ahead = self._ahead = StepAhead(transport, self._outboxes, self._work, engine, draw, stretch)
+        self._look_ahead()
         self._told_ended = 0
         self._stopping = False
         self._ready = False
-        self._echo: Echo | None = None
-        """What must come back before the inbox is known to be open."""
-        transport.on_up(self._on_up)
-        transport.on_down(self._on_down)
+        self._waits_for = ""
+        """What keeps it from being ready, for people."""
 
     def run(self) -> None:
         """Serve until told to stop."""
-        transport, inbox, work, clock = self._transport, self._inbox, self._work, time.monotonic
-        transport.start()
+        connections, work, clock = self._connections, self._work, time.monotonic
+        inboxes = self._inboxes
+        connections.start()
         next_tick_s = next_report_s = 0.0
         while not self._stopping and not self._parent.gone:
             if self._ahead is not None:
                 self._foresee(self._ahead)
-            transport.poll(0.0 if work.runnable else POLL_S)
+            connections.poll(0.0 if work.runnable else POLL_S)
             now_s = clock()
-            while (delivery := inbox.take()) is not None:
-                if self._echo is None or not self._heard(self._echo, delivery):
-                    work.accept(delivery, now_s)
+            while (delivery := inboxes.take()) is not None:
+                work.accept(delivery, now_s)
             work.work(now_s)
-            if work.ended != self._told_ended and self._ready:
+            if not self._ready:
+                self._settle()
+            elif work.ended != self._told_ended:
                 self._told_ended = work.ended
                 self._report(answered=True)
             if now_s >= next_tick_s:
                 next_tick_s = now_s + TICK_S
                 self._tick(now_s)
-                inbox = self._inbox
-                if self._ready and now_s >= next_report_s:
+                inboxes = self._inboxes
+                if now_s >= next_report_s:
                     next_report_s = now_s + REPORT_PERIOD_S
-                    self._report()
-        transport.close()
+                    self._report_anyhow()
+        connections.close()
+
+    @abstractmethod
+    def _make_work(self, order: StageOrder) -> Work:
+        """What is done with parcels, by `self._engine`, sent through `self._outboxes`."""
+
+    def wake(self) -> None:
+        """Have `run` look around soon. Any thread."""
+        self._connections.wake()
 
     def _foresee(self, ahead: StepAhead) -> None:
         if self._ready and not self._work.runnable:
-            ahead.lay_out(self._inbox)
+            ahead.lay_out(self._inboxes.main)
         else:
             ahead.forget()
 
-    def _done(self, delivery: Delivery) -> None:
-        self._inbox.done(delivery)
-
     def _tick(self, now_s: float) -> None:
-        self._inbox.tick()
+        self._inboxes.tick()
         self._outboxes.tick()
         self._work.tick(now_s)
-        if self._echo is not None:
-            self._echo.send()
+        self._stretch.throttle(self._throttle.share())
         for told in self._parent.told(Tell):
             if told.adopt is not None:
-                self._adopt(told.adopt)
+                self._adopt(told.adopt, told.data_broker)
             self._stopping = self._stopping or told.stop
 
-    def _adopt(self, order: StageOrder) -> None:
+    def _adopt(self, order: StageOrder, data_broker: DataBrokerAt | None) -> None:
+        """Take another epoch, and with it perhaps other inboxes and neighbours."""
         self._ready = False
         self._work.adopt(order)
-        self._outboxes.redirect(order.next)
-        if order.inbox.topic != self._inbox.topic:
-            self._inbox.close()
-            self._inbox = Inbox(self._transport, order.inbox.topic)
-        self._on_up()
+        self._at_adoption = copy(self._work.tally)
+        self._inboxes.close()
+        self._connections.follow(order, data_broker)
+        self._outboxes.redirect(self._connections.outward, order.next)
+        self._inboxes = self._open_inboxes(order)
+        self._look_ahead()
 
-    def _on_up(self) -> None:
-        """Subscribed; the stage is ready when its inbox proves to be open."""
-        if self._echo is not None:
-            self._echo.close()
-        self._echo = Echo(self._transport, self._inbox.topic)
-        self._echo.send()
+    def _open_inboxes(self, order: StageOrder) -> Inboxes:
+        connections = self._connections
+        inboxes = Inboxes(order.inbox.topic, list(dict.fromkeys((connections.inward, connections.site))))
+        for transport in connections:
+            if transport.link is Link.UP:
+                inboxes.up(transport)
+        return inboxes
 
-    def _heard(self, echo: Echo, delivery: Delivery) -> bool:
-        """Take the echo, and say that the stage is ready; False for any other parcel."""
-        if not echo.is_answer(delivery.parcel):
-            return False
-        self._done(delivery)
-        echo.close()
-        self._echo = None
-        self._ready = True
-        self._report()
-        return True
+    def _look_ahead(self) -> None:
+        """Nobody makes steps ahead."""
+        for transport in self._connections:
+            if isinstance(transport, ShortWay):
+                transport.ahead = None
+        self._ahead = None
 
-    def _on_down(self, reason: str) -> None:
+    def _another(self, url: str, what: str) -> MqttTransport:
+        """A further connection, with the name and password of the first."""
+        login = self._assignment.login
+        return data_connection(msgspec.structs.replace(login, url=url, client_id=f"{login.client_id}-{what}"))
+
+    def _on_up(self, transport: Transport) -> None:
+        """Subscribed; an inbox is open when it proves to be."""
+        self._inboxes.up(transport)
+
+    def _on_down(self, transport: Transport, reason: str) -> None:
         LOG.warning("broker lost: %s", reason)
+        self._inboxes.down(transport)
         self._work.drop_all()
         self._ready = False
-        self._parent.say(Status(phase="loading", epoch=self._work.order.epoch, detail=f"broker lost: {reason}"))
+        self._waits_for = f"broker lost: {reason}"
+        self._report_anyhow()
+
+    def _settle(self) -> None:
+        """Say that the stage is ready, when it can be reached and can reach the next one."""
+        if self._inboxes.open and self._connections.up:
+            self._ready, self._waits_for = True, ""
+            self._report()
+
+    def _report_anyhow(self) -> None:
+        """Who says nothing is taken for hanging (agent.hanging)."""
+        if self._ready:
+            self._report()
+        else:
+            self._parent.say(Status(phase="loading", epoch=self._work.order.epoch, detail=self._waits_for))
 
     def _report(self, answered: bool = False) -> None:
-        order, tally = self._work.order, self._work.tally
+        order, tally = self._work.order, self._work.tally.since(self._at_adoption)
         counters = StageCounters(
             deployment=order.deployment,
             epoch=order.epoch,
@@ -238,26 +306,69 @@ class Worker:
             prefill_tokens=tally.prefill_tokens,
             prefill_busy_s=tally.prefill_busy_s,
             decode_steps=tally.decode_steps,
+            decode_rows=tally.decode_rows,
             decode_busy_s=tally.decode_busy_s,
+            decode_rows_run=tally.decode_rows_run,
+            decode_context_tokens=tally.decode_context_tokens,
             sent_frames=self._outboxes.frames,
-            sent_bytes=self._transport.bytes_sent,
+            sent_bytes=self._connections.bytes_sent,
             decode_sent_bytes=tally.decode_sent_bytes,
-            received_bytes=self._transport.bytes_received,
-            refused_frames=self._inbox.counters.refused + tally.refused + tally.stale,
+            drafts_sent=tally.drafts_sent,
+            drafts_accepted=tally.drafts_accepted,
+            received_bytes=self._connections.bytes_received,
+            refused_frames=self._inboxes.refused + tally.refused + tally.stale,
             resident_bytes=resident_bytes(),
+            live=self._work.live,
+            marks=self._work.marks,
+            engine=self._engine.name[:256],
         )
         self._parent.say(
             Status(
                 phase="ready",
                 epoch=order.epoch,
-                detail=self._work.last_refusal or self._inbox.last_refusal,
+                detail=self._work.last_refusal or self._inboxes.last_refusal,
                 engine=self._engine.name,
+                fell_back=self._fell_back,
                 held_bytes=self._engine.held_bytes,
                 resident_bytes=counters.resident_bytes,
                 counters=counters,
                 answered=answered,
             )
         )
+
+
+class Worker(StageWorker[StageEngine]):
+    """Of a stage of a language model."""
+
+    def __init__(self, assignment: Assignment, chosen: Chosen, site: Transport, parent: Parent) -> None:
+        super().__init__(assignment, chosen.engine, site, parent, chosen.fell_back)
+
+    def _make_work(self, order: StageOrder) -> Work:
+        self._stage_work = StageWork(
+            order,
+            self._engine,
+            self._outboxes,
+            done,
+            draw,
+            self._stretch,
+            self._assignment.site,
+            self._assignment.device,
+        )
+        return self._stage_work
+
+    def _look_ahead(self) -> None:
+        """Make steps ahead where both ways allow it."""
+        super()._look_ahead()
+        inward, outward = self._connections.inward, self._connections.outward
+        if isinstance(inward, ShortWay) and isinstance(outward, ShortWay):
+            self._ahead = inward.ahead = StepAhead(
+                inward, outward, self._outboxes, self._stage_work, self._engine, draw, self._stretch
+            )
+
+
+def done(delivery: Delivery) -> None:
+    """Return the credit of a parcel whose bytes are no longer needed."""
+    delivery.inbox.done(delivery)
 
 
 if __name__ == "__main__":

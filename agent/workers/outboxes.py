@@ -1,4 +1,5 @@
-"""Where a stage's parcels go: the next stage, and the requesters, each with a credit-controlled outbox."""
+"""Where a stage's parcels go: the next stage, and the requesters, each with a credit-controlled outbox. The next stage
+may be reached through another connection than requesters are."""
 
 from __future__ import annotations
 
@@ -16,18 +17,20 @@ MAX_REQUESTERS: Final = 64
 
 
 class Outboxes:
-    """The `Sender` of a stage, over one transport."""
+    """The `Sender` of a stage: `site` leads to requesters, `outward` to the next stage."""
 
     def __init__(
         self,
-        transport: Transport,
+        site: Transport,
+        outward: Transport,
         next_inbox: InboxAddress,
         make: Callable[[Transport, str], Outbox] = Outbox,
     ) -> None:
-        self._transport = transport
+        self._site = site
+        self._outward = outward
         self._make = make
         self._next_topic = next_inbox.topic
-        self._next = make(transport, next_inbox.topic)
+        self._next = make(outward, next_inbox.topic)
         self._requesters: OrderedDict[str, Outbox] = OrderedDict()
         self._closed_frames = 0
 
@@ -61,19 +64,20 @@ class Outboxes:
     def to_requester(self, topic: str, parcel: Parcel) -> None:
         box = self._requesters.get(topic)
         if box is None:
-            box = self._requesters[topic] = self._make(self._transport, topic)
+            box = self._requesters[topic] = self._make(self._site, topic)
             if len(self._requesters) > MAX_REQUESTERS:
                 self._retire(self._requesters.popitem(last=False)[1])
         else:
             self._requesters.move_to_end(topic)
         box.send(parcel)
 
-    def redirect(self, next_inbox: InboxAddress) -> None:
-        """Send to another next stage from now on."""
-        if next_inbox.topic != self._next_topic:
+    def redirect(self, outward: Transport, next_inbox: InboxAddress) -> None:
+        """Send to another next stage from now on, or another way."""
+        if next_inbox.topic != self._next_topic or outward is not self._outward:
             self._retire(self._next)
             self._next_topic = next_inbox.topic
-            self._next = self._make(self._transport, next_inbox.topic)
+            self._outward = outward
+            self._next = self._make(outward, next_inbox.topic)
 
     def tick(self) -> None:
         """Ask again for credit where something waits for it."""

@@ -10,9 +10,10 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from hwprofiles.profile import LinkMeasurement, ModuleMeasurement
+from hwprofiles.profile import NOT_ASKED, LinkMeasurement, ModuleMeasurement, PairMeasurement, PairWay
 from hwprofiles.reading import Absent, Failed
-from wire.messages import KitModule, StageCounters, StageOrder
+from hwprofiles.samples import Ceilings, Codings, Course, DiskMeasurement, EnergyMeasurement, Sustained
+from wire.messages import EngineName, KitModule, StageCounters, StageOrder
 
 MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 """Longest line either side reads: an order of 4096 weight files with long paths, or a profile with all samples."""
@@ -29,6 +30,13 @@ class BrokerLogin(Struct, frozen=True, kw_only=True):
     password: str = ""
 
 
+class DataBrokerAt(Struct, frozen=True, kw_only=True):
+    """The broker of this board: where plans say that it is, and where it is for us."""
+
+    address: str
+    url: str
+
+
 class Assignment(Struct, frozen=True, kw_only=True):
     """To an inference worker: hold this stage. Paths belong to `order.graph` and `order.weights`, in order."""
 
@@ -37,9 +45,18 @@ class Assignment(Struct, frozen=True, kw_only=True):
     order: StageOrder
     graph_path: str
     weight_paths: tuple[str, ...]
+    standard_graph_path: str = ""
+    """Belongs to `order.standard_graph`; '' if it has none."""
+    engines_path: str = ""
+    """Folder of engines that were built on this board."""
+    crashed: dict[str, str] = {}
+    """Engines with which a worker of this stage died while it loaded, and how: they are not tried again."""
     login: BrokerLogin
+    data_broker: DataBrokerAt | None = None
     threads: int
     speed: float
+    throttle_path: str = ""
+    """Emulated: where it is said which share of `speed` there is now."""
     memory_limit_bytes: int = 0
     """Emulated memory that the stage must fit in; 0 = none."""
 
@@ -49,16 +66,22 @@ class Tell(Struct, frozen=True, kw_only=True):
 
     adopt: StageOrder | None = None
     """New epoch, inbox or neighbours for what is loaded; weights and config are left out."""
+    data_broker: DataBrokerAt | None = None
+    """Goes with `adopt`: the board's own broker as it is now."""
     stop: bool = False
 
 
 class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """From an inference worker: at each change, and each second while it is ready."""
+    """From an inference worker: at each change, and each second once it is loaded."""
 
     phase: Literal["loading", "ready", "failed"]
     epoch: int
     detail: str = ""
     engine: str = ""
+    fell_back: str = ""
+    """Why it is not the engine that was ordered."""
+    trying: EngineName | Literal[""] = ""
+    """While loading: the engine that is tried. If this is the last word, that is what it died of."""
     held_bytes: int = 0
     resident_bytes: int = 0
     counters: StageCounters | None = None
@@ -72,6 +95,20 @@ class MeasureModule(Struct, frozen=True, kw_only=True):
     module: KitModule
     graph_paths: tuple[tuple[int, str], ...]
     """(number of blocks stacked, file)."""
+    standard_paths: tuple[tuple[int, str], ...] = ()
+    """The same in standard operators, for engines that read no others."""
+
+
+class PairTask(Struct, frozen=True, kw_only=True):
+    """One end of the measurement of a pair. With equal logins one connection serves both ways."""
+
+    peer: str
+    measure: bool
+    """Else: answer the other board, which does."""
+    way: PairWay
+    token: int
+    inward: BrokerLogin
+    outward: BrokerLogin
 
 
 class MeasureTask(Struct, frozen=True, kw_only=True):
@@ -82,14 +119,31 @@ class MeasureTask(Struct, frozen=True, kw_only=True):
     modules: tuple[MeasureModule, ...]
     login: BrokerLogin | None
     """None = leave the link alone."""
+    ways: tuple[tuple[str, BrokerLogin], ...] = ()
+    """Brokers of boards to whom round trips are timed, each under the name that the asker has for it."""
+    pair: PairTask | None = None
     threads: int
     speed: float
+    throttle_path: str = ""
+    """As in an assignment."""
     budget_s: float = 0.5
     """Seconds per point."""
     nice: int = 0
+    engine: EngineName = "onnxruntime"
+    engines_path: str = ""
+    """As in an assignment."""
+    board: bool = False
+    """Also what memory, arithmetic and disk give, and the course of temperature and clocks: of a real board, that is
+    to say, since an emulated one has them from the machine that it is emulated on."""
+    cache_folder: str = ""
+    """On the disk that is measured; '' = none."""
+    sustained_s: float = 0.0
+    """Above 0: nothing but steps of the first module, for so long."""
+    yields: bool = False
+    """Stages run on this board: each point waits, a while, until they have nothing to do."""
 
 
-class Measured(Struct, frozen=True, kw_only=True):
+class Measured(Struct, frozen=True, kw_only=True, tag="measured"):
     """From a measuring worker, the last line: what it got, and per module key why not."""
 
     modules: tuple[ModuleMeasurement, ...]
@@ -98,9 +152,26 @@ class Measured(Struct, frozen=True, kw_only=True):
     engines_loaded: dict[str, str]
     """Engine -> what it said it is, proof that it runs here."""
     allow_spinning: bool
+    ways: dict[str, float] = {}
+    """Median round trip to each of the brokers asked for, seconds."""
+    ways_failed: dict[str, str] = {}
+    pair: PairMeasurement | Absent | Failed | None = None
+    """None: no pair was asked for. Absent: nothing is known; or the other board was answered, which is as well."""
+    ceilings: Ceilings | Absent | Failed = Absent("not asked for")
+    disk: DiskMeasurement | Absent | Failed = Absent("not asked for")
+    codings: Codings | Absent | Failed = Absent("not asked for")
+    course: Course | Absent | Failed = Absent("not asked for")
+    energy: EnergyMeasurement | Absent | Failed = Absent("not asked for")
+    sustained: Sustained | Absent | Failed = NOT_ASKED
 
 
-class MeasureNote(Struct, frozen=True, kw_only=True):
+class MeasuredModule(Struct, frozen=True, kw_only=True, tag="module"):
+    """From a measuring worker, when it is done with a module: kept even if the worker dies before it is through."""
+
+    module: ModuleMeasurement
+
+
+class MeasureNote(Struct, frozen=True, kw_only=True, tag="note"):
     """From a measuring worker: how far it is, for people."""
 
     note: Annotated[str, Meta(max_length=4096)]

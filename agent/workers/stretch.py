@@ -23,6 +23,7 @@ class Stretch:
     def __init__(
         self, speed: float, threads: int, clocks: Clocks = REAL, sleep: Callable[[float], None] = time.sleep
     ) -> None:
+        self._speed = speed
         self._stretched = speed < 1.0
         self._factor = 1.0 / speed
         self._by_processor = threads == 1
@@ -32,6 +33,11 @@ class Stretch:
         self._began_wall_s = 0.0
         self._began_processor_s = 0.0
         self._owed_s = 0.0
+
+    def throttle(self, share: float) -> None:
+        """Have this share of the speed from the next step on."""
+        self._stretched = self._speed * share < 1.0
+        self._factor = 1.0 / (self._speed * share)
 
     def begin(self) -> None:
         if self._stretched and self._by_processor:
