@@ -4,13 +4,18 @@
     GET  /v1/devices                one row per device
     GET  /v1/profiles/{device}      the device's profile
     GET  /v1/notices                latest notices
-    GET  /v1/models                 catalog and what is prepared
+    GET  /v1/catalog                models that can be fetched by name
     POST /v1/plan                   DeployRequest -> plan and its explanation (NDJSON: status lines, then the plan)
+    POST /v1/candidates             DeployRequest -> the boards that a plan would be made with (NDJSON)
     POST /v1/measure                MeasureRequest -> waits until all boards have measured the model's modules (NDJSON)
     POST /v1/deployments            DeployRequest -> put in force (NDJSON)
     DELETE /v1/deployments/{name}
     POST /v1/generate               GenerateRequest -> NDJSON stream of events
+    POST /v1/items                  ItemsRequest -> NDJSON stream of events
     GET  /v1/artifacts/{digest}     file by digest, with ranges
+    GET  /metrics                   for Prometheus (coordinator.metrics)
+
+Programs that speak OpenAI's HTTP have a door of their own beside it (coordinator.openai.door).
 
 NDJSON: one JSON object per line; an error is {"event": "error", "message", "try", "exit_code"}. Plain answers give
 errors as the same object with an HTTP status. Bodies are sent as application/json. With a site key, every caller that
@@ -21,25 +26,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Send
 
+from coordinator.bodies import body_of
 from coordinator.calls import MeasureRequest
 from coordinator.guard import LOOPBACK_NAMES, Guard
+from coordinator.handed import Handed
 from coordinator.inference.requests import GenerateRequest
 from coordinator.inference.serve import Serving
+from coordinator.items.requests import ItemsRequest, answer_events
+from coordinator.items.serve import ItemServing
 from coordinator.journal import DeployRequest
+from coordinator.metrics import Metrics, Watched
+from coordinator.openai.door import Door
+from coordinator.openai.errors import reply_at
 from coordinator.operations import Operations
 from coordinator.planning.explain import explain
+from coordinator.pump import pumped
 from coordinator.replies import error_body, error_reply, json_reply
 from coordinator.service import Coordinator
 from coordinator.view import device_rows, status_row
@@ -48,28 +61,11 @@ from wire.errors import EdgelamError, UsageError
 from wire.ids import is_digest
 
 LOG = logging.getLogger("edgelam.api")
-MAX_BODY_BYTES = 4 * 1024 * 1024
-
-T = TypeVar("T", bound=Struct)
 
 
-async def _body(request: Request, kind: type[T]) -> T:
-    """The request's JSON as a checked struct; raise UsageError."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise UsageError(f"the request's body exceeds {MAX_BODY_BYTES} bytes")
-    try:
-        return msgspec.json.decode(bytes(data), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"the request is not a {kind.__name__}: {error}") from None
-
-
-def _defect(error: Exception) -> dict[str, Any]:
+def _defect(error: Exception) -> EdgelamError:
     """What a caller is told of an error that nobody foresaw; the log has the rest."""
-    words = f"the coordinator failed: {type(error).__name__}: {error}"
-    return error_body(EdgelamError(words, try_="see the coordinator's log"))
+    return EdgelamError(f"the coordinator failed: {type(error).__name__}: {error}", try_="see the coordinator's log")
 
 
 def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -98,7 +94,7 @@ class Lines(StreamingResponse):
             yield msgspec.json.encode(error_body(error)) + b"\n"
         except Exception as error:
             LOG.exception("an error that was not foreseen")
-            yield msgspec.json.encode(_defect(error)) + b"\n"
+            yield msgspec.json.encode(error_body(_defect(error))) + b"\n"
 
     async def stream_response(self, send: Send) -> None:
         try:
@@ -135,10 +131,12 @@ async def _with_progress(
 class Api:
     """Handlers; one instance per coordinator."""
 
-    def __init__(self, coordinator: Coordinator, operations: Operations, serving: Serving) -> None:
+    def __init__(self, coordinator: Coordinator, operations: Operations, serving: Serving, items: ItemServing) -> None:
         self.coordinator = coordinator
         self.operations = operations
         self.serving = serving
+        self.items = items
+        self.metrics = Metrics(coordinator, serving)
 
     async def status(self, _request: Request) -> Response:
         return json_reply(status_row(self.coordinator))
@@ -156,29 +154,38 @@ class Api:
     async def notices(self, _request: Request) -> Response:
         return json_reply({"schema": "edgelam.notices/1", "notices": list(self.coordinator.notices)})
 
-    async def models(self, _request: Request) -> Response:
+    async def catalog(self, _request: Request) -> Response:
         return json_reply({"schema": "edgelam.models/1", "models": [msgspec.to_builtins(entry) for entry in entries()]})
 
     async def plan(self, request: Request) -> Response:
-        wanted = await _body(request, DeployRequest)
+        wanted = await body_of(request, DeployRequest)
 
         async def work(progress: Callable[[str], None]) -> dict[str, Any]:
-            plan, prepared, candidates = await self.operations.plan(wanted, progress)
-            lines = await asyncio.to_thread(explain, plan, prepared.packed.graph, candidates)
+            plan, prepared, candidates = await self.operations.preparing.plan(wanted, progress)
+            lines = await asyncio.to_thread(explain, plan, prepared.packed.graph, candidates, time.time())
             return {"event": "plan", "plan": msgspec.to_builtins(plan), "explanation": list(lines)}
 
         return Lines(_with_progress(work))
 
-    async def measure(self, request: Request) -> Response:
-        wanted = await _body(request, MeasureRequest)
+    async def candidates(self, request: Request) -> Response:
+        wanted = await body_of(request, DeployRequest)
 
         async def work(progress: Callable[[str], None]) -> dict[str, Any]:
-            return {"event": "measured", "unmeasured": await self.operations.measure(wanted, progress)}
+            boards = await self.operations.preparing.boards(wanted, progress)
+            return {"event": "candidates", "candidates": msgspec.to_builtins(boards)}
+
+        return Lines(_with_progress(work))
+
+    async def measure(self, request: Request) -> Response:
+        wanted = await body_of(request, MeasureRequest)
+
+        async def work(progress: Callable[[str], None]) -> dict[str, Any]:
+            return {"event": "measured", "unmeasured": await self.operations.preparing.measure(wanted, progress)}
 
         return Lines(_with_progress(work))
 
     async def deploy(self, request: Request) -> Response:
-        wanted = await _body(request, DeployRequest)
+        wanted = await body_of(request, DeployRequest)
 
         async def work(progress: Callable[[str], None]) -> dict[str, Any]:
             record = await self.operations.deploy(wanted, progress)
@@ -191,8 +198,12 @@ class Api:
         return json_reply({"removed": request.path_params["name"]})
 
     async def generate(self, request: Request) -> Response:
-        wanted = await _body(request, GenerateRequest)
-        return Lines(self.serving.generate(wanted))
+        wanted = await body_of(request, GenerateRequest)
+        return Lines(pumped(self.metrics.watch(self.serving.generate(wanted), Watched())))
+
+    async def answer_items(self, request: Request) -> Response:
+        wanted = await body_of(request, ItemsRequest)
+        return Lines(pumped(answer_events(self.items, wanted)))
 
     async def artifact(self, request: Request) -> Response:
         digest = request.path_params["digest"]
@@ -201,7 +212,7 @@ class Api:
             return json_reply(
                 {"event": "error", "message": f"no artifact {digest[:80]}", "try": "", "exit_code": 1}, 404
             )
-        return FileResponse(path, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'})
+        return Handed(path, digest, self.coordinator.artifacts.handed)
 
     def routes(self) -> list[Route]:
         def route(path: str, handler: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
@@ -212,37 +223,42 @@ class Api:
             route("/v1/devices", self.devices),
             route("/v1/profiles/{device}", self.profile),
             route("/v1/notices", self.notices),
-            route("/v1/models", self.models),
+            route("/v1/catalog", self.catalog),
             route("/v1/plan", self.plan, "POST"),
+            route("/v1/candidates", self.candidates, "POST"),
             route("/v1/measure", self.measure, "POST"),
             route("/v1/deployments", self.deploy, "POST"),
             route("/v1/deployments/{name}", self.undeploy, "DELETE"),
             route("/v1/generate", self.generate, "POST"),
+            route("/v1/items", self.answer_items, "POST"),
             route("/v1/artifacts/{digest}", self.artifact),
+            route("/metrics", self.metrics.page),
         ]
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     words = UsageError(f"{request.method} {request.url.path[:200]}: no such thing here", try_="GET /v1/status")
-    return error_reply(words, status)
+    return reply_at(request.url.path, words, status)
 
 
-async def _failed(_request: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
     """Starlette raises the error again afterwards, so the server logs it."""
-    return json_reply(_defect(error), 500)
+    return reply_at(request.url.path, _defect(error), 500)
 
 
 def make_app(
     coordinator: Coordinator,
     operations: Operations,
     serving: Serving,
+    items: ItemServing,
     site_key: str,
     names: frozenset[str] = LOOPBACK_NAMES,
 ) -> ASGIApp:
     """The door. `names`: under which names of this machine it is served (coordinator.guard)."""
+    api = Api(coordinator, operations, serving, items)
     app = Starlette(
-        routes=Api(coordinator, operations, serving).routes(),
+        routes=[*api.routes(), *Door(coordinator, operations, serving, items, api.metrics).routes()],
         exception_handlers={HTTPException: _no_such_route, Exception: _failed},
     )
     return Guard(app, site_key, names)

@@ -25,6 +25,8 @@ class Artifacts:
         self.folder = folder
         self._journal = journal
         self._files: dict[str, tuple[int, Path]] = {}
+        self.handed_bytes = 0
+        """Bytes of files that were sent to devices."""
 
     def open(self) -> None:
         self._files = {
@@ -48,6 +50,10 @@ class Artifacts:
         else:
             os.utime(path)  # asked for again: as good as new for `prune`
         return self.add_file(digest, path, name)
+
+    def handed(self, count_bytes: int) -> None:
+        """So many bytes of a file went to a device."""
+        self.handed_bytes += count_bytes
 
     def path_of(self, digest: str) -> Path | None:
         entry = self._files.get(digest)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from coordinator.changes import Changes
 from wire import messages, topics
 from wire.errors import EdgelamError
+from wire.limits import MOST_SUSTAINED_S
 from wire.messages import Command, Reply
 
 REQUESTER = "coordinator"
@@ -28,7 +29,9 @@ class MeasureRequest(Struct, frozen=True, kw_only=True):
     precision: str = "int4"
     again: bool = False
     devices: tuple[str, ...] = ()
-    """Who measures again; empty: all that are online."""
+    """Who measures again, or is put under load; empty: all that are online."""
+    sustained_s: Annotated[float, Meta(ge=0, le=MOST_SUSTAINED_S)] = 0.0
+    """Above 0: for so long boards make steps without a pause, one board after the other."""
 
 
 class Calls:

@@ -73,11 +73,14 @@ def _add_heavier_commands() -> None:
     """Commands in files of their own that import more; once."""
     from coordinator.commands.bench import bench
     from coordinator.commands.demo import demo
+    from coordinator.commands.items import embed, infer
+    from coordinator.commands.report import app as report_app
     from coordinator.commands.top import top
     from coordinator.commands.up import up
 
-    for command in (up, top, bench, demo):
+    for command in (up, top, bench, demo, embed, infer):
         app.command()(command)
+    app.add_typer(report_app, name="report")
 
 
 def main() -> None:

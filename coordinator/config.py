@@ -1,6 +1,7 @@
 """Where the coordinator keeps things, and how its clients find it.
 
     <state>/coordinator.json     address of the running coordinator (for clients; removed at the end)
+    <state>/ports.json           ports it listened on last
     <state>/journal.sqlite       deployments, epochs, artifacts: what was acknowledged
     <state>/artifacts/           stage graphs, by digest
     <state>/broker/              configuration, log and persistence of the supervised broker
@@ -58,6 +59,27 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+class Ports(Struct, frozen=True):
+    """The ports that a coordinator listened on last, as kept in ports.json; 0: none yet. Boards and programs know them
+    from then, so the next one takes them again if it can."""
+
+    mqtt: int = 0
+    http: int = 0
+
+
+def write_ports(state: Path, ports: Ports) -> None:
+    if ports != read_ports(state):
+        write_atomically(state / "ports.json", msgspec.json.encode(ports))
+
+
+def read_ports(state: Path) -> Ports:
+    """The ports on file; none when there is no file or it can't be read."""
+    try:
+        return msgspec.json.decode((state / "ports.json").read_bytes(), type=Ports)
+    except (OSError, msgspec.DecodeError):
+        return Ports()
 
 
 def write_address(state: Path, address: Address) -> None:

@@ -13,7 +13,9 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.journal import DeploymentRecord
-from coordinator.planning.plan import Plan, PlannedStage
+from coordinator.planning.plan import Plan, PlannedStage, Standby
+from coordinator.planning.replicas import held_on
+from models.engine.names import STANDARD
 from models.graph import Graph
 from wire.errors import PeerError, Refused
 from wire.limits import MAX_CONTROL_BYTES
@@ -69,19 +71,22 @@ def make_orders(
     config: Struct,
     graph_artifact: Callable[[PlannedStage], ArtifactRef],
     weight_artifact: Callable[[str], ArtifactRef],
+    standard_artifact: Callable[[PlannedStage], ArtifactRef | None] = lambda _: None,
 ) -> dict[str, tuple[StageOrder, ...]]:
     """The order for each device of a plan."""
     orders: dict[str, tuple[StageOrder, ...]] = {}
     for index, stage in enumerate(plan.stages):
         following = plan.stages[(index + 1) % len(plan.stages)]
+        before = plan.stages[index - 1]
         order = StageOrder(
             deployment=plan.deployment,
             epoch=plan.epoch,
             stage=stage.stage,
             stages=len(plan.stages),
             model=plan.model,
-            engine="onnxruntime",
+            engine=stage.engine,
             graph=graph_artifact(stage),
+            standard_graph=standard_artifact(stage),
             weights=tuple(weight_artifact(digest) for digest in stage_artifacts(graph, stage)),
             embedding=stage.embedding,
             head=stage.head,
@@ -95,7 +100,12 @@ def make_orders(
             prefill_chunk_tokens=plan.prefill_chunk_tokens,
             inbox=stage.inbox,
             next=following.inbox,
+            codec_in="as-is" if stage.embedding else before.codec,
+            codec_out=stage.codec,
+            row_codec_in="as-is" if stage.embedding else before.row_codec,
+            row_codec_out=stage.row_codec,
             config=msgspec.json.encode(config).decode(),
+            runs=plan.runs,
         )
         orders[stage.device] = (*orders.get(stage.device, ()), order)
     return orders
@@ -153,7 +163,7 @@ def readiness(plan: Plan, applied: Mapping[str, Applied], online: Callable[[str]
         if not online(stage.device):
             waiting.append(f"{where}: the device is offline")
             continue
-        report = _report_of(plan, stage, applied.get(stage.device))
+        report = report_of(plan, stage, applied.get(stage.device))
         refusal = _refusal_of(plan, applied.get(stage.device))
         if report is None and refusal:
             failed.append((stage.device, refusal))
@@ -172,7 +182,7 @@ def loading_text(plan: Plan, applied: Mapping[str, Applied]) -> str:
     parts: list[str] = []
     ready = 0
     for stage in plan.stages:
-        report = _report_of(plan, stage, applied.get(stage.device))
+        report = report_of(plan, stage, applied.get(stage.device))
         if report is None:
             parts.append(f"{stage.device} has not answered")
         elif report.phase == "ready":
@@ -185,7 +195,8 @@ def loading_text(plan: Plan, applied: Mapping[str, Applied]) -> str:
     return "; ".join([f"{ready} of {len(plan.stages)} stages ready", *parts])
 
 
-def _report_of(plan: Plan, stage: PlannedStage, applied: Applied | None) -> StageReport | None:
+def report_of(plan: Plan, stage: PlannedStage | Standby, applied: Applied | None) -> StageReport | None:
+    """What a device says of a stage that it holds in the plan's epoch, or of a copy of one."""
     for report in applied.stages if applied else ():
         if (report.deployment, report.stage, report.epoch) == (plan.deployment, stage.stage, plan.epoch):
             return report
@@ -214,12 +225,27 @@ def ended_stages(before: Applied | None, now: Applied | None) -> tuple[StageRepo
     )
 
 
+def needs_standard(plan: Plan, stage: PlannedStage) -> bool:
+    """Whether the stage, or a copy of it, shall run on an engine that reads standard operators only."""
+    copies = [standby.engine for standby in plan.standbys if standby.stage == stage.stage]
+    return not STANDARD.isdisjoint([stage.engine, *copies])
+
+
+def fallbacks(before: Applied | None, now: Applied | None) -> tuple[StageReport, ...]:
+    """Reports of stages that run on another engine than was ordered, and did not say so before."""
+    said = {(report.deployment, report.stage, report.fell_back) for report in (before.stages if before else ())}
+    return tuple(
+        report
+        for report in (now.stages if now else ())
+        if report.fell_back and (report.deployment, report.stage, report.fell_back) not in said
+    )
+
+
+def works_on(plan: Plan, stage: int, device: str) -> bool:
+    """Whether a stage of the ring is on this device: a copy of it that waits does not count."""
+    return any(planned.stage == stage and planned.device == device for planned in plan.stages)
+
+
 def held_elsewhere(records: Sequence[DeploymentRecord], deployment: str, device: str) -> int:
     """Bytes that other deployments hold on a device."""
-    return sum(
-        stage.memory_bytes
-        for record in records
-        if record.name != deployment
-        for stage in record.plan.stages
-        if stage.device == device
-    )
+    return sum(held_on(record.plan, device) for record in records if record.name != deployment)

@@ -45,6 +45,7 @@ __all__ = [
     "StateArrived",
     "TelemetryArrived",
     "Tick",
+    "Unanswered",
 ]
 
 JOIN_PATIENCE_S: Final = 10.0
@@ -100,6 +101,13 @@ class MdnsGone(NamedTuple):
     now_s: float
 
 
+class Unanswered(NamedTuple):
+    """A stage on the device did not answer in time, however its heartbeat goes."""
+
+    device: str
+    now_s: float
+
+
 class LinkDown(NamedTuple):
     """Our own connection to the broker is lost: silence means nothing until it is back."""
 
@@ -116,7 +124,8 @@ class Tick(NamedTuple):
     now_s: float
 
 
-DeviceEvent = StateArrived | InfoArrived | ProfileArrived | AppliedArrived | TelemetryArrived | MdnsSeen | MdnsGone
+Message = StateArrived | InfoArrived | ProfileArrived | AppliedArrived | TelemetryArrived
+DeviceEvent = Message | MdnsSeen | MdnsGone | Unanswered
 FleetEvent = DeviceEvent | LinkDown | LinkUp | Tick
 
 
@@ -154,7 +163,7 @@ def _after_device_event(fleet: Fleet, event: DeviceEvent) -> tuple[Fleet, tuple[
         return _counting(fleet, "illegal device name"), ()
     device = fleet.devices.get(event.device)
     if device is None:
-        if isinstance(event, MdnsGone):
+        if isinstance(event, MdnsGone | Unanswered):
             return fleet, ()
         fleet, admitted = _with_room(fleet)
         if not admitted:
@@ -269,6 +278,11 @@ def _on_mdns_gone(device: Device, _event: MdnsGone) -> _Step:
     return _Step(msgspec.structs.replace(device, advertised=False), Signal.WITHDRAWN)
 
 
+def _on_unanswered(device: Device, _event: Unanswered) -> _Step:
+    """What it beat before is no sign of life any more."""
+    return _Step(msgspec.structs.replace(device, beat_s=None), Signal.UNANSWERING)
+
+
 _STEPS: Final[Mapping[type, Callable[..., _Step]]] = {
     StateArrived: _on_state,
     InfoArrived: _on_info,
@@ -277,6 +291,7 @@ _STEPS: Final[Mapping[type, Callable[..., _Step]]] = {
     TelemetryArrived: _on_telemetry,
     MdnsSeen: _on_mdns_seen,
     MdnsGone: _on_mdns_gone,
+    Unanswered: _on_unanswered,
 }
 
 

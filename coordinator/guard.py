@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from coordinator.replies import error_reply
+from coordinator.openai.errors import reply_at
 from wire.errors import Refused, UsageError
 
 LOG = logging.getLogger("edgelam.api")
@@ -51,22 +51,21 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            knows_key = self._knows_key(scope)
+            path, knows_key = scope["path"], self._knows_key(scope)
             if not (self._open or knows_key or is_local(scope)):
-                refused = Refused("wrong or missing site key", try_="--site-key-file FILE")
-                await error_reply(refused, 401)(scope, receive, send)
+                refused = Refused("wrong or missing site key", try_="--site-key-file FILE; other programs: Bearer KEY")
+                await reply_at(path, refused, 401)(scope, receive, send)
                 return
             # No page knows the key: whoever sends it may call us as he likes.
             reason = "" if knows_key else self._foreign_host(scope)
             reason = reason or foreign_origin(scope)
             if reason:
-                await error_reply(Refused(reason, try_="use the address of this machine, or edgelam"), 403)(
-                    scope, receive, send
-                )
+                refused = Refused(reason, try_="use the address of this machine, or edgelam")
+                await reply_at(path, refused, 403)(scope, receive, send)
                 return
             if scope["method"] == "POST" and not _is_json(scope):
                 wrong = UsageError("the request is not JSON", try_="Content-Type: application/json")
-                await error_reply(wrong, 415)(scope, receive, send)
+                await reply_at(path, wrong, 415)(scope, receive, send)
                 return
         try:
             await self._app(scope, receive, send)

@@ -1,7 +1,7 @@
 """What the coordinator has acknowledged, in SQLite: it is on disk before anyone is told.
 
-Three tables: the epoch counter (a fence must never go back), deployments (plan, orders and the request they answer),
-and artifacts (digest, size, where the file is). One connection, used by one thread.
+Four tables: the epoch counter (a fence must never go back), deployments (plan, orders and the request they answer),
+profiles that are not believed, and artifacts (digest, size, where the file is). One connection, used by one thread.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from coordinator.distrust import Distrust
 from coordinator.planning.plan import Plan
 from wire.errors import CorruptData, UsageError
 from wire.messages import StageOrder
@@ -19,6 +20,7 @@ from wire.messages import StageOrder
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS epoch (id INTEGER PRIMARY KEY CHECK (id = 1), value INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS deployment (name TEXT PRIMARY KEY, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS distrust (device TEXT PRIMARY KEY, record BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS artifact (digest TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, path TEXT NOT NULL);
 """
 
@@ -30,12 +32,26 @@ class DeployRequest(Struct, frozen=True, kw_only=True):
     precision: str = "int4"
     objective: str = "latency"
     context_tokens: int = 1024
-    slots: int = 4
+    slots: int | None = None
+    """Requests at once; None: as many as go well on the boards (coordinator.planning.slots)."""
+    replicas: int = 1
+    """Copies of each stage, the one that works included."""
     boards_at_least: int = 1
     boards_at_most: int = 64
+    topology: str = "auto"
     excluded: tuple[str, ...] = ()
     pins: tuple[tuple[str, str], ...] = ()
     """(module, device) pairs."""
+    error_budget_percent: float = 0.0
+    """By how much codecs at the cuts may raise the model's perplexity; 0: hidden states cross as they are."""
+    tokens_per_s: float | None = None
+    """With objective throughput: the load that must be carried."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """(objective, weight) pairs, with objective weighted."""
+    reserve_percent: float = 10.0
+    """Of each board's usable memory, that stays free."""
+    engine: str = "auto"
+    """What all stages shall run on; auto: each board on what it is fastest with."""
 
 
 class DeploymentRecord(Struct, frozen=True, kw_only=True):
@@ -113,6 +129,28 @@ class Journal:
             except msgspec.DecodeError as error:
                 raise CorruptData(
                     f"{self.path}: deployment {name!r} can't be read ({error})",
+                    try_=f"move {self.path} away and deploy again",
+                ) from None
+        return found
+
+    def save_distrust(self, distrust: Distrust) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO distrust (device, record) VALUES (?, ?)",
+            (distrust.device, msgspec.json.encode(distrust)),
+        )
+
+    def forget_distrust(self, device: str) -> None:
+        self._db.execute("DELETE FROM distrust WHERE device = ?", (device,))
+
+    def distrusts(self) -> dict[str, Distrust]:
+        """Profiles that are not believed, by device; raise CorruptData for a record that can't be read."""
+        found = {}
+        for device, data in self._db.execute("SELECT device, record FROM distrust"):
+            try:
+                found[device] = msgspec.json.decode(data, type=Distrust)
+            except msgspec.DecodeError as error:
+                raise CorruptData(
+                    f"{self.path}: what is known of {device!r} can't be read ({error})",
                     try_=f"move {self.path} away and deploy again",
                 ) from None
         return found

@@ -48,6 +48,12 @@ _ROWS: Final = (
         "is {device} powered and on the network? ping {host}; systemctl status edgelam-agent on it",
     ),
     Row(
+        "device-unanswering",
+        "warning",
+        "{device} is left out until its next heartbeat: a stage on it does not answer",
+        "if it happens again: edgelam top; is {device} too slow, or its link too bad, for what it was given?",
+    ),
+    Row(
         "device-stale",
         "info",
         "the broker remembers {device}, but it sends no heartbeat",
@@ -71,9 +77,60 @@ _ROWS: Final = (
         "{device} was not admitted: {limit} devices are known, and none of them is offline",
         "split the boards over two sites",
     ),
+    Row(
+        "device-slow",
+        "warning",
+        "{device} is slower than it measured: it {what}{heat}",
+        "is it hot, or does another program use it? if it stays so: edgelam bench {device} --again",
+    ),
+    Row(
+        "profile-doubted",
+        "warning",
+        "the profile of {device} is not believed: it {what}; plans reckon with what was seen",
+        "edgelam bench {device} --again; nothing else may run on it meanwhile",
+    ),
+    Row("profile-kept", "info", "the profile of {device} is believed again: it keeps what that says after all"),
+    Row("profile-anew", "info", "{device} has measured itself anew, and is believed again"),
+    Row("device-as-measured", "info", "{device} is as fast as it measured again"),
+    Row("device-faster", "info", "{device} is less slow than it was: it {what}"),
+    Row(
+        "device-forgiven",
+        "info",
+        "{device} is planned with as it measured: it was not seen to be slow for {waited_s:.0f} s",
+    ),
+    Row(
+        "link-slow",
+        "warning",
+        "the link of {device} is slower than it measured: it {what}",
+        "does something else use the air or the cable? if it stays so: edgelam bench {device} --again",
+    ),
+    Row("link-faster", "info", "the link of {device} is less slow than it was: it {what}"),
+    Row("link-as-measured", "info", "the link of {device} is as fast as it measured again"),
+    Row("link-forgiven", "info", "the link of {device} is planned with as it measured: it was not used for a while"),
+    Row(
+        "way-slow",
+        "warning",
+        "messages between {what} take {more_ms:.1f} ms longer than before, although their own links are well",
+        "look at what lies between these boards: a switch, an access point",
+    ),
+    Row(
+        "engine-fell-back",
+        "warning",
+        "{device} runs {what} on {engine}, not on the engine that was planned: {because}",
+        "edgelam-agent info --prove on {device}; what each engine needs: docs/engines.md",
+    ),
+    Row("deployment-moved", "info", "{name} moves to {boards} (epoch {epoch}): {because}"),
+    Row("deployment-stays", "info", "{name} stays where it is although {because}"),
     Row("broker-lost", "warning", "the broker at {url} is gone ({reason})", "wait: reconnecting"),
     Row("broker-ended", "warning", "{what}", "nothing: all retained state is published again"),
     Row("bad-message", "warning", "{reason}", "check that all boards run the same edgelam version"),
+    Row("copy-took-over", "info", "{what}"),
+    Row(
+        "copies-missing",
+        "warning",
+        "{what}: {reason}",
+        "one more board, more memory for the agents, or fewer --replicas; until then a loss may cost a download",
+    ),
 )
 
 TABLE: Final[Mapping[str, Row]] = {row.code: row for row in _ROWS}

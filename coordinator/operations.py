@@ -1,7 +1,7 @@
-"""What a user can ask for: prepare a model, plan it, deploy it, make sure that it runs.
+"""What a user can have done: a plan put in force, kept ready, moved, removed.
 
-Decisions are made by pure functions (coordinator.planning, coordinator.deployments); here they get their inputs, and
-their results are journaled first and published then.
+What is to be done was decided before (coordinator.preparing, coordinator.planning); here it is journaled first and
+published then.
 """
 
 from __future__ import annotations
@@ -9,48 +9,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from coordinator.calls import MeasureRequest
-from coordinator.deployments import deployment_name, held_elsewhere, loading_text, make_orders, readiness
+from coordinator.asked import checked
+from coordinator.deployments import deployment_name, loading_text, make_orders, needs_standard, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
-from coordinator.notices import boards_hint
+from coordinator.losses import Lost, Overtaken
 from coordinator.planning.plan import Plan, PlannedStage
-from coordinator.planning.planner import Candidate, Infeasible, PlanRequest, make_plan, repriced, worth_moving
-from coordinator.planning.request import check, check_numbers
+from coordinator.planning.planner import Candidate, worth_moving
+from coordinator.preparing import Preparing, Progress
+from coordinator.replicas import Replicas
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared, Shelf, canonical
+from coordinator.standbys import with_copies
 from coordinator.turns import Hold, Holds, Key, Lines
 from models.build.stage import build_stage_graph
-from models.graph import Graph
-from wire import topics
-from wire.errors import Degraded, Refused, Unreachable, UsageError
-from wire.messages import ArtifactRef, InboxAddress, Kit, KitModule
+from models.build.standard import build_standard_graph
+from models.items.pack import PackedItems
+from wire.errors import Busy, Degraded, Refused, Unreachable, UsageError
+from wire.messages import ArtifactRef
 
-Progress = Callable[[str], None]
-
-PREFILL_CHUNK_TOKENS = 64
-"""Rows per prefill step: chunking costs no compute down to 32, and lets all stages work at once."""
-MEASURE_TIMEOUT_S = 180.0
-MEASURE_AGAIN_TIMEOUT_S = 900.0
-"""For all that was ever measured; the boards of one machine take turns."""
 READY_TIMEOUT_S = 600.0
 BUSY_TIMEOUT_S = 120.0
 """How long a change of a deployment waits for the requests that run on it: most answers are over by then, and who
 waits at a terminal still does. docs/architecture.md states it."""
 PROGRESS_PERIOD_S = 2.0
 """Between two lines about the same thing: people read them, and logs keep them."""
-MORE_BOARDS_TIMEOUT_S = 6.0
-"""For boards that are just joining: found over mDNS, connected and heard within it."""
-FIRST_BOARD_TIMEOUT_S = 15.0
-BROKER_TIMEOUT_S = 6.0
-"""A broker that we supervise is back within three seconds of its end; one of somebody else may never be."""
-MAX_KIT_MODULES = 64
-"""What a Kit message holds (wire.messages); of more models than that, the earliest offered are measured no more."""
-PRECISIONS = ("int4", "int8", "f32")
-OBJECTIVES = ("latency", "throughput")
 
 
 class Operations:
@@ -58,176 +44,33 @@ class Operations:
 
     def __init__(self, coordinator: Coordinator, shelf: Shelf) -> None:
         self._coordinator = coordinator
-        self._shelf = shelf
         self._changing = asyncio.Lock()
         self._lines = Lines()
         self._holds = Holds(coordinator.changes.ring)
-        self._kit: dict[str, KitModule] = {}
-
-    async def prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
-        """Pack a model and ask all devices to measure its modules (those that have not)."""
-        check_precision(precision)
-        prepared = await self._shelf.prepare(canonical(model), precision, progress)
-        await self._offer_kit(prepared)
-        return prepared
-
-    async def _offer_kit(self, prepared: Prepared) -> None:
-        keys = {module.profile_key for module in prepared.packed.graph.modules}
-        if keys <= self._kit.keys():
-            return
-        entries = await asyncio.to_thread(self._shelf.kit_of, prepared)
-        coordinator = self._coordinator
-        for entry in entries:
-            self._kit[entry.key] = KitModule(
-                key=entry.key,
-                kind=entry.kind,
-                graphs=tuple(
-                    (stack, coordinator.artifacts.add_bytes(data, f"{entry.kind}-x{stack}.onnx"))
-                    for stack, data in sorted(entry.graphs.items())
-                ),
-                hidden=entry.hidden,
-                vocabulary=entry.vocabulary,
-                wire_dtype=entry.wire_dtype,
-            )
-        while len(self._kit) > MAX_KIT_MODULES:
-            del self._kit[next(iter(self._kit))]
-        coordinator.offer_kit(Kit(artifacts_url=coordinator.artifacts_url, modules=tuple(self._kit.values())))
-
-    async def measure(self, request: MeasureRequest, progress: Progress) -> list[str]:
-        """Have every online device measure the model's modules; give the devices that have not in time. With `again`
-        the devices asked for measure what they know too; raises CallFailed if one of them can't."""
-        self._check_known(request.devices)
-        prepared = await self.prepare(request.model, request.precision, progress)
-        deploy = DeployRequest(model=request.model, precision=request.precision)
-        unmeasured = await self._await_boards(deploy, prepared, progress)
-        if request.again:
-            devices = list(dict.fromkeys(request.devices)) or self._coordinator.online()
-            progress(f"measuring again on {', '.join(devices)}")
-            calls = [self._measure_again(device, progress) for device in devices]
-            failures = [found for found in await asyncio.gather(*calls, return_exceptions=True) if found is not None]
-            if failures:
-                raise failures[0]
-        return unmeasured
-
-    async def _measure_again(self, device: str, progress: Progress) -> None:
-        coordinator = self._coordinator
-        if not coordinator.is_online(device):
-            raise Unreachable(f"{device} is offline", try_="edgelam devices")
-        result = await coordinator.calls.call(
-            device, "measure", lambda: coordinator.is_online(device), MEASURE_AGAIN_TIMEOUT_S
-        )
-        measured, failed = result.get("measured"), result.get("failed")
-        count = len(measured) if isinstance(measured, list) else 0
-        progress(f"{device} measured {count} modules" + (f", {len(failed)} could not be" if failed else ""))
-
-    async def plan(self, request: DeployRequest, progress: Progress) -> tuple[Plan, Prepared, list[Candidate]]:
-        """Plan a model on the devices that are online and measured; waits for measurements that are under way."""
-        request = checked(request)
-        prepared = await self.prepare(request.model, request.precision, progress)
-        name = deployment_name(request.model)
-        check(prepared.packed.graph, self._plan_request(request, name))
-        await self._await_boards(request, prepared, progress)
-        self._check_excluded(request)
-        candidates = self._candidates(request)
-        plan = await asyncio.to_thread(
-            best_plan,
-            prepared.packed.graph,
-            candidates,
-            self._plan_request(request, name),
-            lambda stage: self._inbox(name, stage),
-        )
-        return plan, prepared, candidates
-
-    def _check_excluded(self, request: DeployRequest) -> None:
-        """Raise UsageError for a board to leave out that nobody has heard of: most likely a slip of the pen."""
-        self._check_known(request.excluded, " to leave out")
-
-    def _check_known(self, names: Iterable[str], what: str = "") -> None:
-        known = [device.name for device in self._coordinator.devices()]
-        for name in names:
-            if name not in known:
-                raise UsageError(f"no board {name!r}{what}", try_=f"one of: {', '.join(known) or 'none is here'}")
-
-    def _plan_request(self, request: DeployRequest, name: str) -> PlanRequest:
-        return PlanRequest(
-            deployment=name,
-            epoch=0,
-            objective="throughput" if request.objective == "throughput" else "latency",
-            context_tokens=request.context_tokens,
-            slots=request.slots,
-            boards_at_least=request.boards_at_least,
-            boards_at_most=request.boards_at_most,
-            pins=dict(request.pins),
-            excluded=request.excluded,
-            prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
+        self.preparing = Preparing(coordinator, shelf, self._is_used)
+        self.replicas = Replicas(
+            coordinator,
+            lambda request: shelf.prepare(canonical(request.model), request.precision, _silent),
+            self.preparing.candidates,
+            lambda: self._turn(_silent),
+            self.preparing.ways.round_trips,
         )
 
-    def _inbox(self, deployment: str, stage: int) -> InboxAddress:
-        return InboxAddress(topic=topics.INBOX.on(self._coordinator.site, deployment, str(stage)))
-
-    def _candidates(self, request: DeployRequest) -> list[Candidate]:
-        coordinator = self._coordinator
-        records = coordinator.records()
-        name = deployment_name(request.model)
-        found = []
-        for device, profile in sorted(coordinator.profiles().items()):
-            if coordinator.is_online(device):
-                usable = profile.memory.usable_bytes - held_elsewhere(records, name, device)
-                found.append(Candidate(device=device, profile=profile, usable_memory_bytes=max(0, usable)))
-        return found
-
-    async def _await_broker(self) -> None:
-        """Without a broker no board is heard, and what is known of them is of before."""
-        coordinator = self._coordinator
-        if not await coordinator.changes.wait(lambda: coordinator.broker_up, BROKER_TIMEOUT_S):
-            raise Unreachable(
-                f"the broker at {coordinator.mqtt_url} is gone",
-                try_="start it again; the boards come back to it by themselves (edgelam devices shows them)",
-            )
-
-    async def _await_boards(self, request: DeployRequest, prepared: Prepared, progress: Progress) -> list[str]:
-        """Wait until every online device has measured the model's modules; give those that have not in time."""
-        await self._await_broker()
-        coordinator = self._coordinator
-        wanted = max(1, request.boards_at_least)
-        online = len(coordinator.online())
-        if online < wanted:
-            progress(f"waiting for boards: {online or 'none'} of site {coordinator.site} online yet, {wanted} wanted")
-        await coordinator.changes.wait(lambda: len(coordinator.online()) >= wanted, MORE_BOARDS_TIMEOUT_S)
-        if not await coordinator.changes.wait(lambda: bool(coordinator.online()), FIRST_BOARD_TIMEOUT_S):
-            raise Unreachable(
-                f"no board is online at site {coordinator.site!r}",
-                try_=boards_hint(coordinator.site),
-            )
-        keys = {module.profile_key for module in prepared.packed.graph.modules}
-        said: set[str] = set()
-
-        def pending() -> list[str]:
-            return [device for device in coordinator.online() if not coordinator.has_measured(device, keys)]
-
-        def done() -> bool:
-            left = pending()
-            text = f"measuring on {', '.join(left)}" if left else ""
-            if text and text not in said:
-                said.add(text)
-                progress(text)
-            return not left
-
-        if not await coordinator.changes.wait(done, MEASURE_TIMEOUT_S):
-            progress(f"going on without the measurements of {', '.join(pending())}")
-        return pending()
-
-    async def ensure(self, request: DeployRequest, progress: Progress, hold: Hold) -> tuple[DeploymentRecord, Prepared]:
-        """Give a deployment that answers `request` and is ready: the one in force, or a new one.
+    async def ensure(
+        self, request: DeployRequest, progress: Progress, hold: Hold, in_haste: bool = False
+    ) -> tuple[DeploymentRecord, Prepared]:
+        """Give a deployment that answers `request` and is ready: the one in force, or a new one, planned with the
+        boards that are there if it is wanted `in_haste`.
 
         `hold` holds it from the moment it is chosen, so that nobody replaces it; the caller closes it, also when
-        this raises. Raises Refused when requests with other settings run too long on a deployment of this name.
+        this raises. Raises Refused when requests with other settings run too long on a deployment of this name, and
+        Interrupted when what was chosen is gone before it was ready.
         """
         request = checked(request)
-        prepared = await self.prepare(request.model, request.precision, progress)
-        await self._await_broker()
+        prepared = await self.preparing.prepare(request.model, request.precision, progress)
+        await self.preparing.await_broker()
         async with self._line(request, progress):
-            record = self._in_force_for(request) or await self._deploy(request, progress)
+            record = self._in_force_for(request) or await self._deploy(request, progress, in_haste)
             hold.take(self._holds, _key(record))
         await self._await_ready(record, progress)
         return record, prepared
@@ -250,11 +93,15 @@ class Operations:
         return next((record for record in records if self.usable(record)), None)
 
     def usable(self, record: DeploymentRecord) -> bool:
-        """Whether a deployment is in force, all its devices are there, and none of its stages has failed."""
+        """Whether a deployment is in force, all its devices are there, with their brokers where the plan says, and none
+        of its stages has failed or was given up."""
         coordinator = self._coordinator
         failed = readiness(record.plan, coordinator.applied(), coordinator.is_online).failed
         there = all(coordinator.is_online(stage.device) for stage in record.plan.stages)
-        return there and not failed and coordinator.in_force(record)
+        brokers = coordinator.data_brokers()
+        reached = all(stage.inbox.broker in ("", brokers.get(stage.device)) for stage in record.plan.stages)
+        wanted = coordinator.in_force(record) and not coordinator.given_up(record)
+        return there and reached and not failed and wanted
 
     async def deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
         """Plan anew and put the plan in force; keeps the running placement when moving is not worth it."""
@@ -269,24 +116,52 @@ class Operations:
             hold.close()
         return record
 
-    async def _deploy(self, request: DeployRequest, progress: Progress) -> DeploymentRecord:
+    async def _deploy(self, request: DeployRequest, progress: Progress, in_haste: bool = False) -> DeploymentRecord:
         """Plan and put in force, without waiting until it is ready. The caller has the turn in the name's line."""
         while True:
             async with self._turn(progress):
-                plan, prepared, candidates = await self.plan(request, progress)
+                if in_haste and (found := self._in_force_for(request) or self.replicas.take_over(request)) is not None:
+                    return found
+                plan, prepared, candidates = await self.preparing.plan(request, progress, in_haste)
                 running = self._in_force_for(request)
-                if running is not None:
-                    move = await asyncio.to_thread(_worth_moving, running.plan, plan, prepared, candidates)
+                if running is not None and in_haste:
+                    return running  # what was lost has come back meanwhile
+                if running is not None and _boards(running) >= request.boards_at_least:
+                    move = await asyncio.to_thread(
+                        self._worth_moving, request, running.plan, plan, prepared, candidates
+                    )
                     if not move:
                         return running
                 if self._in_use(plan.deployment) is None:
                     record = await self._put_in_force(request, plan, prepared)
-                    progress(
-                        f"epoch {record.plan.epoch}: {len(record.plan.stages)} stages on {len(record.orders)} boards"
-                    )
+                    progress(f"epoch {record.plan.epoch}: {len(record.plan.stages)} stages on {_boards(record)} boards")
                     return record
             # Other models need not wait meanwhile; and then the boards' memory may be another, so it is planned again.
             await self._await_unused(plan.deployment, progress)
+
+    async def move(
+        self, record: DeploymentRecord, may: Callable[[Plan | None, Plan, Prepared], bool], because: str
+    ) -> DeploymentRecord | None:
+        """Plan a deployment in force anew on what is known now, and put the new plan in force if `may` agrees, also
+        while requests run on it: they go on behind what was given, as after a loss. None if it stays as it is.
+
+        `may` is given what runs at today's figures (None: it could not be planned any more) and the new plan."""
+        async with self._line(record.request, _silent), self._turn(_silent):
+            if not self.usable(record):
+                return None
+            plan, prepared, candidates = await self.preparing.plan(record.request, _silent, in_haste=True)
+            today = await asyncio.to_thread(self.preparing.today, record.request, record.plan, prepared, candidates)
+            if not (self.usable(record) and may(today, plan, prepared)):
+                return None
+            return await self._put_in_force(record.request, plan, prepared, because)
+
+    def in_use(self, name: str) -> bool:
+        """Whether somebody uses the deployment of this name."""
+        return self._in_use(name) is not None
+
+    def _is_used(self, device: str) -> bool:
+        """Whether answers run on a board."""
+        return any(device in record.orders and self.in_use(record.name) for record in self._coordinator.records())
 
     def _in_use(self, name: str) -> DeploymentRecord | None:
         """The deployment of this name that works and that somebody holds."""
@@ -306,31 +181,43 @@ class Operations:
             return
         record = self._in_use(name)
         if record is not None:
-            raise Refused(
+            raise Busy(
                 f"busy for {BUSY_TIMEOUT_S:.0f} s: {_use_text(record, self._holds.count(_key(record)))}",
                 try_="run again when that is over, or ask with the same settings",
             )
 
-    async def _put_in_force(self, request: DeployRequest, plan: Plan, prepared: Prepared) -> DeploymentRecord:
-        """Journal, then publish."""
+    async def _put_in_force(
+        self, request: DeployRequest, plan: Plan, prepared: Prepared, because: str = ""
+    ) -> DeploymentRecord:
+        """Journal, then publish. `because` is told to the requests that run on what is replaced."""
         coordinator = self._coordinator
         plan = _with_epoch(plan, coordinator.next_epoch())
         packed = prepared.packed
         graphs: dict[int, ArtifactRef] = {}
+        standard: dict[int, ArtifactRef] = {}
         for stage in plan.stages:
             data = await asyncio.to_thread(_stage_graph, prepared, plan, stage)
             graphs[stage.stage] = coordinator.artifacts.add_bytes(data, f"{plan.deployment}-{stage.stage}.onnx")
+            if needs_standard(plan, stage):
+                data = await asyncio.to_thread(_stage_graph, prepared, plan, stage, build_standard_graph)
+                name = f"{plan.deployment}-{stage.stage}-standard.onnx"
+                standard[stage.stage] = coordinator.artifacts.add_bytes(data, name)
         orders = make_orders(
             plan,
             packed.graph,
             packed.config,
             lambda stage: graphs[stage.stage],
             lambda digest: coordinator.artifacts.add_file(digest, packed.files[digest], packed.files[digest].name),
+            lambda stage: standard.get(stage.stage),
         )
         record = DeploymentRecord(
-            name=plan.deployment, request=request, plan=plan, orders=orders, checkpoint=str(prepared.checkpoint.path)
+            name=plan.deployment,
+            request=request,
+            plan=plan,
+            orders=with_copies(plan, orders, coordinator.site),
+            checkpoint=str(prepared.checkpoint.path),
         )
-        coordinator.put_in_force(record)
+        coordinator.put_in_force(record, because)
         return record
 
     async def _await_ready(self, record: DeploymentRecord, progress: Progress) -> None:
@@ -353,14 +240,24 @@ class Operations:
 
         in_time = await coordinator.changes.wait(settled, READY_TIMEOUT_S)
         if not coordinator.in_force(record):
-            raise Refused(f"{record.name} was replaced or removed before it was ready", try_="run again")
+            if any(other.name == record.name for other in coordinator.records()):
+                raise Overtaken(f"{record.name} was replaced before it was ready", try_="run again")
+            raise Refused(f"{record.name} was removed before it was ready", try_="run again")
         state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
         if state.failed:
             device, detail = state.failed[0]
             raise Degraded(f"{device} could not load its stage: {detail}", try_="edgelam devices; then run again")
         if not state.ready:
             late = "" if in_time else f" after {READY_TIMEOUT_S:.0f} s"
-            raise Unreachable(f"the deployment is not ready{late}: {state.text()}", try_="edgelam devices")
+            kind = Lost if in_time else Unreachable
+            raise kind(f"the deployment is not ready{late}: {state.text()}", try_="edgelam devices")
+
+    def _worth_moving(
+        self, request: DeployRequest, running: Plan, plan: Plan, prepared: Prepared, candidates: list[Candidate]
+    ) -> bool:
+        """Compare the new plan with the running placement at today's figures."""
+        today = self.preparing.today(request, running, prepared, candidates)
+        return today is None or bool(worth_moving(today, plan))
 
     async def remove(self, name: str) -> None:
         """Take a deployment out of force; raise UsageError if there is none of that name."""
@@ -371,31 +268,8 @@ class Operations:
             self._coordinator.take_out_of_force(name)
 
 
-def _worth_moving(running: Plan, plan: Plan, prepared: Prepared, candidates: list[Candidate]) -> bool:
-    """Compare the new plan with the running placement at today's figures."""
-    try:
-        today = repriced(running, prepared.packed.graph, candidates)
-    except Infeasible:
-        return True
-    return bool(worth_moving(today, plan))
-
-
-def best_plan(
-    graph: Graph, candidates: list[Candidate], request: PlanRequest, address: Callable[[int], InboxAddress]
-) -> Plan:
-    """The plan on steady figures; where there is none, on unsteady ones too, and the plan says so.
-
-    A noisy minute on a board must not make the planner refuse what the boards can do. Raises Infeasible.
-    """
-    try:
-        return make_plan(graph, candidates, request, address)
-    except Infeasible as refused:
-        try:
-            plan = make_plan(graph, candidates, msgspec.structs.replace(request, accept_unsteady=True), address)
-        except Infeasible:
-            raise refused from None
-    caution = "Some of the figures are unsteady (edgelam bench shows which), so the prediction is rough"
-    return msgspec.structs.replace(plan, because=f"{plan.because}. {caution}")
+def _silent(_text: str) -> None:
+    return
 
 
 def _key(record: DeploymentRecord) -> Key:
@@ -404,7 +278,7 @@ def _key(record: DeploymentRecord) -> Key:
 
 def _use_text(record: DeploymentRecord, count: int) -> str:
     """'2 requests use smollm2 as it is deployed (int4, latency, context 1024, 4 boards)'."""
-    asked, boards = record.request, len(record.orders)
+    asked, boards = record.request, _boards(record)
     who = "1 request uses" if count == 1 else f"{count} requests use"
     where = "1 board" if boards == 1 else f"{boards} boards"
     return (
@@ -413,27 +287,23 @@ def _use_text(record: DeploymentRecord, count: int) -> str:
     )
 
 
-def check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} is unknown", try_=", ".join(PRECISIONS))
-
-
-def checked(request: DeployRequest) -> DeployRequest:
-    """The request with the model's one name; raise UsageError for what can be refused before any work is done."""
-    check_precision(request.precision)
-    if request.objective not in OBJECTIVES:
-        raise UsageError(f"objective {request.objective!r} is unknown", try_=", ".join(OBJECTIVES))
-    check_numbers(request.context_tokens, request.slots, request.boards_at_least, request.boards_at_most)
-    return msgspec.structs.replace(request, model=canonical(request.model))
+def _boards(record: DeploymentRecord) -> int:
+    """Boards that work on a deployment; others may hold copies."""
+    return len({stage.device for stage in record.plan.stages})
 
 
 def _with_epoch(plan: Plan, epoch: int) -> Plan:
     return msgspec.structs.replace(plan, epoch=epoch)
 
 
-def _stage_graph(prepared: Prepared, plan: Plan, stage: PlannedStage) -> bytes:
-    return build_stage_graph(
-        prepared.packed.config,
+def _stage_graph(
+    prepared: Prepared, plan: Plan, stage: PlannedStage, build: Callable[..., bytes] = build_stage_graph
+) -> bytes:
+    packed = prepared.packed
+    if isinstance(packed, PackedItems):
+        return packed.parts.stage_graph(stage.embedding, stage.first_block, stage.end_block, stage.head)
+    return build(
+        packed.config,
         plan.precision,
         plan.wire_dtype,
         first_block=stage.first_block,

@@ -37,6 +37,7 @@ class Signal(Enum):
     LEFT = "its current boot, or the last will of it, says offline"
     QUIET = "no heartbeat for SUSPECT_AFTER_S"
     SILENT = "no heartbeat for OFFLINE_AFTER_S"
+    UNANSWERING = "a stage of it did not answer a requester; its next heartbeat brings it back"
 
 
 _S, _P = Signal, Presence
@@ -86,6 +87,11 @@ NEXT: Final[Mapping[tuple[Presence, Signal], Presence | None]] = {
     (_P.OFFLINE, _S.READY): _P.ONLINE,
     (_P.OFFLINE, _S.RESTARTED): _P.JOINING,
     (_P.OFFLINE, _S.LEFT): _P.OFFLINE,
+    (_P.SEEN, _S.UNANSWERING): _P.SEEN,
+    (_P.JOINING, _S.UNANSWERING): _P.JOINING,
+    (_P.ONLINE, _S.UNANSWERING): _P.OFFLINE,
+    (_P.SUSPECT, _S.UNANSWERING): _P.OFFLINE,
+    (_P.OFFLINE, _S.UNANSWERING): _P.OFFLINE,
 }
 
 SAID: Final[Mapping[tuple[Presence, Signal], str]] = {
@@ -101,5 +107,7 @@ SAID: Final[Mapping[tuple[Presence, Signal], str]] = {
     (_P.ONLINE, _S.SILENT): "device-silent",
     (_P.SUSPECT, _S.SILENT): "device-silent",
     (_P.JOINING, _S.SILENT): "device-stale",
+    (_P.ONLINE, _S.UNANSWERING): "device-unanswering",
+    (_P.SUSPECT, _S.UNANSWERING): "device-unanswering",
 }
 """Which steps are worth a notice, and which (coordinator.notices)."""

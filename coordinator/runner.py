@@ -18,24 +18,31 @@ import uvicorn
 from msgspec import Struct
 
 from coordinator.api import make_app
+from coordinator.asked import check_precision
 from coordinator.config import (
     DEFAULT_HTTP_PORT,
     Address,
+    Ports,
     forget_address,
     read_address,
+    read_ports,
     write_address,
     write_atomically,
+    write_ports,
 )
 from coordinator.guard import door_names
 from coordinator.hub import Hub
 from coordinator.inference.serve import Serving
+from coordinator.items.serve import ItemServing
 from coordinator.notices import notice
-from coordinator.operations import Operations, check_precision
+from coordinator.operations import Operations
+from coordinator.pump import end_stalled
+from coordinator.replanning import Replanner
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
-from wire.addresses import DEFAULT_MQTT_PORT, host_addresses
-from wire.broker import Broker, Credential, start_broker
+from wire.addresses import DEFAULT_MQTT_PORT, host_addresses, is_loopback
+from wire.broker import PORT_TRIES, Broker, Credential, start_broker
 from wire.client import parse_url
 from wire.discovery import COORDINATOR_NAME, Advertiser, Browser, Found, coordinator_properties
 from wire.errors import EdgelamError, Refused, Unreachable, UsageError
@@ -47,6 +54,8 @@ from wire.transport import Transport
 LOG = logging.getLogger("edgelam.up")
 BROKER_WAIT_S = 10.0
 WATCH_PERIOD_S = 1.0
+BROKER_WATCH_PERIOD_S = 0.1
+"""While the connection to the broker is lost: everybody waits for it."""
 
 
 class _Server(uvicorn.Server):
@@ -68,20 +77,20 @@ class Options(Struct, frozen=True, kw_only=True):
     models: tuple[str, ...]
     precision: str
     state: Path
+    replan: bool = True
+    """Whether deployments move away from boards that became too slow."""
 
 
-def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def bound(host: str, wanted: int, default: int) -> socket.socket:
-    """A socket bound to `wanted` if given (taken: UsageError), else to `default` if free, else to any free port."""
+def listening(host: str, wanted: int, default: int, last: int = 0) -> socket.socket:
+    """A listening socket on `wanted` if given (taken: UsageError), else on the first that is free of `last`, if there
+    is one, `default`, and any other."""
     reason = ""
-    for port in (wanted,) if wanted else (default, 0):
+    for port in (wanted,) if wanted else (last or default, default, 0):
         door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             door.bind((host, port))
+            door.listen()  # two may be bound to one port, only one can listen; who comes early waits for the server
         except (OSError, OverflowError) as error:
             door.close()
             reason = str(getattr(error, "strerror", "") or error)
@@ -92,9 +101,9 @@ def bound(host: str, wanted: int, default: int) -> socket.socket:
     )
 
 
-def free_port(host: str, wanted: int, default: int) -> int:
-    """The port that `bound` would take now."""
-    with bound(host, wanted, default) as door:
+def chosen_port(host: str, wanted: int, default: int, last: int = 0) -> int:
+    """The port that `listening` would take now."""
+    with listening(host, wanted, default, last) as door:
         return int(door.getsockname()[1])
 
 
@@ -179,9 +188,11 @@ class Runner:
             username=SITE_USER if self.key else "",
             password=self.key,
         )
-        self._door = bound(options.listen, options.http_port, DEFAULT_HTTP_PORT)
-        self._door.listen()  # who comes before the server accepts has to wait, and is not refused
+        last = read_ports(options.state)
+        self._door = listening(options.listen, options.http_port, DEFAULT_HTTP_PORT, last.http)
+        end_stalled(self._door)
         self.http_port = int(self._door.getsockname()[1])
+        write_ports(options.state, Ports(self.broker.port if self.broker is not None else last.mqtt, self.http_port))
         artifacts_url = f"http://{artifacts_host(options.listen, bool(options.broker_url))}:{self.http_port}"
         self.coordinator = Coordinator(
             site=options.site,
@@ -195,12 +206,16 @@ class Runner:
         self.shelf = Shelf(cache_dir())
         operations = Operations(self.coordinator, self.shelf)
         serving = Serving(self.coordinator, operations)
+        items = ItemServing(self.coordinator, operations)
         self.coordinator.open()
         await self._await_broker(transport, url)
-        self._tasks.append(asyncio.create_task(self._serve_http(operations, serving)))
+        self._tasks.append(asyncio.create_task(self._serve_http(operations, serving, items)))
         self._advertise(url)
         self._tasks.append(asyncio.create_task(self._watch()))
+        replanner = Replanner(self.coordinator, operations, serving.why_stay, options.replan)
+        self._tasks.append(asyncio.create_task(replanner.run()))
         self._tasks.append(asyncio.create_task(self._prepare_models(operations)))
+        self._tasks.append(asyncio.create_task(operations.replicas.run()))
         address = Address(
             site=options.site,
             boot=self.boot,
@@ -217,14 +232,26 @@ class Runner:
         options = self.options
         if options.broker_url:
             return options.broker_url, f"given: {options.broker_url}"
-        port = free_port(options.listen, options.mqtt_port, DEFAULT_MQTT_PORT)
-        self.broker = start_broker(
-            options.state / "broker",
-            options.listen,
-            port,
-            (Credential(SITE_USER, self.key),) if self.key else (),
-        )
+        self.broker = self._broker_on(self._free_mqtt_port())
         return self.broker.url, f"{self.broker.name}: {self.broker.because}"
+
+    def _free_mqtt_port(self) -> int:
+        options = self.options
+        return chosen_port(options.listen, options.mqtt_port, DEFAULT_MQTT_PORT, read_ports(options.state).mqtt)
+
+    def _broker_on(self, port: int) -> Broker:
+        """Start it there; on another port if somebody took that one between our look and its start."""
+        credentials = (Credential(SITE_USER, self.key),) if self.key else ()
+        folder, host = self.options.state / "broker", self.options.listen
+        for _ in range(PORT_TRIES - 1):
+            try:
+                return start_broker(folder, host, port, credentials)
+            except Unreachable:
+                other = self._free_mqtt_port()
+                if other == port:  # it is not the port that is wrong
+                    raise
+                port = other
+        return start_broker(folder, host, port, credentials)
 
     async def _await_broker(self, transport: Transport, url: str) -> None:
         assert self.coordinator is not None
@@ -244,10 +271,10 @@ class Runner:
             for task in ended - {stopping}:
                 task.result()
 
-    async def _serve_http(self, operations: Operations, serving: Serving) -> None:
+    async def _serve_http(self, operations: Operations, serving: Serving, items: ItemServing) -> None:
         assert self.coordinator is not None and self._door is not None
         config = uvicorn.Config(
-            make_app(self.coordinator, operations, serving, self.key, door_names(self.options.listen)),
+            make_app(self.coordinator, operations, serving, items, self.key, door_names(self.options.listen)),
             host=self.options.listen,
             port=self.http_port,
             log_level="warning",
@@ -297,7 +324,7 @@ class Runner:
         """Once a second: is the broker alive, has time changed anything in the fleet?"""
         assert self.coordinator is not None
         while True:
-            await asyncio.sleep(WATCH_PERIOD_S)
+            await _next_look(self.coordinator)
             self.coordinator.tick()
             if not self.coordinator.hub.alive:
                 raise EdgelamError("the connection to the broker failed", try_="start the coordinator again")
@@ -310,7 +337,7 @@ class Runner:
     async def _prepare_models(self, operations: Operations) -> None:
         for model in self.options.models:
             try:
-                await operations.prepare(model, self.options.precision, lambda text: LOG.info("%s", text))
+                await operations.preparing.prepare(model, self.options.precision, lambda text: LOG.info("%s", text))
                 LOG.info("%s at %s is ready to be planned", model, self.options.precision)
             except EdgelamError as error:
                 LOG.error("%s: %s (try: %s)", model, error.message, error.try_)
@@ -318,7 +345,8 @@ class Runner:
     def _greet(self, url: str, broker_text: str) -> None:
         options = self.options
         LOG.info("site %s: broker %s (%s)", options.site, url, broker_text)
-        LOG.info("site %s: HTTP door http://%s:%d", options.site, options.listen, self.http_port)
+        door = f"http://{options.listen}:{self.http_port}"
+        LOG.info("site %s: HTTP door %s (OpenAI-compatible: %s/v1)", options.site, door, door)
         if self.key:
             LOG.info("boards: edgelam-agent run --site %s --site-key-file FILE", options.site)
             LOG.info("the site key is in %s", options.state / "site.key")
@@ -372,3 +400,11 @@ async def serve(options: Options, on_ready: Callable[[Address], None] = lambda _
         await runner.stop()
     if interrupted:
         raise KeyboardInterrupt
+
+
+async def _next_look(coordinator: Coordinator) -> None:
+    """Wait until it is time to look after the broker and the fleet."""
+    if coordinator.broker_up:
+        await coordinator.changes.wait(lambda: not coordinator.broker_up, WATCH_PERIOD_S)
+    else:
+        await asyncio.sleep(BROKER_WATCH_PERIOD_S)

@@ -8,16 +8,19 @@ since a broker that was killed has lost what was retained.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from coordinator.artifacts import Artifacts
+from coordinator.borne import Borne
 from coordinator.calls import Calls
 from coordinator.changes import Changes
-from coordinator.deployments import check_orders, desired_for, ended_stages
+from coordinator.deployments import check_orders, desired_for, ended_stages, fallbacks, works_on
+from coordinator.distrust import Trust, Verdict, with_doubt
+from coordinator.fallen import Failure, Fallen
 from coordinator.fleet import (
     AppliedArrived,
     Device,
@@ -33,10 +36,15 @@ from coordinator.fleet import (
     StateArrived,
     TelemetryArrived,
     Tick,
+    Unanswered,
 )
 from coordinator.hub import Hub
 from coordinator.journal import DeploymentRecord, Journal
 from coordinator.notices import Notice, notice
+from coordinator.planning.plan import Plan
+from coordinator.planning.slowed import Slowed
+from coordinator.slowlinks import SlowLinks
+from coordinator.slowness import Slowness
 from hwprofiles.profile import Profile
 from hwprofiles.reading import Absent
 from wire import messages, topics
@@ -68,14 +76,30 @@ class Coordinator:
         self.changes = Changes()
         self.calls = Calls(site, self.changes, hub.publish)
         self.fleet = Fleet()
+        self.slowness = Slowness()
+        """Which boards don't keep what their profiles promise."""
+        self.borne = Borne()
+        """How far work bears out what boards measured; shown beside it."""
+        self.trust = Trust({})
+        """Which profiles are not believed."""
+        self.fallen = Fallen()
+        """Engines that boards could not load stages on."""
+        self.slow_links = SlowLinks()
+        """The same of their links."""
         self.notices: deque[Event] = deque(maxlen=MAX_NOTICES)
+        self.noted: Counter[str] = Counter()
+        """Level -> notices so far, also those that are kept no more."""
         self.refused_messages = 0
         self.broker_up = False
         self.journal = Journal(state / "journal.sqlite")
         self.artifacts = Artifacts(state / "artifacts", self.journal)
         self.on_parcel: Callable[[Parcel], None] = lambda _parcel: None
         self.on_deployment_lost: Callable[[str, str], None] = lambda _name, _reason: None
+        """What was under way on it is gone; it, or another one, will do the same again."""
+        self.on_deployment_removed: Callable[[str, str], None] = lambda _name, _reason: None
         self._records: dict[str, DeploymentRecord] = {}
+        self._given_up: set[tuple[str, int]] = set()
+        """Deployments, by name and epoch, on which a stage did not answer: to be replaced, even if it comes back."""
         self._kit: Kit | None = None
         self._applied_heard: set[str] = set()
         self._desired_epoch = 0
@@ -86,6 +110,7 @@ class Coordinator:
         self.journal.open()
         self.artifacts.open()
         self._records = {record.name: record for record in self.journal.deployments()}
+        self.trust = Trust(self.journal.distrusts())
         self._prune_artifacts()
         self._ordered = {device for record in self._records.values() for device in record.orders}
         # What was taken out of force shortly before a crash may not have been published: a fresh epoch makes devices
@@ -109,6 +134,9 @@ class Coordinator:
         now = self._records.get(record.name)
         return now is not None and now.plan.epoch == record.plan.epoch
 
+    def given_up(self, record: DeploymentRecord) -> bool:
+        return (record.name, record.plan.epoch) in self._given_up
+
     def devices(self) -> list[Device]:
         return sorted(self.fleet.devices.values(), key=lambda device: device.name)
 
@@ -118,6 +146,22 @@ class Coordinator:
     def is_online(self, name: str) -> bool:
         device = self.fleet.devices.get(name)
         return device is not None and device.presence in (Presence.ONLINE, Presence.SUSPECT)
+
+    def is_measuring(self, name: str) -> bool:
+        """Whether a device measures itself, and so does two things at once."""
+        device = self.fleet.devices.get(name)
+        return device is not None and device.state is not None and device.state.state == "busy"
+
+    def progress_of(self, name: str) -> str:
+        """'pi5', or 'pi5 (block, 1 of 3)' where it measures and says how far it is."""
+        device = self.fleet.devices.get(name)
+        if device is None or device.state is None or device.state.state != "busy" or not device.state.reason:
+            return name
+        return f"{name} ({device.state.reason})"
+
+    def data_brokers(self) -> dict[str, str]:
+        """Device -> URL of its own broker, '' where it has none."""
+        return {device.name: device.info.data_broker for device in self.devices() if device.info is not None}
 
     def profiles(self) -> dict[str, Profile]:
         return {device.name: device.profile for device in self.devices() if device.profile is not None}
@@ -136,10 +180,26 @@ class Coordinator:
     def telemetry(self) -> dict[str, Telemetry]:
         return {device.name: device.telemetry for device in self.devices() if device.telemetry is not None}
 
+    def slowed(self, name: str) -> Slowed | None:
+        """How a planner shall reckon with a device; None if its profile is right."""
+        return with_doubt(self.slowness.of(name), self.trust.of(name))
+
+    def speed(self, name: str) -> float:
+        """As a share of what its profile says."""
+        slow = self.slowed(name)
+        return 1 / slow.times if slow is not None else 1.0
+
+    def keep_doubts(self, verdict: Verdict) -> None:
+        """A profile is not believed from now on, or is again: on disk first."""
+        if verdict.kind == "doubted":
+            self.journal.save_distrust(verdict.distrust)
+        else:
+            self.journal.forget_distrust(verdict.device)
+
     def has_measured(self, name: str, keys: set[str]) -> bool:
         """Whether a device has tried all that it is asked to measure: these modules, and its link (absent: not yet)."""
         profile = self.profiles().get(name)
-        if profile is None or isinstance(profile.link, Absent):
+        if profile is None or isinstance(profile.link, Absent) or profile.pending:
             return False
         return keys <= {measurement.key for measurement in profile.modules} | profile.failed.keys()
 
@@ -182,7 +242,8 @@ class Coordinator:
             before = self.fleet.devices.get(name)
             self._feed(event)
             if isinstance(event, AppliedArrived) and before is not None:
-                self._stages_lost(before.applied, self.fleet.devices[name].applied)
+                self._stages_lost(name, before.applied, self.fleet.devices[name].applied)
+                self._fell_back(name, before.applied, self.fleet.devices[name].applied)
 
     def _fleet_event(self, row: topics.Topic, name: str, topic: str, payload: bytes) -> FleetEvent | None:
         now_s = time.monotonic()
@@ -199,7 +260,7 @@ class Coordinator:
         if row is topics.REPLY:
             self.calls.heard(messages.decode(payload, Reply, topic))
         if row is topics.EVENT:
-            self.notices.append(messages.decode(payload, Event, topic))
+            self._keep(messages.decode(payload, Event, topic))
             self.changes.ring()
         return None
 
@@ -227,16 +288,51 @@ class Coordinator:
 
     def _device_lost(self, name: str) -> None:
         for record in list(self._records.values()):
-            if name in record.orders:
+            if any(stage.device == name for stage in record.plan.stages):
                 self.on_deployment_lost(record.name, f"{name} went away, and with it a stage of {record.name}")
 
-    def _stages_lost(self, before: Applied | None, now: Applied | None) -> None:
-        """A stage whose worker ended has forgotten its requests: they need not wait for their time-out."""
+    def unanswered(self, plan: Plan, devices: Sequence[str]) -> None:
+        """Stages of a plan on these devices do not answer: what runs on it is lost, and the devices are left out until
+        they are heard of again."""
+        record = self._records.get(plan.deployment)
+        if record is None or record.plan.epoch != plan.epoch:
+            return
+        self._given_up.add((record.name, record.plan.epoch))
+        self.on_deployment_lost(record.name, f"{' and '.join(devices)} did not answer")
+        for device in devices:
+            self._feed(Unanswered(device, time.monotonic()))
+
+    def heard_since(self, then_s: float) -> bool:
+        """Whether a heartbeat of any device came after that."""
+        return any(device.beat_s is not None and device.beat_s > then_s for device in self.devices())
+
+    def _stages_lost(self, name: str, before: Applied | None, now: Applied | None) -> None:
+        """A stage whose worker ended has forgotten its requests: they need not wait for their time-out. A copy that
+        waits has none."""
         for report in ended_stages(before, now):
             record = self._records.get(report.deployment)
-            if record is not None and record.plan.epoch == report.epoch:
+            if record is not None and record.plan.epoch == report.epoch and works_on(record.plan, report.stage, name):
                 why = f": {report.detail}" if report.detail else ""
                 self.on_deployment_lost(record.name, f"stage {report.stage} of {record.name} ended{why}")
+
+    def without_engines(self, device: str, deployment: str) -> Mapping[str, str]:
+        """Engine -> why a device does without it for a deployment."""
+        found = self.fleet.devices.get(device)
+        return self.fallen.of(device, deployment, found.boot) if found is not None else {}
+
+    def _fell_back(self, name: str, before: Applied | None, now: Applied | None) -> None:
+        """Say it where a stage runs on another engine than the plan reckons with, and remember it."""
+        if now is None:
+            return
+        for report in fallbacks(before, now):
+            what = f"stage {report.stage} of {report.deployment}"
+            record = self._records.get(report.deployment)
+            for order in record.orders.get(name, ()) if record is not None else ():
+                if (order.stage, order.epoch) == (report.stage, report.epoch):
+                    self.fallen.saw(Failure(name, report.deployment, order.engine), now.boot, report.fell_back)
+            self.note(
+                notice("engine-fell-back", device=name, what=what, engine=report.engine, because=report.fell_back)
+            )
 
     def mdns_seen(self, found: Found) -> None:
         if found.role == "agent":
@@ -268,7 +364,7 @@ class Coordinator:
 
     def note(self, said: Notice) -> None:
         """Keep a notice for people."""
-        self.notices.append(
+        self._keep(
             Event(
                 who="coordinator",
                 code=said.code,
@@ -279,6 +375,10 @@ class Coordinator:
             )
         )
 
+    def _keep(self, event: Event) -> None:
+        self.notices.append(event)
+        self.noted[event.level] += 1
+
     # What is in force.
 
     def next_epoch(self) -> int:
@@ -287,15 +387,17 @@ class Coordinator:
         applied = [found.epoch for found in reports if found.epoch < EPOCH_JUMP_LIMIT]
         return self.journal.next_epoch(max([self._desired_epoch, *applied], default=0))
 
-    def put_in_force(self, record: DeploymentRecord) -> None:
-        """Journal a deployment and publish it; replaces one of the same name. Raises Refused, and changes nothing, if
-        a device could not be told: the message would be too large."""
+    def put_in_force(self, record: DeploymentRecord, because: str = "") -> None:
+        """Journal a deployment and publish it; replaces one of the same name, `because` of something. Raises Refused,
+        and changes nothing, if a device could not be told: the message would be too large."""
         others = [other for other in self._records.values() if other.name != record.name]
         check_orders(record, others, self.artifacts_url)
         self.journal.save_deployment(record)
         if record.name in self._records:
-            self.on_deployment_lost(record.name, f"{record.name} was replaced by epoch {record.plan.epoch} of it")
+            replaced = f"{record.name} was replaced by epoch {record.plan.epoch} of it"
+            self.on_deployment_lost(record.name, f"{because}: {replaced}" if because else replaced)
         self._records[record.name] = record
+        self._given_up = {known for known in self._given_up if known[0] != record.name}
         # Strays may have been corrected while the plan was made.
         later = record.plan.epoch > self._desired_epoch
         self._desired_epoch = record.plan.epoch if later else self.next_epoch()
@@ -304,22 +406,35 @@ class Coordinator:
         self._prune_artifacts()
         self.changes.ring()
 
+    def amend(self, record: DeploymentRecord) -> None:
+        """Journal and publish a deployment that differs from the one in force in copies that wait: its ring, its epoch
+        and what runs on it stay. Raises Refused, and changes nothing, if a device could not be told."""
+        others = [other for other in self._records.values() if other.name != record.name]
+        check_orders(record, others, self.artifacts_url)
+        self.journal.save_deployment(record)
+        self._records[record.name] = record
+        self._desired_epoch = self.next_epoch()
+        self._publish_orders()
+        self.hub.publish(topics.PLAN, msgspec.json.encode(record.plan), record.name)
+        self.changes.ring()
+
     def take_out_of_force(self, name: str) -> None:
         self.journal.remove_deployment(name)
         self._records.pop(name, None)
+        self._given_up = {known for known in self._given_up if known[0] != name}
         self._desired_epoch = self.next_epoch()
         self._publish_orders()
         self.hub.publish(topics.PLAN, b"", name)
-        self.on_deployment_lost(name, f"{name} was taken out of force")
+        self.on_deployment_removed(name, f"{name} was taken out of force")
         self.changes.ring()
 
     def _prune_artifacts(self) -> None:
         """Keep on disk what a deployment in force or the kit refers to."""
         modules = self._kit.modules if self._kit is not None else ()
-        keep = {ref.digest for module in modules for _, ref in module.graphs}
+        keep = {ref.digest for module in modules for _, ref in (*module.graphs, *module.standard)}
         for record in self._records.values():
             for order in (order for orders in record.orders.values() for order in orders):
-                keep |= {order.graph.digest, *(ref.digest for ref in order.weights)}
+                keep |= {ref.digest for ref in (order.graph, order.standard_graph, *order.weights) if ref is not None}
         self.artifacts.prune(keep, time.time())
 
     def offer_kit(self, kit: Kit) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,8 +15,10 @@ from models.build.kit import KitEntry, build_kit
 from models.build.pack import Packed, pack
 from models.catalog import find, resolve
 from models.formats.checkpoint import Checkpoint, open_checkpoint
+from models.items.pack import PackedItems, is_item_file, kit_of_items, pack_items
+from models.items.words import WordTokenizer
 from models.text import Tokenizer
-from wire.errors import EdgelamError, Unreachable
+from wire.errors import EdgelamError, Refused, Unreachable
 
 Progress = Callable[[str], None]
 
@@ -29,14 +32,51 @@ def canonical(model: str) -> str:
     return entry.name if entry else model
 
 
+def wire_dtype_of(precision: str) -> str:
+    """The dtype of a model's residual stream between blocks."""
+    return "f32" if precision == "f32" else "f16"
+
+
+def is_item_model(model: str) -> bool:
+    """Whether items go through a model, rather than prompts and answers; False for one that is not here."""
+    entry = find(model)
+    if entry is not None:
+        return entry.kind != "language"
+    try:
+        path = Path(model)
+        return "\0" not in model and path.exists() and is_item_file(path)
+    except OSError:  # too long for a path
+        return False
+
+
+class ItemSource(NamedTuple):
+    """Where an item model comes from, and what turns text into its items, if that is what it takes."""
+
+    path: Path
+    words: WordTokenizer | None
+
+
 class Prepared:
     """One model at one precision."""
 
-    def __init__(self, name: str, checkpoint: Checkpoint, packed: Packed, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Checkpoint | ItemSource,
+        packed: Packed | PackedItems,
+        tokenizer: Tokenizer | None,
+    ) -> None:
         self.name = name
         self.checkpoint = checkpoint
         self.packed = packed
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a language model; raise Refused for any other."""
+        if self._tokenizer is None:
+            raise Refused(f"{self.name} is no language model", try_="edgelam embed, or edgelam infer")
+        return self._tokenizer
 
 
 class Shelf:
@@ -85,19 +125,32 @@ class Shelf:
     def _prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
         path = resolve(model, self.cache)
         progress(f"reading {path.name}")
+        if is_item_model(model):
+            return self._prepare_items(model, path)
         try:
             checkpoint = open_checkpoint(path, self.cache)
             progress(f"packing {model} at {precision}")
-            wire_dtype = "f32" if precision == "f32" else "f16"
-            packed = pack(checkpoint, precision, wire_dtype, self.cache, self._go_on)
+            packed = pack(checkpoint, precision, wire_dtype_of(precision), self.cache, self._go_on)
             named = msgspec.structs.replace(packed.graph, model=model)
         except OSError as error:
-            raise EdgelamError(
-                f"{model} can't be packed: {error}", try_=f"is there room in {self.cache}, and may it be written?"
-            ) from None
+            raise _unpackable(model, error, self.cache) from None
         packed = msgspec.structs.replace(packed, graph=named)
         return Prepared(model, checkpoint, packed, Tokenizer.from_checkpoint(checkpoint))
 
+    def _prepare_items(self, model: str, path: Path) -> Prepared:
+        try:
+            packed = pack_items(path, model, self.cache)
+            words = WordTokenizer.beside(path)
+        except OSError as error:
+            raise _unpackable(model, error, self.cache) from None
+        return Prepared(model, ItemSource(path, words), packed, None)
+
     def kit_of(self, prepared: Prepared) -> list[KitEntry]:
-        graph = prepared.packed.graph
-        return build_kit(prepared.packed.config, graph.precision, graph.wire_dtype)
+        packed = prepared.packed
+        if isinstance(packed, PackedItems):
+            return kit_of_items(packed)
+        return build_kit(packed.config, packed.graph.precision, packed.graph.wire_dtype)
+
+
+def _unpackable(model: str, error: OSError, cache: Path) -> EdgelamError:
+    return EdgelamError(f"{model} can't be packed: {error}", try_=f"is there room in {cache}, and may it be written?")

@@ -68,6 +68,25 @@ class Hold:
         self.release()
 
 
+class Seat:
+    """The turn that one request has, on one deployment at most."""
+
+    def __init__(self) -> None:
+        self._turn: asyncio.Semaphore | None = None
+
+    async def take(self, turn: asyncio.Semaphore) -> None:
+        """Wait for this turn and have it and no other; who has it already keeps it."""
+        if turn is not self._turn:
+            self.leave()
+            await turn.acquire()
+            self._turn = turn
+
+    def leave(self) -> None:
+        if self._turn is not None:
+            self._turn.release()
+            self._turn = None
+
+
 class Lines:
     """One line per name, first come, first served; a line in which nobody stands is forgotten."""
 

@@ -8,9 +8,13 @@ from typing import Any
 
 import msgspec
 
+from coordinator.borne import BorneOut
 from coordinator.deployments import readiness
+from coordinator.distrust import Distrust
 from coordinator.fleet import Device
+from coordinator.planning.slowed import Slowed
 from coordinator.service import Coordinator
+from coordinator.standbys import copy_rows, ready_copies, waiting_text
 from hwprofiles.profile import LinkMeasurement
 from hwprofiles.stats import median
 from wire.messages import DeviceInfo
@@ -39,14 +43,17 @@ def status_row(coordinator: Coordinator) -> dict[str, Any]:
 
 def deployment_row(coordinator: Coordinator, name: str) -> dict[str, Any]:
     record = next(record for record in coordinator.records() if record.name == name)
-    state = readiness(record.plan, coordinator.applied(), coordinator.is_online)
+    plan, applied, online = record.plan, coordinator.applied(), coordinator.is_online
+    state = readiness(plan, applied, online)
+    waiting = waiting_text(plan, ready_copies(plan, applied, online))
     return {
         "name": name,
         "model": record.plan.model,
         "epoch": record.plan.epoch,
         "ready": state.ready,
-        "text": state.text(),
+        "text": f"{state.text()}; {waiting}" if waiting else state.text(),
         "failed": [f"{device}: {why}" for device, why in state.failed],
+        "standbys": copy_rows(plan, applied, online),
         "plan": msgspec.to_builtins(record.plan),
     }
 
@@ -54,10 +61,25 @@ def deployment_row(coordinator: Coordinator, name: str) -> dict[str, Any]:
 def device_rows(coordinator: Coordinator) -> list[dict[str, Any]]:
     """Answer of GET /v1/devices."""
     now_s = time.monotonic()
-    return [device_row(device, now_s) for device in coordinator.devices()]
+    return [
+        device_row(
+            device,
+            now_s,
+            coordinator.slowed(device.name),
+            coordinator.trust.of(device.name),
+            coordinator.borne.of(device.name),
+        )
+        for device in coordinator.devices()
+    ]
 
 
-def device_row(device: Device, now_s: float) -> dict[str, Any]:
+def device_row(
+    device: Device,
+    now_s: float,
+    slowed: Slowed | None = None,
+    doubt: Distrust | None = None,
+    borne: BorneOut | None = None,
+) -> dict[str, Any]:
     """One device; None where nothing is known."""
     info, profile, telemetry, applied = device.info, device.profile, device.telemetry, device.applied
     link = profile.link if profile is not None and isinstance(profile.link, LinkMeasurement) else None
@@ -75,7 +97,13 @@ def device_row(device: Device, now_s: float) -> dict[str, Any]:
         "engines": " ".join(f"{e.name} {e.version}" for e in info.engines if e.version) if info else None,
         "emulated": info.emulated if info else None,
         "software": info.software if info else None,
-        "profile": profile_text(device),
+        "data_broker": info.data_broker if info else None,
+        "data_broker_because": info.data_broker_because if info else None,
+        "profile": profile_text(device) + (", not believed" if doubt is not None else ""),
+        "borne_out": msgspec.to_builtins(borne),
+        "profile_doubted": doubt.because if doubt is not None else "",
+        "speed": 1 / slowed.times if slowed is not None else 1.0,
+        "speed_because": slowed.because if slowed is not None else "",
         "round_trip_s": median(link.round_trip.samples_s) if link and link.round_trip.samples_s else None,
         "heard_s": now_s - device.heard_s if device.heard_s is not None else None,
         "running": running_text(device),
@@ -99,7 +127,10 @@ def profile_text(device: Device) -> str:
 
 
 def running_text(device: Device) -> str:
-    """'smollm2 0: ready'."""
+    """'smollm2 0: ready, smollm2 1 (standby): loading'."""
     if device.applied is None:
         return ""
-    return ", ".join(f"{report.deployment} {report.stage}: {report.phase}" for report in device.applied.stages)
+    return ", ".join(
+        f"{report.deployment} {report.stage}{' (standby)' if report.standby else ''}: {report.phase}"
+        for report in device.applied.stages
+    )

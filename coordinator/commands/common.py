@@ -13,7 +13,7 @@ import msgspec
 import typer
 
 from coordinator.client import Client
-from coordinator.planning.plan import Objective
+from coordinator.planning.plan import Objective, Topology
 from models.catalog import entries
 from wire.errors import ExitCode, UsageError
 
@@ -26,10 +26,39 @@ def model_names(incomplete: str) -> list[str]:
 
 ModelName = Annotated[
     str,
-    typer.Argument(help="Catalog name, path to a .gguf or safetensors, or hf:REPO.", autocompletion=model_names),
+    typer.Argument(help="Catalog name, path to a .gguf, safetensors or .onnx, or hf:REPO.", autocompletion=model_names),
 ]
 Precision = Annotated[Literal["int4", "int8", "f32"], typer.Option(help="Precision of the model's weights.")]
-WhatFor = Annotated[Objective, typer.Option(help="latency: each answer soon; throughput: many answers in little time.")]
+WhatFor = Annotated[
+    Objective,
+    typer.Option(help="latency: a token soon; ttft: the first one; throughput: many in little time; docs/plans.md."),
+]
+Slots = Annotated[
+    int | None, typer.Option(help="Requests answered at once; the rest wait (default: as many as go well, up to 8).")
+]
+AtLeast = Annotated[int, typer.Option(help="Spread over at least this many boards.")]
+AtMost = Annotated[int, typer.Option(help="Use at most this many boards.")]
+Copies = Annotated[
+    int,
+    typer.Option(
+        "--replicas",
+        help="Copies of each stage: with 2, another board has it loaded too, and takes over after a loss at once.",
+    ),
+]
+Through = Annotated[
+    Topology,
+    typer.Option(
+        "--topology",
+        help="central: activations go through the site's broker; direct: through boards' own; auto: as measured.",
+    ),
+]
+ErrorBudget = Annotated[
+    float,
+    typer.Option(
+        "--error-budget",
+        help="By how many per cent codecs at the cuts may raise perplexity; 0: hidden states cross as they are.",
+    ),
+]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of text.")]
 CoordinatorUrl = Annotated[
@@ -82,6 +111,13 @@ def print_json(value: Any) -> None:
 def status_line(text: str) -> None:
     """A line for people about what is going on; never on stdout."""
     print(f"... {printable(text)}", file=sys.stderr, flush=True)
+
+
+def aside(text: str) -> None:
+    """A status line in the middle of an answer: on a terminal it gets a line of its own, and is dim."""
+    below = "\n" if sys.stdout.isatty() else ""
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
+    print(f"{below}{dim}... {printable(text)}{plain}", file=sys.stderr, flush=True)
 
 
 def write_text(text: str, end: str = "\n") -> None:

@@ -8,18 +8,26 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.commands.common import (
+    AtLeast,
+    AtMost,
     CoordinatorUrl,
+    Copies,
+    ErrorBudget,
     Json,
     ModelName,
     Precision,
     SiteKeyFile,
+    Slots,
+    Through,
     WhatFor,
+    aside,
     client,
     model_name,
     print_json,
     status_line,
     write_text,
 )
+from coordinator.commands.wishes import Engine, Exclude, Load, Pins, Reserve, Weigh, pins_of, weights_of
 from coordinator.inference.requests import GenerateRequest
 from coordinator.screens.plain import stages_text
 from wire.errors import Unreachable, UsageError
@@ -37,12 +45,36 @@ def run(
     ignore_stop: Annotated[bool, typer.Option(help="Go on after a stop token, to --max-tokens.")] = False,
     precision: Precision = "int4",
     objective: WhatFor = "latency",
+    topology: Through = "auto",
     context: Annotated[int, typer.Option(help="Tokens that prompt and answer may have together.")] = 1024,
-    boards_at_least: Annotated[int, typer.Option(help="Spread over at least this many boards.")] = 1,
-    boards_at_most: Annotated[int, typer.Option(help="Use at most this many boards.")] = 64,
+    slots: Slots = None,
+    error_budget: ErrorBudget = 0.0,
+    tokens_per_second: Load = None,
+    weigh: Weigh = None,
+    boards_at_least: AtLeast = 1,
+    boards_at_most: AtMost = 64,
+    replicas: Copies = 1,
+    exclude: Exclude = None,
+    pin: Pins = None,
+    reserve: Reserve = 10.0,
+    engine: Engine = "auto",
     timeout: Annotated[
         float, typer.Option(help="Seconds without a token after which to give up; the first may take longer, by plan.")
     ] = 30.0,
+    recoveries: Annotated[int, typer.Option(help="How often the answer may go on after a loss; 0 ends it.")] = 8,
+    recovery_timeout: Annotated[
+        float, typer.Option(help="From a loss until the answer must go on, in seconds.")
+    ] = 60.0,
+    exact: Annotated[
+        bool, typer.Option(help="After a loss go on with the very tokens that would have come; takes longer.")
+    ] = False,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            help="Guess tokens from prompt and answer: off, auto (where links are slow), or 1 to 7 in each round.",
+            autocompletion=lambda: ["off", "auto", "7"],
+        ),
+    ] = "auto",
     json: Json = False,
     coordinator: CoordinatorUrl = None,
     site_key_file: SiteKeyFile = None,
@@ -69,7 +101,21 @@ def run(
         context_tokens=context,
         boards_at_least=boards_at_least,
         boards_at_most=boards_at_most,
+        slots=slots,
+        topology=topology,
+        replicas=replicas,
+        tokens_per_s=tokens_per_second,
+        weights=weights_of(weigh),
+        excluded=tuple(exclude or ()),
+        pins=pins_of(pin),
+        reserve_percent=reserve,
+        engine=engine,
+        error_budget_percent=error_budget,
         stall_timeout_s=timeout,
+        recoveries_at_most=recoveries,
+        recovery_timeout_s=recovery_timeout,
+        exact=exact,
+        speculate=speculate,
     )
     with client(coordinator, site_key_file) as there:
         end = follow(there.stream("/v1/generate", request), show=not json)
@@ -86,6 +132,10 @@ def follow(events: Any, show: bool) -> dict[str, Any]:
         kind = event.get("event")
         if kind == "status":
             status_line(event["text"])
+        elif kind == "pause":
+            aside(f"paused after {event['given']} tokens: {event['reason']}")
+        elif kind == "resume":
+            aside(f"goes on after {event['pause_s']:.1f} s, on {', '.join(event['boards'])}")
         elif kind == "token" and show:
             write_text(event["text"], end="")
         elif kind == "end":

@@ -1,4 +1,4 @@
-"""`edgelam testbed up | status | down`: virtual boards on this machine."""
+"""`edgelam testbed up | status | slow | link | down`: virtual boards on this machine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import typer
 from coordinator.commands.common import Json, print_json, status_line, write_text
 from coordinator.config import Address, read_address, state_dir
 from coordinator.screens.table import table
-from testbed import commands
+from testbed import commands, throttle
 from testbed.boards import preset
+from testbed.links import LinkSpec
+from testbed.relink import relink
 from testbed.state import STATE_FILE
 from wire.errors import ExitCode, UsageError
 from wire.ids import DEFAULT_SITE, site_option
 
-app = typer.Typer(help="Virtual boards on this machine: up, status, down.", no_args_is_help=True)
+app = typer.Typer(help="Virtual boards on this machine: up, status, slow, link, down.", no_args_is_help=True)
 
 UpSite = Annotated[
     str, typer.Option("--site", help=f"Site of the coordinator; default: that of the one here, else {DEFAULT_SITE}.")
@@ -147,6 +149,47 @@ def status(site: Site = "", folder: Folder = None, json: Json = False) -> None:
         return
     rows = [(board.name, board.state, board.pid, board.is_, board.log) for board in found.boards]
     write_text(table(("board", "state", "pid", "is", "log"), rows, right=(2,)))
+
+
+@app.command()
+def slow(
+    board: Annotated[str, typer.Argument(help="Name of the board.")],
+    share: Annotated[float, typer.Argument(help="Share of its speed that it has from now on, 0.05 to 1.")],
+    site: Site = "",
+    folder: Folder = None,
+) -> None:
+    """Let a board become slow, as when it is too hot, or as fast again as it was.
+
+    Example: edgelam testbed slow pi4 0.3
+    """
+    throttle.slow(folder_of(site or site_that_is_up(), folder), board, share)
+    write_text(f"{board} has {share:g} of its speed")
+
+
+@app.command()
+def link(
+    board: Annotated[str, typer.Argument(help="Name of the board.")],
+    rate_mbit: Annotated[
+        float | None, typer.Option("--rate", help="Mbit/s each way from now on; without it unlimited.")
+    ] = None,
+    delay_ms: Annotated[float | None, typer.Option("--delay", help="Milliseconds one way; without it none.")] = None,
+    jitter_ms: Annotated[float | None, typer.Option("--jitter", help="Most that is added, in milliseconds.")] = None,
+    site: Site = "",
+    folder: Folder = None,
+) -> None:
+    """Give a board another link while it runs; without any figure the one that it was brought up with.
+
+    Example: edgelam testbed link pi4 --rate 2 --delay 50
+    """
+    spec = None
+    if (rate_mbit, delay_ms, jitter_ms) != (None, None, None):
+        spec = LinkSpec(
+            rate_bytes_per_s=None if rate_mbit is None else rate_mbit * 1e6 / 8,
+            delay_s=(delay_ms or 0.0) / 1e3,
+            jitter_s=(jitter_ms or 0.0) / 1e3,
+        )
+    given = relink(folder_of(site or site_that_is_up(), folder), board, spec)
+    write_text(f"{board} has {given.text()}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -29,6 +29,9 @@ def up(
         typer.Option(help="Have boards measure MODEL at once; may be given again.", autocompletion=model_names),
     ] = None,
     precision: Precision = "int4",
+    replan: Annotated[
+        Literal["on", "off"], typer.Option(help="Whether blocks move away from boards that became too slow.")
+    ] = "on",
     state: Annotated[Path | None, typer.Option(help="State folder; default $EDGELAM_STATE.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
     json: Annotated[
@@ -54,6 +57,7 @@ def up(
         models=tuple(model or ()),
         precision=precision,
         state=state or state_dir(),
+        replan=replan == "on",
     )
 
     def ready(address: Address) -> None:

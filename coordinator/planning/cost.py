@@ -25,12 +25,14 @@ from typing import Final
 
 from msgspec import Struct
 
-from coordinator.planning.plan import LeftOut
+from coordinator.planning.plan import LeftOut, PlannedStage
 from hwprofiles.link import bytes_per_s, one_way_s
 from hwprofiles.measure import StepEstimate, estimate
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Phase, Profile, Samples
+from hwprofiles.stats import median_interval
 from models.graph import Graph, Module
 from wire.limits import CREDIT_WINDOW_BYTES
+from wire.messages import EngineName
 
 RESERVE_FRACTION: Final = 0.10
 """Share of usable memory that no stage is given: usage moves between planning and loading."""
@@ -57,9 +59,11 @@ class Workload(Struct, frozen=True, kw_only=True):
     slots: int
     prefill_chunk_tokens: int
     expected_tokens: int
-    engine: str = "onnxruntime"
+    engine: EngineName = "onnxruntime"
     accept_unsteady: bool = False
     """Use timings that the board itself marked invalid (drift, p90 above twice the median), and say so."""
+    reserve_fraction: float = RESERVE_FRACTION
+    """Share of each board's usable memory that stays free."""
 
 
 class LinkCost(Struct, frozen=True, kw_only=True):
@@ -69,6 +73,8 @@ class LinkCost(Struct, frozen=True, kw_only=True):
     """One crossing of this link by `probe_bytes`, with half of the broker."""
     probe_bytes: int
     bytes_per_s: float
+    error_s: float = 0.0
+    """Half the 95 % interval of `one_way_s`."""
 
     def crossing_s(self, payload_bytes: int) -> float:
         """Seconds for one crossing of this link by so many bytes, with half of the broker."""
@@ -81,6 +87,17 @@ class StepCost(Struct, frozen=True, kw_only=True):
     module_s: float
     overhead_s: float
     notes: tuple[str, ...] = ()
+    module_error_s: float = 0.0
+    """Half the 95 % interval of `module_s`; `overhead_error_s` that of `overhead_s`."""
+    overhead_error_s: float = 0.0
+
+
+class Power(Struct, frozen=True, kw_only=True):
+    """Watts of a whole board, as measured: while it computes, and while it waits. `covers`: what the meter sees."""
+
+    active_w: float
+    idle_w: float
+    covers: str = ""
 
 
 class DeviceCost(Struct, frozen=True, kw_only=True):
@@ -97,16 +114,35 @@ class DeviceCost(Struct, frozen=True, kw_only=True):
     prefill_s: Mapping[str, float]
     """The same for one prefill chunk; empty when not measured (see `notes`)."""
     held_ratio: Mapping[str, float]
-    """Bytes the engine holds per byte of weights, at least 1: kernels may keep a packed copy."""
+    """Bytes the engine holds per byte of weights, at least 1: kernels may keep a packed copy. Less for an embedding: of
+    its table it holds the pages that were looked up, which are the file's own."""
     link: LinkCost | None
     link_because: str
     """Why `link` is missing: such a device can only hold the whole model."""
     notes: tuple[str, ...] = ()
     """What was extrapolated, simplified or taken although unsteady."""
+    overhead_error_s: float = 0.0
+    """Half the 95 % interval of `overhead_s`; `decode_error_s` by profile key (coordinator.planning.uncertainty)."""
+    decode_error_s: Mapping[str, float] = {}
+    power: Power | None = None
+    """None: nothing measured it."""
+    engine: EngineName = "onnxruntime"
+    """With which it was priced (coordinator.planning.engines)."""
+    engine_because: str = ""
+    """Why with this one, where it has measured others."""
+    working_bytes: Mapping[str, int] = {}
+    """What each takes beside its weights: of modules that items pass while it runs, one after the other; of blocks what
+    a stage of them takes once, however many there are."""
+    slowed_because: str = ""
+    """Why the seconds are more than was measured (coordinator.planning.slowed)."""
 
     def stage_s(self, modules: Iterable[Module]) -> float:
         """Seconds per decoded token of a stage of these modules."""
         return self.overhead_s + sum(self.decode_s[module.profile_key] for module in modules)
+
+    def busy_j(self, seconds: float | None) -> float | None:
+        """Joules for so much work of whatever phase; None when seconds or power were not measured."""
+        return None if seconds is None or self.power is None else self.power.active_w * seconds
 
     def stage_prefill_s(self, modules: Iterable[Module]) -> float | None:
         """Seconds per prefill chunk of a stage of these modules; None when prefill was not measured."""
@@ -116,9 +152,9 @@ class DeviceCost(Struct, frozen=True, kw_only=True):
         return self.prefill_overhead_s + sum(self.prefill_s[key] for key in keys)
 
 
-def memory_limit_bytes(usable_bytes: int) -> int:
+def memory_limit_bytes(usable_bytes: int, reserve_fraction: float = RESERVE_FRACTION) -> int:
     """What stages may take of `usable_bytes`: all but the reserve, at least 0."""
-    return max(0, usable_bytes - max(RESERVE_MIN_BYTES, int(usable_bytes * RESERVE_FRACTION)))
+    return max(0, usable_bytes - max(RESERVE_MIN_BYTES, int(usable_bytes * reserve_fraction)))
 
 
 class StageMemory:
@@ -129,8 +165,11 @@ class StageMemory:
         self._ratio = cost.held_ratio
         self._base_bytes = cost.worker_base_bytes + TRANSPORT_BYTES
         self._scratch_bytes = workload.prefill_chunk_tokens * graph.hidden * 4 * SCRATCH_ROWS_FACTOR
-        self._logits_bytes = graph.vocabulary * 4
+        self._logits_bytes = graph.vocabulary * 4 * workload.slots
         self._files: dict[str, int] = {}
+        self._working = cost.working_bytes
+        self.working_bytes = 0
+        """The most that one of its modules takes beside its weights."""
         self.held_bytes = 0
         """Weights, KV cache and scratch: what the stage itself accounts for."""
 
@@ -147,12 +186,13 @@ class StageMemory:
         self.held_bytes += added + module.kv_bytes_per_token * self._workload.context_tokens * self._workload.slots
         if module.kind == "head":
             self.held_bytes += self._logits_bytes
+        self.working_bytes = max(self.working_bytes, self._working.get(module.profile_key, 0))
         return self.memory_bytes
 
     @property
     def memory_bytes(self) -> int:
         """What the stage needs on the device in all."""
-        return self._base_bytes + self._scratch_bytes + self.held_bytes
+        return self._base_bytes + self._scratch_bytes + self.working_bytes + self.held_bytes
 
 
 def stage_memory(graph: Graph, workload: Workload, cost: DeviceCost, modules: Iterable[Module]) -> tuple[int, int]:
@@ -161,6 +201,14 @@ def stage_memory(graph: Graph, workload: Workload, cost: DeviceCost, modules: It
     for module in modules:
         memory.add(module)
     return memory.held_bytes, memory.memory_bytes
+
+
+def stage_modules(graph: Graph, stage: PlannedStage) -> list[Module]:
+    """The modules that a stage of a plan holds, in the graph's order."""
+    names = ["embedding"] if stage.embedding else []
+    names += [f"block.{number}" for number in range(stage.first_block, stage.end_block)]
+    names += ["head"] if stage.head else []
+    return [graph.module(name) for name in names]
 
 
 def device_cost(
@@ -182,7 +230,15 @@ def device_cost(
     decode: dict[str, StepCost] = {}
     prefill: dict[str, StepCost] = {}
     notes: list[str] = []
+    items = graph.items
     for key, module in wanted.items():
+        if items is not None:
+            item = step_cost(measured[key], "prefill", items.rows, workload)
+            if isinstance(item, str):
+                return LeftOut(device=device, because=f"{module.kind}: {item}")
+            decode[key] = item
+            notes.extend(f"{module.kind}: {note}" for note in item.notes)
+            continue
         step = step_cost(measured[key], "decode", 1, workload)
         if isinstance(step, str):
             return LeftOut(device=device, because=f"{module.kind}, decode: {step}")
@@ -194,6 +250,7 @@ def device_cost(
         else:
             prefill[key] = chunk
     blocks = {key for key, module in wanted.items() if module.kind == "block"}
+    held = {key: _held(measured[key], module, items is not None) for key, module in wanted.items()}
     overhead_s, decode_s = _share_overhead(decode, blocks)
     prefill_overhead_s, prefill_s = _share_overhead(prefill, blocks)
     link, link_because = link_cost(profile)
@@ -202,16 +259,20 @@ def device_cost(
     return DeviceCost(
         device=device,
         usable_bytes=usable_bytes,
-        memory_limit_bytes=memory_limit_bytes(usable_bytes),
+        memory_limit_bytes=memory_limit_bytes(usable_bytes, workload.reserve_fraction),
         worker_base_bytes=max(measured[key].base_bytes for key in wanted),
         overhead_s=overhead_s,
         decode_s=decode_s,
         prefill_overhead_s=prefill_overhead_s,
         prefill_s=prefill_s,
-        held_ratio={key: _held_ratio(measured[key], module.weight_bytes) for key, module in wanted.items()},
+        held_ratio={key: ratio for key, (ratio, _) in held.items()},
+        working_bytes={key: working for key, (_, working) in held.items() if working},
         link=link,
         link_because="" if link else link_because,
+        engine=workload.engine,
         notes=tuple(dict.fromkeys(notes)),
+        overhead_error_s=max((step.overhead_error_s for key, step in decode.items() if key in blocks), default=0.0),
+        decode_error_s={key: step.module_error_s for key, step in decode.items()},
     )
 
 
@@ -225,10 +286,21 @@ def _share_overhead(steps: Mapping[str, StepCost], blocks: set[str]) -> tuple[fl
     return overhead_s, marginal
 
 
-def _held_ratio(measurement: ModuleMeasurement, weight_bytes: int) -> float:
-    """Measured growth of the process per byte of weights loaded; 1 when the growth was not measured or is less."""
-    depth = max((timing.stack for timing in measurement.timings), default=1)
-    return max(1.0, measurement.resident_bytes / (depth * weight_bytes)) if weight_bytes > 0 else 1.0
+def _held(measurement: ModuleMeasurement, module: Module, of_items: bool) -> tuple[float, int]:
+    """What the process grew by for each byte of weights, between the bounds that DeviceCost.held_ratio names, and what
+    it grew by beside them; (1, 0) where that was not measured."""
+    grown, shallow, weights = measurement.resident_bytes, measurement.shallow_bytes, module.weight_bytes
+    if grown <= 0:
+        return 1.0, 0
+    least = 0.0 if module.kind == "embedding" else 1.0
+    if of_items:
+        return (max(least, min(1.0, grown / weights)) if weights > 0 else 1.0), max(0, grown - weights)
+    depths = {timing.stack for timing in measurement.timings} or {1}
+    each, once = grown / max(depths), 0.0
+    if 0 < shallow < grown:  # two depths tell what each block holds from what a stage takes once
+        each = (grown - shallow) / (max(depths) - min(depths))
+        once = max(0.0, shallow - min(depths) * each)
+    return (max(least, each / weights) if weights > 0 else 1.0), int(once)
 
 
 def step_cost(measurement: ModuleMeasurement, phase: Phase, tokens: int, workload: Workload) -> StepCost | str:
@@ -248,7 +320,15 @@ def step_cost(measurement: ModuleMeasurement, phase: Phase, tokens: int, workloa
         notes.append(taken[0].because)
     module_s, said = _at(taken, tokens, workload.expected_tokens, lambda step: step.block_s)
     overhead_s, _ = _at(taken, tokens, workload.expected_tokens, lambda step: step.overhead_s)
-    return StepCost(module_s=module_s, overhead_s=overhead_s, notes=(*notes, *said))
+    module_error_s, _ = _at(taken, tokens, workload.expected_tokens, lambda step: step.block_high_s - step.block_s)
+    high_s, _ = _at(taken, tokens, workload.expected_tokens, lambda step: step.overhead_high_s - step.overhead_s)
+    return StepCost(
+        module_s=module_s,
+        overhead_s=overhead_s,
+        notes=(*notes, *said),
+        module_error_s=max(0.0, module_error_s),
+        overhead_error_s=max(0.0, high_s),
+    )
 
 
 def _at(
@@ -295,7 +375,13 @@ def link_cost(profile: Profile) -> tuple[LinkCost | None, str]:
     half_s = one_way_s(measurement)
     if rate is None or half_s is None:
         return None, "link not measured: its samples give no rate"
-    link = LinkCost(one_way_s=half_s, probe_bytes=measurement.round_trip_payload_bytes, bytes_per_s=rate)
+    low_s, high_s = median_interval(measurement.round_trip.samples_s) or (0.0, 0.0)
+    link = LinkCost(
+        one_way_s=half_s,
+        probe_bytes=measurement.round_trip_payload_bytes,
+        bytes_per_s=rate,
+        error_s=(high_s - low_s) / 4,  # half of the interval, of half of the round trip
+    )
     return link, _unsteady(measurement.round_trip) or _unsteady(measurement.goodput)
 
 

@@ -12,18 +12,22 @@ from typing import Final
 import msgspec
 
 from coordinator.measured import blocks_text
+from coordinator.planning.aims import AIMS, figure, figure_text, value_text
 from coordinator.planning.cost import RESERVE_FRACTION, RESERVE_MIN_BYTES, stage_memory
-from coordinator.planning.partition import Run, Solution, hops
+from coordinator.planning.guessing import guessing_of
+from coordinator.planning.hopped import hop_lines
+from coordinator.planning.partition import Run, hops
 from coordinator.planning.plan import Plan
 from coordinator.planning.planner import request_of
-from coordinator.planning.reasons import count_blocks
-from coordinator.planning.request import Candidate, PlanRequest, Priced, price, solve
+from coordinator.planning.questions import WORTH_SAYING, Answer, Question, better, instead
+from coordinator.planning.replicas import copies_text, covered
+from coordinator.planning.request import Candidate
+from coordinator.planning.sensitivity import sensitivity
+from coordinator.planning.slots import slots_text
 from hwprofiles.profile import LinkMeasurement, Profile
 from models.graph import Graph
+from wire.codecs import AS_IS
 from wire.units import bytes_text, seconds_text
-
-WORTH_SAYING: Final = 0.02
-"""Change of the predicted time below which a changed input is not worth a line."""
 
 PLENTY: Final = 64
 """How many times its memory a board is given to see whether memory binds at all."""
@@ -32,16 +36,29 @@ MAX_ASKED: Final = 8
 """Boards for which each question is asked; every question costs a new search."""
 
 
-def explain(plan: Plan, graph: Graph, candidates: Sequence[Candidate]) -> list[str]:
-    """Give the lines of `edgelam plan --explain`, without line ends. `candidates`: those the plan was made from."""
-    lines = [_headline(plan), plan.because]
+def explain(plan: Plan, graph: Graph, candidates: Sequence[Candidate], now_unix: float | None = None) -> list[str]:
+    """Give the lines of `edgelam plan --explain`, without line ends. `candidates`: those the plan was made from.
+    Without `now_unix` nothing is said of how old figures are."""
+    lines = [_headline(plan), *_interval(plan), plan.because, slots_text(plan.slots, plan.slots_because)]
+    if plan.runs == "tokens":
+        lines.append(guessing_of(plan).because)
     if plan.alone:
         lines.append(plan.alone)
     lines += ["", *_table(plan), "", "why each share"]
     lines += [f"  {stage.because}" for stage in plan.stages]
+    if now_unix is not None and len(plan.stages) > 1:
+        lines += ["", "which figure each hop has"]
+        lines += [f"  {line}" for line in hop_lines(plan, candidates, now_unix)]
+    worked = [candidate for candidate in candidates if candidate.borne_out]
+    if worked:
+        lines += ["", "how far work bears out these figures"]
+        lines += [f"  {candidate.device}: {candidate.borne_out}" for candidate in worked]
+    lines += _errors(plan)
     if plan.left_out:
         lines += ["", "left out"]
         lines += [f"  {left.device}: {left.because}" for left in plan.left_out]
+    if plan.replicas > 1:
+        lines += ["", *_copies(plan)]
     lines += ["", "what would change the answer"]
     lines += [f"  {line}" for line in _changes(plan, graph, candidates)]
     return lines
@@ -50,29 +67,81 @@ def explain(plan: Plan, graph: Graph, candidates: Sequence[Candidate]) -> list[s
 def _headline(plan: Plan) -> str:
     boards = len({stage.device for stage in plan.stages})
     count = "1 board" if boards == 1 else f"{boards} boards"
-    aim = "least time per token" if plan.objective == "latency" else "most tokens per second"
+    aim = AIMS[plan.objective].words
+    if plan.limits.tokens_per_s is not None:
+        aim = f"for {plan.limits.tokens_per_s:g} tokens/s"
     token_s = plan.predicted_token_s
+    if plan.runs == "items":
+        aim = aim.replace("token", "item")
+        return (
+            f"{plan.model} on {count}, {aim}: {seconds_text(token_s)} per item; a full pipeline gives "
+            f"{1 / max(plan.predicted_slowest_s, 1e-9):.1f} items/s"
+        )
     return (
         f"{plan.model} {plan.precision} on {count}, {aim}: {seconds_text(token_s)} per token of one stream "
         f"({1 / max(token_s, 1e-9):.0f} tokens/s); a full pipeline gives one every "
-        f"{seconds_text(plan.predicted_slowest_s)}"
+        f"{seconds_text(plan.predicted_slowest_s)}" + _first_token(plan) + _energy(plan)
     )
 
 
+def _interval(plan: Plan) -> list[str]:
+    """Between what the figures lie, as far as the spread of what was measured says it."""
+    what = plan.runs.removesuffix("s")
+    if plan.token_error_s <= 0 and plan.slowest_error_s <= 0:
+        return []
+    text = f"by the spread of what was measured: {_between(plan.predicted_token_s, plan.token_error_s)} per {what}"
+    if plan.slowest_error_s > 0 and len(plan.stages) > 1:
+        text += f", one every {_between(plan.predicted_slowest_s, plan.slowest_error_s)} from a full pipeline"
+    return [f"{text} (95 %)"]
+
+
+def _between(middle_s: float, error_s: float) -> str:
+    return f"{seconds_text(max(0.0, middle_s - error_s))} to {seconds_text(middle_s + error_s)}"
+
+
+def _first_token(plan: Plan) -> str:
+    if plan.predicted_first_token_s is None:
+        return ""
+    return (
+        f"; the first token of a prompt of {plan.prompt_tokens} comes after "
+        f"{seconds_text(plan.predicted_first_token_s)}, in chunks of {plan.prefill_chunk_tokens}"
+    )
+
+
+def _energy(plan: Plan) -> str:
+    return "" if plan.predicted_token_j is None else f"; {value_text('energy', plan.predicted_token_j)} per token"
+
+
+def _copies(plan: Plan) -> list[str]:
+    """Where copies wait, and what the loss of a board would come to."""
+    times = {stage.stage: stage.compute_s for stage in plan.stages}
+    needed = sum(standby.memory_bytes for standby in plan.standbys)
+    lines = ["copies that wait", f"  {copies_text(plan.replicas, needed, plan.replicas_because)}"]
+    lines += [
+        f"  stage {standby.stage} on {standby.device}: {bytes_text(standby.memory_bytes)}, "
+        f"{seconds_text(standby.compute_s)} per token there instead of {seconds_text(times[standby.stage])}"
+        for standby in plan.standbys
+    ]
+    if covered(plan):
+        lines.append("  after the loss of any one board each stage is still loaded somewhere")
+    return lines
+
+
 def _table(plan: Plan) -> list[str]:
-    rows = [("stage", "device", "holds", "memory", "of", "compute", "hop", "hop bytes", "prefill chunk")]
+    rows = [("stage", "device", "engine", "holds", "memory", "of", "compute", "hop", "hop bytes", "prefill chunk")]
     for stage in plan.stages:
         chunk_s = stage.prefill_chunk_s
         rows.append(
             (
                 str(stage.stage),
                 stage.device,
+                stage.engine,
                 blocks_text(stage.embedding, stage.first_block, stage.end_block, stage.head),
                 bytes_text(stage.memory_bytes),
                 bytes_text(stage.memory_limit_bytes),
                 seconds_text(stage.compute_s),
                 seconds_text(stage.hop_s),
-                str(stage.hop_bytes),
+                f"{stage.hop_bytes}" + (f" {stage.row_codec}" if stage.row_codec != AS_IS else ""),
                 seconds_text(chunk_s) if chunk_s is not None else "not measured",
             )
         )
@@ -80,51 +149,27 @@ def _table(plan: Plan) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-class _Question:
-    """The request of a plan, solved again with changed candidates."""
-
-    def __init__(self, graph: Graph, request: PlanRequest, candidates: Sequence[Candidate]) -> None:
-        self._graph = graph
-        self._request = request
-        self.candidates = list(candidates)
-
-    def solved(self, change: Callable[[Candidate], Candidate | None] = lambda candidate: candidate) -> _Answer | None:
-        """Solve with every candidate passed through `change` (None takes it away); None if nothing fits then."""
-        changed = [new for new in map(change, self.candidates) if new is not None]
-        priced = price(self._graph, changed, self._request)
-        solution = solve(priced)
-        return _Answer(priced, solution) if solution else None
-
-
-class _Answer:
-    """A solution and its price list."""
-
-    def __init__(self, priced: Priced, solution: Solution) -> None:
-        self.priced = priced
-        self.solution = solution
-        latency = priced.request.objective == "latency"
-        self.figure_s = solution.latency_s if latency else solution.slowest_s
-
-    def run_of(self, device: str) -> Run | None:
-        for run in self.solution.placement:
-            if self.priced.costs[run.device].device == device:
-                return run
-        return None
-
-    def blocks_of(self, device: str) -> int:
-        run = self.run_of(device)
-        return count_blocks(self.priced, run.first, run.end) if run else 0
+def _errors(plan: Plan) -> list[str]:
+    """What each coded cut costs."""
+    coded = [stage for stage in plan.stages if stage.codec != AS_IS]
+    if not coded:
+        return []
+    lines = [
+        f"  {stage.device}: {stage.codec}{'' if stage.row_codec == stage.codec else ' for prompts'}, perplexity up by "
+        f"{stage.error_percent:.2g} % at most, logits {stage.logit_error:.2g} apart"
+        for stage in coded
+    ]
+    return ["", f"what codecs cost (all: {plan.perplexity_increase_percent:.2g} % at most)", *lines]
 
 
 def _changes(plan: Plan, graph: Graph, candidates: Sequence[Candidate]) -> list[str]:
-    question = _Question(graph, request_of(plan), candidates)
+    question = Question(graph, request_of(plan), candidates)
     now = question.solved()
     if now is None:
         return ["on today's figures there is no plan at all: plan again to see what is missing"]
     lines = [_binding(now)]
-    planned_s = plan.predicted_token_s if plan.objective == "latency" else plan.predicted_slowest_s
-    if now.figure_s < planned_s * (1 - WORTH_SAYING):
-        lines.append(f"today's figures allow a better plan: {seconds_text(now.figure_s)} per token")
+    if now.value < figure(plan) * (1 - WORTH_SAYING):
+        lines.append(f"today's figures allow a better plan: {figure_text(plan.objective, now.value)}")
     devices = [cost.device for cost in now.priced.costs]
     used = [device for device in devices if now.run_of(device)]
     asked = [*used, *(device for device in devices if device not in used)][:MAX_ASKED]
@@ -132,10 +177,10 @@ def _changes(plan: Plan, graph: Graph, candidates: Sequence[Candidate]) -> list[
     lines += filter(None, (_with_link(question, now, device) for device in asked))
     if len(devices) > now.priced.request.boards_at_least:
         lines += [_without(question, now, device) for device in used[:MAX_ASKED]]
-    return lines
+    return lines + sensitivity(question, now)
 
 
-def _binding(now: _Answer) -> str:
+def _binding(now: Answer) -> str:
     """Which resource the time goes to."""
     problem, placement = now.priced.problem, now.solution.placement
     if now.priced.request.objective == "throughput":
@@ -151,14 +196,14 @@ def _binding(now: _Answer) -> str:
     return f"compute binds: {1 - share:.0%} of a token's time, {share:.0%} is spent in hops"
 
 
-def _stage_s(now: _Answer, run: Run) -> float:
+def _stage_s(now: Answer, run: Run) -> float:
     return now.priced.costs[run.device].stage_s(now.priced.modules(run))
 
 
-def _with_memory(question: _Question, now: _Answer, device: str) -> str:
+def _with_memory(question: Question, now: Answer, device: str) -> str:
     """'with 40 MB more memory pi5 would take 4 more blocks: 12.1 instead of 14.2 ms'; '' if memory doesn't bind it."""
     plenty = question.solved(_giving(device, lambda usable: usable * PLENTY))
-    if plenty is None or not _better(plenty, now):
+    if plenty is None or not better(plenty, now):
         return ""
     run = plenty.run_of(device)
     if run is None:
@@ -168,11 +213,11 @@ def _with_memory(question: _Question, now: _Answer, device: str) -> str:
     usable_bytes = max(int(needed_bytes / (1 - RESERVE_FRACTION)) + 1, needed_bytes + RESERVE_MIN_BYTES)
     enough = question.solved(_giving(device, lambda _usable: usable_bytes))
     before = next(candidate.usable_memory_bytes for candidate in question.candidates if candidate.device == device)
-    if enough is None or not _better(enough, now) or usable_bytes <= before:
+    if enough is None or not better(enough, now) or usable_bytes <= before:
         return ""
     more = enough.blocks_of(device) - now.blocks_of(device)
     share = f"take {more} more blocks" if more > 1 else "take one more block" if more == 1 else "share otherwise"
-    return f"with {bytes_text(usable_bytes - before)} more memory {device} would {share}: {_instead(enough, now)}"
+    return f"with {bytes_text(usable_bytes - before)} more memory {device} would {share}: {instead(enough, now)}"
 
 
 def _giving(device: str, usable: Callable[[int], int]) -> Callable[[Candidate], Candidate]:
@@ -184,7 +229,7 @@ def _giving(device: str, usable: Callable[[int], int]) -> Callable[[Candidate], 
     return change
 
 
-def _with_link(question: _Question, now: _Answer, device: str) -> str:
+def _with_link(question: Question, now: Answer, device: str) -> str:
     """What the best link of all boards would do on this one; '' if little, or if it has the best."""
     links = {cost.device: cost.link for cost in now.priced.costs if cost.link}
     if not links:
@@ -205,22 +250,13 @@ def _with_link(question: _Question, now: _Answer, device: str) -> str:
         return msgspec.structs.replace(candidate, profile=profile)
 
     faster = question.solved(change)
-    if faster is None or not _better(faster, now):
+    if faster is None or not better(faster, now):
         return ""
-    return f"with a link as good as {best}'s, {device} would save time: {_instead(faster, now)}"
+    return f"with a link as good as {best}'s, {device} would save time: {instead(faster, now)}"
 
 
-def _without(question: _Question, now: _Answer, device: str) -> str:
+def _without(question: Question, now: Answer, device: str) -> str:
     rest = question.solved(lambda candidate: None if candidate.device == device else candidate)
     if rest is None:
         return f"without {device} there is no plan"
-    return f"without {device}: {_instead(rest, now)}"
-
-
-def _better(one: _Answer, now: _Answer) -> bool:
-    return one.figure_s < now.figure_s * (1 - WORTH_SAYING)
-
-
-def _instead(other: _Answer, now: _Answer) -> str:
-    then, today = seconds_text(other.figure_s), seconds_text(now.figure_s)
-    return f"{then} per token, as now" if then == today else f"{then} instead of {today} per token"
+    return f"without {device}: {instead(rest, now)}"

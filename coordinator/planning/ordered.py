@@ -1,9 +1,10 @@
-"""Cut a chain over many devices: dynamic programming along a fixed order of the devices.
+"""Cut a chain over many devices: bounded searches, the best of their results, and how far from the best it can be.
 
-With the used set given up, a table over (number of stages, last device, modules placed) is enough, and 256 devices are
-no trouble. What is lost: the ring visits devices in the order given. Three orders are tried (fastest first, slowest
-first, roomiest first), the way back is added at the end, and the best eight devices found are then searched exactly.
-The result says how far it can be from the optimum at most, by a bound that ignores memory and order.
+Along a fixed order of the devices a table over (number of stages, last device, modules placed) is enough, and 256
+devices are no trouble. What is lost: the ring visits devices in the order given. Three orders are tried (fastest first,
+slowest first, roomiest first), the way back is added at the end. Beside them goes a search without an order
+(coordinator.planning.labels), and the best eight devices found are then searched exactly. The result says how far it
+can be from the optimum at most (coordinator.planning.bounds).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.planning import partition
+from coordinator.planning.bounds import lower_bound
+from coordinator.planning.labels import labelled
 from coordinator.planning.partition import EXACT_DEVICES, TIE, Costs, Floats, Found, Placement, Problem, Run, Solution
 from coordinator.planning.plan import Objective
 
@@ -26,10 +29,10 @@ def solve_any(problem: Problem, objective: Objective, at_least: int = 1, at_most
         return partition.solve(problem, objective, at_least, at_most)
     speed = np.argsort(problem.seconds.sum(axis=1), kind="stable")
     room = np.argsort(-problem.fits.sum(axis=(1, 2)), kind="stable")
-    best: Solution | None = None
+    best = partition.solve(problem, objective, at_least, at_most, search=labelled)
     for order in (speed, speed[::-1], room):
         chosen = [int(d) for d in order]
-        best = _better(objective, best, _solve_in_order(problem, chosen, objective, at_least, at_most))
+        best = _better(best, _solve_in_order(problem, chosen, objective, at_least, at_most))
     used = [run.device for run in best.placement] if best else []
     rest = [int(d) for d in speed if int(d) not in used]
     exactly = ""
@@ -37,46 +40,21 @@ def solve_any(problem: Problem, objective: Objective, at_least: int = 1, at_most
         exactly = f" and the best {EXACT_DEVICES} searched exactly"
         chosen = sorted([*used, *rest[: EXACT_DEVICES - len(used)]])
         refined = partition.solve(problem.only(chosen), objective, at_least, at_most)
-        best = _better(objective, best, refined and _renamed(refined, chosen))
+        best = _better(best, refined and _renamed(refined, chosen))
     if best is None:
         return None
-    value = best.latency_s if objective == "latency" else best.slowest_s
-    gap = value / max(lower_bound(problem, objective, at_least), 1e-12) - 1
+    gap = max(0.0, best.value / max(lower_bound(problem, objective, at_least), 1e-12) - 1)
     return replace(
         best,
-        because=f"{len(problem.devices)} devices are too many to try every set: they were taken in three orders"
-        f"{exactly}; at most {gap:.0%} above a bound that ignores memory",
+        because=f"{len(problem.devices)} devices are too many to try every set: they were taken in three orders and "
+        f"without one{exactly}; at most {gap:.0%} above a bound that no plan can undercut",
     )
 
 
-def lower_bound(problem: Problem, objective: Objective, at_least: int) -> float:
-    """Seconds that no placement can undercut, memory and order ignored.
-
-    Latency: each module on its fastest device, the least overhead per stage and the cheapest hop per stage.
-    Throughput: a module's least time, and all devices working without pause: with w the least time of each module,
-    a device d needs at least r_d w for it, so the whole takes at least sum(w) / sum(1 / r_d).
-    """
-    least = problem.seconds.min(axis=0)
-    if objective == "latency":
-        off_diagonal = ~np.eye(len(problem.devices), dtype=bool)
-        hop = problem.hop_s[:, :, 1:][off_diagonal].min() if at_least > 1 else 0.0
-        return float(least.sum() + at_least * (problem.overhead_s.min() + hop))
-    counted = least > 0
-    if not counted.any():
-        return float(problem.overhead_s.min())
-    ratios = (problem.seconds[:, counted] / least[counted]).min(axis=1)
-    return float(max(least.max() + problem.overhead_s.min(), least.sum() / (1 / ratios).sum()))
-
-
-def _better(objective: Objective, one: Solution | None, other: Solution | None) -> Solution | None:
+def _better(one: Solution | None, other: Solution | None) -> Solution | None:
     if one is None or other is None:
         return one or other
-    return min(one, other, key=lambda solution: _rank(objective, solution))
-
-
-def _rank(objective: Objective, solution: Solution) -> tuple[float, int, float]:
-    value = solution.latency_s if objective == "latency" else solution.slowest_s
-    return value, len(solution.placement), solution.latency_s
+    return min(one, other, key=lambda found: (found.value, len(found.placement), found.latency_s))
 
 
 def _renamed(solution: Solution, chosen: list[int]) -> Solution:
@@ -96,53 +74,46 @@ def along(costs: Costs) -> Found:
     """Search the placements that visit the devices in their order."""
     devices, length = costs.stage.shape[0], costs.stage.shape[1] - 1
     stages = min(costs.at_most, devices, length)
-    # value[k, d, j]: modules 0..j-1 in k + 1 stages, the last on d; came from device, from module.
+    # value[k, d, j]: modules 0..j-1 in k + 1 stages, from `first` to d; came from device, from module.
     value = np.full((stages, devices, length + 1), np.inf)
     device = np.zeros((stages, devices, length + 1), dtype=np.int64)
     module = np.zeros((stages, devices, length + 1), dtype=np.int64)
+    first = np.zeros((stages, devices, length + 1), dtype=np.int64)
     for d in range(devices):
-        value[0, d] = costs.stage[d, 0]
+        value[0, d], first[0, d] = costs.stage[d, 0], d
         for k in range(1, min(stages, d + 1)):
             arrived = costs.join(value[k - 1, :d], costs.hop[:d, d])
             source = arrived.argmin(axis=0)
             total = costs.join(arrived.min(axis=0)[:, None], costs.stage[d])
             start = total.argmin(axis=0)
             value[k, d] = total.min(axis=0)
-            device[k, d] = source[start]
-            module[k, d] = start
-    return _OrderedFound(costs, value, device, module)
+            device[k, d], module[k, d] = source[start], start
+            first[k, d] = first[k - 1, device[k, d], start]
+    rings = value[:, :, -1].copy()
+    rings[0] = costs.join(rings[0], costs.hop[np.arange(devices), np.arange(devices), length])
+    rings[1:] = costs.join(rings[1:], costs.hop[np.arange(devices)[None, :], first[1:, :, -1], length])
+    return _OrderedFound(rings, device, module)
 
 
 class _OrderedFound:
-    """Tables of one pass along an order."""
+    """Tables of one pass along an order, and the cost [k, d] of the best ring of k + 1 stages that ends on d."""
 
-    def __init__(self, costs: Costs, value: Floats, device: Indices, module: Indices) -> None:
-        self._costs, self._value, self._device, self._module = costs, value, device, module
-        self._ends: dict[int, tuple[float, Placement]] = {}
-        for k in range(value.shape[0]):
-            rings = [self._ring(k, int(d)) for d in np.flatnonzero(np.isfinite(value[k, :, -1]))]
-            finite = [ring for ring in rings if np.isfinite(ring[0])]
-            if finite:
-                least = min(total for total, _ in finite)
-                self._ends[k + 1] = next(ring for ring in finite if ring[0] <= least * (1 + TIE))
+    def __init__(self, rings: Floats, device: Indices, module: Indices) -> None:
+        self._rings, self._device, self._module = rings, device, module
 
     @property
     def best_by_stages(self) -> dict[int, float]:
-        return {stages: total for stages, (total, _) in self._ends.items()}
+        least = self._rings.min(axis=1)
+        return {int(k) + 1: float(least[k]) for k in np.flatnonzero(np.isfinite(least))}
 
     def trace(self, stages: int) -> Placement:
-        return self._ends[stages][1]
-
-    def _ring(self, k: int, last: int) -> tuple[float, Placement]:
-        """The best chain of k + 1 stages that ends on `last`, and its cost with the way back."""
+        rings = self._rings[stages - 1]
+        d = int(np.flatnonzero(rings <= rings.min() * (1 + TIE))[0])
         runs: list[Run] = []
-        end, d = self._value.shape[2] - 1, last
-        for level in range(k, -1, -1):
+        end = self._device.shape[2] - 1
+        for level in range(stages - 1, -1, -1):
             start = int(self._module[level, d, end]) if level else 0
             runs.append(Run(d, start, end))
             if level:
                 d, end = int(self._device[level, d, end]), start
-        total = self._value[k, last, -1]
-        if k:
-            total = self._costs.join(total, self._costs.hop[last, runs[-1].device, -1])
-        return float(total), tuple(reversed(runs))
+        return tuple(reversed(runs))

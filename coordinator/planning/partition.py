@@ -1,14 +1,16 @@
 """Cut a chain of modules over devices, optimally.
 
-A placement gives each device at most one contiguous run of modules; devices may be left out. Two objectives:
+A placement gives each device at most one contiguous run of modules; devices may be left out. Three objectives (others
+are made of them: coordinator.planning.mixed):
 
     latency      sum of all stages and hops once round the ring, the hop from the head back to the first stage included
     throughput   the slowest stage, or the busiest link: a full pipeline moves one token per so many seconds
+    memory       the fullest device, by the share of what it may give
 
 Dynamic programme over suffixes of the chain: `best[used][d][f][i]` is the cheapest way to place modules i.. on exactly
 the devices `used`, the first of them on d, when the ring began on f (the way back depends on it). Ties are broken by
 fewer devices, then lower latency, then the lexicographic order of the assignment, so that plans are stable: the
-throughput is found first, and among all placements that reach it the latency is minimised.
+throughput (or the fullest device) is found first, and among all placements that reach it the latency is minimised.
 
 Above EXACT_DEVICES devices the used set is given up for fixed orders of the devices (`coordinator.planning.ordered`).
 """
@@ -16,7 +18,7 @@ Above EXACT_DEVICES devices the used set is given up for fixed orders of the dev
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, NamedTuple, Protocol
 
@@ -45,7 +47,8 @@ class Problem:
     """N devices, L modules. Cut i lies before module i; cut L is the way from the head back to the first stage.
 
     `seconds` [N, L] per module, `overhead_s` [N] per stage, `fits` [N, L + 1, L + 1] whether device d may hold modules
-    i to j - 1, `hop_s` and `transfer_s` [N, N, L + 1] latency and occupancy from device to device at a cut.
+    i to j - 1, `hop_s` and `transfer_s` [N, N, L + 1] latency and occupancy from device to device at a cut; at the last
+    one from a device to itself, too: 0 for tokens.
     """
 
     devices: tuple[str, ...]
@@ -54,6 +57,8 @@ class Problem:
     fits: Flags
     hop_s: Floats
     transfer_s: Floats
+    share: Floats | None = None
+    """[N, L + 1, L + 1] what modules i to j - 1 take of what device d may give; None where nobody asks for it."""
 
     @property
     def modules(self) -> int:
@@ -75,7 +80,13 @@ class Problem:
             fits=self.fits[chosen],
             hop_s=self.hop_s[np.ix_(chosen, chosen)],
             transfer_s=self.transfer_s[np.ix_(chosen, chosen)],
+            share=None if self.share is None else self.share[chosen],
         )
+
+    def within(self, seconds: float) -> Problem:
+        """The same problem without stages and hops that take longer for one token of a full pipeline."""
+        hop_s = np.where(self.transfer_s <= seconds, self.hop_s, np.inf)
+        return replace(self, fits=self.fits & (self.stage_s() <= seconds), hop_s=hop_s)
 
 
 class Run(NamedTuple):
@@ -94,6 +105,8 @@ class Solution:
     placement: Placement
     latency_s: float
     slowest_s: float
+    value: float
+    """Of the objective."""
     best_by_stages: dict[int, float]
     """The least value of the objective with exactly so many stages, where it is possible at all."""
     because: str
@@ -108,6 +121,8 @@ class Costs:
     hop: Floats
     join: Callable[..., Floats]
     at_most: int
+    allowed: Flags | None = None
+    """[2**N] which sets of devices may be used, by their bits; None: all. Kept by the exact search alone."""
 
 
 class Found(Protocol):
@@ -136,10 +151,36 @@ def slowest_s(problem: Problem, placement: Placement) -> float:
     return max([stages, *(float(problem.transfer_s[a, b, cut]) for a, b, cut in hops(problem, placement))])
 
 
+def fullest_share(problem: Problem, placement: Placement) -> float:
+    """What the fullest device is given, as a share of what it may give."""
+    return 0.0 if problem.share is None else max(float(problem.share[run]) for run in placement)
+
+
+def value_of(problem: Problem, placement: Placement, objective: Objective) -> float:
+    if objective == "latency":
+        return latency_s(problem, placement)
+    return slowest_s(problem, placement) if objective == "throughput" else fullest_share(problem, placement)
+
+
+def costs_of(problem: Problem, objective: Objective, at_most: int) -> Costs:
+    """What is minimised for one of the three objectives."""
+    stage = problem.stage_s()
+    if objective == "latency":
+        return Costs(stage, problem.hop_s, np.add, at_most)
+    if objective == "throughput":
+        return Costs(stage, problem.transfer_s, np.maximum, at_most)
+    if objective != "memory" or problem.share is None:
+        raise ValueError(f"{objective} is no objective of a partition")
+    share = np.where(np.isfinite(stage), problem.share, np.inf)
+    return Costs(share, np.where(np.isfinite(problem.hop_s), 0.0, np.inf), np.maximum, at_most)
+
+
 def hops(problem: Problem, placement: Placement) -> list[tuple[int, int, int]]:
-    """(sender, receiver, cut) round the ring; none for a single stage, whose token never leaves the device."""
+    """(sender, receiver, cut) round the ring. A single stage has none: its token never leaves the device; but an item
+    comes to it, and its answer goes back."""
     if len(placement) == 1:
-        return []
+        alone = (placement[0].device, placement[0].device, problem.modules)
+        return [alone] if problem.hop_s[alone] > 0 else []
     onward = [(run.device, after.device, run.end) for run, after in pairwise(placement)]
     return [*onward, (placement[-1].device, placement[0].device, problem.modules)]
 
@@ -155,27 +196,28 @@ def solve(
     if not problem.devices:
         return None
     stages = min(len(problem.devices), problem.modules, at_most or len(problem.devices))
-    stage = problem.stage_s()
     find = search or exact
     allowed = range(at_least, stages + 1)
-    if objective == "latency":
-        found = find(Costs(stage, problem.hop_s, np.add, stages))
-        best_by_stages = found.best_by_stages
-    else:
-        best_by_stages = find(Costs(stage, problem.transfer_s, np.maximum, stages)).best_by_stages
+    costs = costs_of(problem, objective, stages)
+    found = find(costs)
+    best_by_stages = found.best_by_stages
     within = {count: best_by_stages[count] for count in allowed if count in best_by_stages}
     if not within:
         return None
     bound = min(within.values()) * (1 + TIE)
-    if objective == "throughput":
-        hop = np.where(problem.transfer_s <= bound, problem.hop_s, np.inf)
-        found = find(Costs(np.where(stage <= bound, stage, np.inf), hop, np.add, stages))
-        within = {count: bound for count in allowed if count in found.best_by_stages}
+    if objective != "latency":
+        stage = np.where(costs.stage <= bound, problem.stage_s(), np.inf)
+        swiftest = find(Costs(stage, np.where(costs.hop <= bound, problem.hop_s, np.inf), np.add, stages))
+        # A search that closes its ring at the end may find a way back that is too busy, and so nothing at all.
+        if any(count in swiftest.best_by_stages for count in allowed):
+            found = swiftest
+            within = {count: bound for count in allowed if count in found.best_by_stages}
     placement = found.trace(min(count for count, value in within.items() if value <= bound))
     return Solution(
         placement=placement,
         latency_s=latency_s(problem, placement),
         slowest_s=slowest_s(problem, placement),
+        value=value_of(problem, placement, objective),
         best_by_stages=best_by_stages,
         because="",
     )
@@ -198,7 +240,7 @@ def exact(costs: Costs) -> Found:
                 table[d] = costs.join(costs.stage[d][None, :, :], onward[:, None, :]).min(axis=2)
             else:
                 table[d] = costs.join(costs.stage[d][None, :, length], costs.hop[d, :, length][:, None])
-                table[d, d, 0] = costs.stage[d, 0, length]
+                table[d, d, 0] = costs.join(costs.stage[d, 0, length], costs.hop[d, d, length])
         best[used] = table
     return _ExactFound(costs, best)
 
@@ -213,7 +255,7 @@ class _ExactFound:
             (used, d): float(table[d, d, 0])
             for used, table in best.items()
             for d in range(table.shape[0])
-            if np.isfinite(table[d, d, 0])
+            if np.isfinite(table[d, d, 0]) and (costs.allowed is None or costs.allowed[used])
         }
 
     @property

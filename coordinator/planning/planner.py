@@ -12,12 +12,16 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from coordinator.planning.aims import figure, figure_error
 from coordinator.planning.cost import stage_memory
-from coordinator.planning.partition import Infeasible, Solution, hops
+from coordinator.planning.partition import Infeasible, Solution, fullest_share, hops
 from coordinator.planning.plan import Limits, Plan, PlannedStage
+from coordinator.planning.prefill import WORTH_CHUNKING, choose_chunk
 from coordinator.planning.reasons import alone_text, left_out_reasons, plan_reason, stage_reason
-from coordinator.planning.request import Candidate, PlanRequest, Priced, check, price, solve
+from coordinator.planning.request import Candidate, PlanRequest, Priced, check, check_power, price
 from coordinator.planning.shortage import infeasible
+from coordinator.planning.solving import fewest_of_equals, solve, token_j
+from coordinator.planning.uncertainty import slowest_error_s, token_error_s
 from models.graph import Graph
 from wire.messages import InboxAddress
 
@@ -26,6 +30,7 @@ __all__ = [
     "Infeasible",
     "PlanRequest",
     "Verdict",
+    "figure",
     "make_plan",
     "placement_of",
     "repriced",
@@ -51,10 +56,34 @@ def make_plan(
     """
     check(graph, request)
     priced = price(graph, candidates, request)
+    check_power(priced)
     solution = solve(priced)
     if solution is None:
         raise infeasible(priced)
-    return _as_plan(priced, solution, address)
+    solution = fewest_of_equals(priced, solution)
+    sizes = request.smaller_chunks
+    if request.objective == "ttft":
+        request, solution = _best_chunk(graph, candidates, request, solution)
+        sizes = ()
+    prefill = choose_chunk(graph, candidates, request, solution, sizes)
+    chunked = msgspec.structs.replace(request, prefill_chunk_tokens=prefill.chunk_tokens)
+    plan = _as_plan(price(graph, candidates, chunked), solution, address)
+    return msgspec.structs.replace(
+        plan, predicted_first_token_s=prefill.first_token_s, prompt_tokens=prefill.prompt_tokens
+    )
+
+
+def _best_chunk(
+    graph: Graph, candidates: Sequence[Candidate], request: PlanRequest, solution: Solution
+) -> tuple[PlanRequest, Solution]:
+    """The size of chunk with which the first token comes soonest, and the placement for it."""
+    best = request, solution
+    for size in request.smaller_chunks:
+        smaller = msgspec.structs.replace(request, prefill_chunk_tokens=size)
+        found = solve(price(graph, candidates, smaller))
+        if found is not None and found.value <= WORTH_CHUNKING * best[1].value:
+            best = smaller, found
+    return best
 
 
 def _as_plan(priced: Priced, solution: Solution, address: Callable[[int], InboxAddress]) -> Plan:
@@ -75,8 +104,14 @@ def _as_plan(priced: Priced, solution: Solution, address: Callable[[int], InboxA
         left_out=(*priced.left_out, *left_out_reasons(priced, solution)),
         predicted_token_s=solution.latency_s,
         predicted_slowest_s=solution.slowest_s,
+        token_error_s=token_error_s(priced, solution.placement),
+        slowest_error_s=slowest_error_s(priced, solution),
+        predicted_token_j=token_j(priced, solution.placement),
+        predicted_memory_share=fullest_share(priced.problem, solution.placement),
+        predicted_cost=solution.value if request.objective == "weighted" else None,
         because=plan_reason(priced, solution),
         alone=alone_text(priced, solution),
+        runs="tokens" if graph.items is None else "items",
         limits=Limits(
             boards_at_least=request.boards_at_least,
             boards_at_most=request.boards_at_most,
@@ -84,6 +119,10 @@ def _as_plan(priced: Priced, solution: Solution, address: Callable[[int], InboxA
             excluded=request.excluded,
             expected_tokens=priced.workload.expected_tokens,
             accept_unsteady=request.accept_unsteady,
+            tokens_per_s=request.tokens_per_s,
+            weights=dict(request.weights),
+            reserve_percent=request.reserve_percent,
+            engine=request.engine,
         ),
     )
 
@@ -96,6 +135,8 @@ def _stage(priced: Priced, solution: Solution, number: int, inbox: InboxAddress)
     first_block = sum(1 for module in priced.graph.modules[: run.first] if module.kind == "block")
     ring = hops(priced.problem, solution.placement)
     sender, receiver, cut = ring[number] if ring else (run.device, run.device, 0)
+    hop_s = float(priced.problem.hop_s[sender, receiver, cut])
+    central_s = central_hop_s(priced, sender, receiver, cut) if ring else 0.0
     return PlannedStage(
         stage=number,
         device=cost.device,
@@ -107,12 +148,27 @@ def _stage(priced: Priced, solution: Solution, number: int, inbox: InboxAddress)
         memory_bytes=memory_bytes,
         memory_limit_bytes=cost.memory_limit_bytes,
         compute_s=cost.stage_s(modules),
-        hop_s=float(priced.problem.hop_s[sender, receiver, cut]),
+        hop_s=hop_s,
+        central_hop_s=central_s if hop_s < central_s else 0.0,
         hop_bytes=priced.hop_bytes[cut] if ring else 0,
         inbox=inbox,
         because=stage_reason(priced, run),
         prefill_chunk_s=cost.stage_prefill_s(modules),
+        compute_j=cost.busy_j(cost.stage_s(modules)),
+        prefill_chunk_j=cost.busy_j(cost.stage_prefill_s(modules)),
+        engine=cost.engine,
+        transfer_s=float(priced.problem.transfer_s[sender, receiver, cut]) if ring else 0.0,
     )
+
+
+def central_hop_s(priced: Priced, sender: int, receiver: int, cut: int) -> float:
+    """Seconds through the site's broker, where the way straight there was measured and is taken; else 0."""
+    one, other = priced.costs[sender], priced.costs[receiver]
+    if priced.graph.items is not None and cut == len(priced.graph.modules):
+        return 0.0  # answers go to who asked
+    if (one.device, other.device) not in priced.direct or one.link is None or other.link is None:
+        return 0.0
+    return one.link.crossing_s(priced.hop_bytes[cut]) + other.link.crossing_s(priced.hop_bytes[cut])
 
 
 def request_of(plan: Plan) -> PlanRequest:
@@ -130,6 +186,10 @@ def request_of(plan: Plan) -> PlanRequest:
         excluded=plan.limits.excluded,
         expected_tokens=plan.limits.expected_tokens,
         accept_unsteady=plan.limits.accept_unsteady,
+        tokens_per_s=plan.limits.tokens_per_s,
+        weights=plan.limits.weights,
+        reserve_percent=plan.limits.reserve_percent,
+        engine=plan.limits.engine,
     )
 
 
@@ -149,8 +209,15 @@ def placement_of(plan: Plan) -> dict[str, str]:
 def repriced(plan: Plan, graph: Graph, candidates: Sequence[Candidate]) -> Plan:
     """The same placement with figures from today's profiles; raises Infeasible if it can't be kept any more."""
     inboxes = {stage.stage: stage.inbox for stage in plan.stages}
+    # What is weighed is held against the best of all boards that may take part.
+    excluded = plan.limits.excluded if plan.objective == "weighted" else ()
     request = msgspec.structs.replace(
-        request_of(plan), boards_at_least=1, boards_at_most=None, pins=placement_of(plan), excluded=()
+        request_of(plan),
+        boards_at_least=1,
+        boards_at_most=None,
+        pins=placement_of(plan),
+        excluded=excluded,
+        engines={stage.device: stage.engine for stage in plan.stages},
     )
     again = make_plan(graph, candidates, request, lambda stage: inboxes[stage])
     return msgspec.structs.replace(again, limits=plan.limits)
@@ -163,7 +230,7 @@ def same_placement(one: Plan, other: Plan) -> bool:
 
 def _placement_key(plan: Plan) -> tuple[object, ...]:
     fixed = (plan.model, plan.precision, plan.wire_dtype, plan.context_tokens, plan.slots, plan.prefill_chunk_tokens)
-    return (*fixed, tuple((s.device, s.embedding, s.first_block, s.end_block, s.head) for s in plan.stages))
+    return (*fixed, tuple((s.device, s.engine, s.embedding, s.first_block, s.end_block, s.head) for s in plan.stages))
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -182,12 +249,11 @@ def worth_moving(running: Plan, better: Plan) -> Verdict:
         return Verdict(move=False, because="the best plan is the one that runs")
     if _placement_key(running)[:-1] != _placement_key(better)[:-1]:
         return Verdict(move=True, because="model, context, slots or chunk differ from what runs")
-    old_s, new_s = _figure(running), _figure(better)
+    old_s, new_s = figure(running), figure(better)
     gain = 1 - new_s / old_s if old_s > 0 else 0.0
+    if new_s < old_s <= new_s + figure_error(running) + figure_error(better):
+        why = f"{gain:.0%} less time per token, and what was measured is no sharper than that"
+        return Verdict(move=False, because=why)
     if gain > WORTH_MOVING:
         return Verdict(move=True, because=f"{gain:.0%} less time per token")
     return Verdict(move=False, because=f"{gain:.0%} less time per token: moving pays above {WORTH_MOVING:.0%}")
-
-
-def _figure(plan: Plan) -> float:
-    return plan.predicted_token_s if plan.objective == "latency" else plan.predicted_slowest_s

@@ -7,10 +7,13 @@ from typing import Final
 import numpy as np
 
 from coordinator.planning import partition
+from coordinator.planning.aims import AIMS, BUSY_SHARE, WEIGHED, figure_text, value_text
 from coordinator.planning.cost import DeviceCost, stage_memory
+from coordinator.planning.ordered import solve_any
 from coordinator.planning.partition import Run, Solution
 from coordinator.planning.plan import LeftOut
 from coordinator.planning.request import Priced
+from coordinator.planning.solving import solve, value_of
 from wire.units import bytes_text, seconds_text
 
 MAX_WHAT_IF: Final = 8
@@ -52,6 +55,8 @@ def stage_reason(priced: Priced, run: Run) -> str:
             speed = f"as fast per block as {fastest.device} ({seconds_text(own_s)})"
     else:
         speed = f"{own_s / least_s:.1f} times slower per block than {fastest.device}"
+    speed += f", {cost.slowed_because}" if cost.slowed_because else ""
+    speed += f", {cost.engine_because}" if cost.engine_because else ""
     pinned = [module.name for module in priced.modules(run) if module.name in priced.request.pins]
     pins = f"; pinned here: {', '.join(pinned)}" if 0 < len(pinned) < len(priced.graph.modules) else ""
     return f"{cost.device}: {share_text(priced, run)}: {speed}; {_room_text(priced, run)}{pins}"
@@ -85,9 +90,16 @@ def left_out_reasons(priced: Priced, solution: Solution) -> tuple[LeftOut, ...]:
     by_speed = sorted(unused, key=lambda d: (block_s(priced, priced.costs[d]), d))
     asked = set(by_speed[:MAX_WHAT_IF]) if len(used) < partition.EXACT_DEVICES else set()
     return tuple(
-        LeftOut(device=priced.costs[d].device, because=_unused_reason(priced, solution, d, what_if=d in asked))
+        LeftOut(
+            device=priced.costs[d].device,
+            because=_unused_reason(priced, solution, d, what_if=d in asked) + _slowed_text(priced.costs[d]),
+        )
         for d in unused
     )
+
+
+def _slowed_text(cost: DeviceCost) -> str:
+    return f"; it {cost.slowed_because}" if cost.slowed_because else ""
 
 
 def _unused_reason(priced: Priced, solution: Solution, device: int, *, what_if: bool) -> str:
@@ -104,20 +116,19 @@ def _unused_reason(priced: Priced, solution: Solution, device: int, *, what_if: 
         return f"at most {most} boards were asked for, and the others are better"
     if what_if:
         chosen = sorted([run.device for run in solution.placement] + [device])
-        both = partition.solve(priced.problem.only(chosen), priced.request.objective, len(chosen))
+        both = solve(priced.only(chosen, len(chosen)))
         if both is None:
             return "no placement gives it a share besides the chosen boards"
-        value_s, chosen_s = _figure(priced, both), _figure(priced, solution)
-        if seconds_text(value_s) == seconds_text(chosen_s):
-            return f"not needed: with it a token would take as long, {seconds_text(value_s)}"
-        return f"not needed: with it a token would take {seconds_text(value_s)}, not {seconds_text(chosen_s)}"
+        objective = priced.request.objective
+        then, now = value_text(objective, both.value), value_text(objective, solution.value)
+        if objective not in ("latency", "throughput"):
+            return f"not needed: with it {then} {AIMS[objective].figure}, not {now}"
+        if then == now:
+            return f"not needed: with it a token would take as long, {then}"
+        return f"not needed: with it a token would take {then}, not {now}"
     own_s = block_s(priced, cost)
     slowest_s = max(block_s(priced, priced.costs[run.device]) for run in solution.placement)
     return f"not needed: {seconds_text(own_s)} per block, the slowest chosen board takes {seconds_text(slowest_s)}"
-
-
-def _figure(priced: Priced, solution: Solution) -> float:
-    return solution.latency_s if priced.request.objective == "latency" else solution.slowest_s
 
 
 def _limit_text(cost: DeviceCost) -> str:
@@ -140,13 +151,15 @@ def alone_text(priced: Priced, solution: Solution) -> str:
         return ""
     cost, alone_s = alone
     text = f"{cost.device} alone: {seconds_text(alone_s)} per token"
-    if len(solution.placement) == 1:
+    if len(solution.placement) == 1 and priced.costs[solution.placement[0].device] is cost:
         return f"{text}, which is this plan"
     this = f"this plan {seconds_text(solution.latency_s)}"
     if solution.latency_s < alone_s:
         return f"{text}; {this}"
     if priced.request.objective == "throughput" and solution.slowest_s < alone_s:
         return f"{text}; {this}, but one every {seconds_text(solution.slowest_s)} when the pipeline is full"
+    if len(solution.placement) == 1:
+        return f"{text}; {this}"
     return f"{text}; {this}: don't split unless the boards shall be shared or the split itself is wanted"
 
 
@@ -155,10 +168,12 @@ def plan_reason(priced: Priced, solution: Solution) -> str:
     request, stages = priced.request, len(solution.placement)
     alone = best_alone(priced)
     first = priced.costs[solution.placement[0].device].device
+    if request.objective not in ("latency", "throughput") or request.tokens_per_s is not None:
+        return _aim_reason(priced, solution)
     splits = {count: value for count, value in solution.best_by_stages.items() if count > 1}
     if stages == 1 and splits:
         count, value = min(splits.items(), key=lambda item: item[1])
-        least_s = _figure(priced, solution)
+        least_s = solution.value
         text = f"don't split: {first} alone takes {seconds_text(least_s)} per token, the best split ({count} boards) "
         text += seconds_text(value)
     elif stages == 1:
@@ -174,6 +189,38 @@ def plan_reason(priced: Priced, solution: Solution) -> str:
     else:
         text = f"{_sum_text(priced, solution)}; {alone[0].device} alone takes {seconds_text(alone[1])}"
     return f"{text}. {solution.because}" if solution.because else text
+
+
+def _aim_reason(priced: Priced, solution: Solution) -> str:
+    """Of a plan that is made for something else than time per token alone: what it comes to, and what that costs."""
+    request, boards = priced.request, _boards_text(len(solution.placement))
+    swiftest = solve_any(priced.problem, "latency", request.boards_at_least, request.boards_at_most)
+    swift_s = solution.latency_s if swiftest is None else swiftest.latency_s
+    if request.tokens_per_s is not None:
+        most = 1 / max(solution.slowest_s, 1e-9)
+        text = f"carries {request.tokens_per_s:g} tokens/s with its busiest part at most {BUSY_SHARE:.0%} busy (a full "
+        text += f"pipeline gives {most:.3g}), on {boards}"
+    else:
+        text = f"{AIMS[request.objective].words}: {figure_text(request.objective, solution.value)}, on {boards}"
+        if request.objective == "weighted":
+            text += f" ({_parts_text(priced, solution)})"
+    if solution.latency_s > swift_s * (1 + EQUAL):
+        text += f"; a token takes {seconds_text(solution.latency_s)}, at least {seconds_text(swift_s)} are possible"
+    return f"{text}. {solution.because}" if solution.because else text
+
+
+def _boards_text(count: int) -> str:
+    return "1 board" if count == 1 else f"{count} boards"
+
+
+def _parts_text(priced: Priced, solution: Solution) -> str:
+    """'1 x latency 14.2 ms, 0.5 x memory 43 %'."""
+    parts = []
+    for objective in WEIGHED:
+        if objective in priced.request.weights:
+            value = value_of(priced, solution.placement, objective)
+            parts.append(f"{priced.request.weights[objective]:g} x {objective} {value_text(objective, value)}")
+    return ", ".join(parts)
 
 
 def _sum_text(priced: Priced, solution: Solution) -> str:

@@ -12,9 +12,10 @@ from typing import Final
 
 import numpy as np
 
+from coordinator.planning.aims import BUSY_SHARE
 from coordinator.planning.cost import stage_memory
 from coordinator.planning.ordered import solve_any
-from coordinator.planning.partition import Infeasible
+from coordinator.planning.partition import TIE, Infeasible
 from coordinator.planning.problem import make_problem
 from coordinator.planning.reasons import count_blocks
 from coordinator.planning.request import Priced
@@ -27,7 +28,8 @@ KV_SHARE: Final = 0.20
 def infeasible(priced: Priced) -> Infeasible:
     """Give the error that says why `priced` has no placement."""
     questions: tuple[Callable[[Priced], Infeasible | None], ...] = (
-        _no_board, _too_few_boards, _pins, _module_too_big, _too_little_memory, _too_few_allowed, _links,
+        _no_board, _too_few_boards, _too_high_load, _pins, _module_too_big, _too_little_memory, _too_few_allowed,
+        _links,
     )  # fmt: skip
     for question in questions:
         error = question(priced)
@@ -62,7 +64,7 @@ def _too_few_boards(priced: Priced) -> Infeasible | None:
             f"{priced.graph.model} has {len(priced.graph.modules)} modules: {wanted} boards can't share it"
         )
     able = [cost.device for d, cost in enumerate(priced.costs) if priced.problem.fits[d].any()]
-    if wanted <= len(able):
+    if wanted <= max(1, len(able)):  # where no board can take a share, that is for the questions about memory to say
         return None
     small = [cost.device for cost in priced.costs if cost.device not in able]
     why = [f"{_left_out_text(priced)}"] if priced.left_out else []
@@ -71,6 +73,27 @@ def _too_few_boards(priced: Priced) -> Infeasible | None:
     return Infeasible(
         f"at least {wanted} boards were asked for, {len(able)} can take a share of {priced.graph.model}{reason}",
         try_=f"fewer boards, or start {wanted - len(able)} more",
+    )
+
+
+def _too_high_load(priced: Priced) -> Infeasible | None:
+    """A load that these boards can't carry, though they can run the model."""
+    request = priced.request
+    if request.tokens_per_s is None:
+        return None
+    best = solve_any(priced.problem, "throughput", request.boards_at_least, request.boards_at_most)
+    if best is None:
+        return None
+    most = BUSY_SHARE / best.slowest_s
+    slowest = max(best.placement, key=lambda run: priced.costs[run.device].stage_s(priced.modules(run)))
+    cost = priced.costs[slowest.device]
+    binding = f"compute on {cost.device} binds"
+    if cost.stage_s(priced.modules(slowest)) < best.slowest_s * (1 - TIE):
+        binding = "a link binds"
+    return Infeasible(
+        f"{priced.graph.model}: {request.tokens_per_s:g} tokens/s are more than these boards carry: at most {most:.3g} "
+        f"with the busiest part {BUSY_SHARE:.0%} busy ({binding})",
+        try_=f"a load of at most {most:.3g}, or one more board",
     )
 
 
@@ -108,7 +131,7 @@ def _solvable(priced: Priced, *, pins: bool = True, at_most: bool = True) -> boo
     if not pins:
         problem = make_problem(priced.graph, priced.workload, priced.costs, {})
     most = request.boards_at_most if at_most else None
-    return solve_any(problem, request.objective, request.boards_at_least, most) is not None
+    return solve_any(problem, "latency", request.boards_at_least, most) is not None
 
 
 def _module_too_big(priced: Priced) -> Infeasible | None:
@@ -190,7 +213,8 @@ def _smaller(priced: Priced) -> str:
     kv = sum(module.kv_bytes_per_token for module in graph.modules) * workload.context_tokens * workload.slots
     advice = []
     if kv > KV_SHARE * (kv + graph.weight_bytes):
-        advice.append(f"a shorter context or fewer slots (the KV cache takes {bytes_text(kv)})")
+        what = "a shorter context or fewer slots" if workload.slots > 1 else "a shorter context"
+        advice.append(f"{what} (the KV cache takes {bytes_text(kv)})")
     if graph.precision != "int4":
         advice.append("int4 weights")
     advice.append("one more board, or more memory for the agents")

@@ -7,12 +7,27 @@ from typing import Any
 
 from coordinator.measured import blocks_text
 from coordinator.notices import boards_hint
+from coordinator.planning.replicas import copies_text
+from coordinator.planning.slots import slots_text
 from coordinator.screens.table import table
+from wire.codecs import AS_IS
 from wire.units import bytes_text, seconds_text
 
 
 def _or_dash(value: object, text: str) -> str:
     return "-" if value is None else text
+
+
+def state_text(device: Mapping[str, Any]) -> str:
+    """'online'; 'online, at 0.40' for a board that runs at so much of what it measured."""
+    speed = device["speed"]
+    return f"{device['state']}, at {speed:.2f}" if speed < 1 else str(device["state"])
+
+
+def profile_text(device: Mapping[str, Any]) -> str:
+    """'live, 3 modules'; 'live, 3 modules, steps take 1.08' for a board that has worked."""
+    borne = device.get("borne_out")
+    return f"{device['profile']}, steps take {borne['times']:.2f}" if borne else str(device["profile"])
 
 
 def devices_text(devices: Sequence[Mapping[str, Any]], site: str) -> str:
@@ -22,14 +37,14 @@ def devices_text(devices: Sequence[Mapping[str, Any]], site: str) -> str:
     rows = [
         (
             row["device"],
-            row["state"],
+            state_text(row),
             row["board"] or "-",
             _or_dash(row["cores"], f"{row['cores'] or 0:g}"),
             _or_dash(row["memory_bytes"], bytes_text(row["memory_bytes"] or 0)),
             _or_dash(row["round_trip_s"], seconds_text(row["round_trip_s"] or 0)),
             row["engines"] or "-",
             row["running"] or "-",
-            row["profile"],
+            profile_text(row),
             _or_dash(row["heard_s"], f"{row['heard_s'] or 0:.0f} s"),
         )
         for row in devices
@@ -49,7 +64,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
             f"{bytes_text(stage['memory_bytes'])} of {bytes_text(stage['memory_limit_bytes'])}",
             seconds_text(stage["compute_s"]),
             seconds_text(stage["hop_s"]),
-            f"{stage['hop_bytes']} B",
+            f"{stage['hop_bytes']} B{_coded(stage)}",
         )
         for stage in plan["stages"]
     ]
@@ -62,13 +77,36 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"({1 / plan['predicted_token_s']:.1f} tokens/s for one stream); "
         f"slowest part {seconds_text(plan['predicted_slowest_s'])}",
         plan["because"],
+        slots_text(plan["slots"], plan["slots_because"]),
     ]
     if plan["alone"]:
         lines.append(plan["alone"])
+    lines += _copies(plan)
     if plan["left_out"]:
         lines.append("left out")
         lines += [f"  {left['device']}: {left['because']}" for left in plan["left_out"]]
     return "\n".join(lines)
+
+
+def _copies(plan: Mapping[str, Any]) -> list[str]:
+    """Which boards hold copies that wait, what they need and take; none when none were asked for."""
+    if plan["replicas"] == 1:
+        return []
+    needed = sum(standby["memory_bytes"] for standby in plan["standbys"])
+    lines = [copies_text(plan["replicas"], needed, plan["replicas_because"])]
+    return lines + [
+        f"  stage {standby['stage']} on {standby['device']} too: {bytes_text(standby['held_bytes'])} weights+KV, "
+        f"{bytes_text(standby['memory_bytes'])} in all; {seconds_text(standby['compute_s'])} per token there"
+        for standby in plan["standbys"]
+    ]
+
+
+def _coded(stage: Mapping[str, Any]) -> str:
+    """' int8-group' where hidden states do not cross as they are, ' (prompts: int8-group)' where only prompts don't."""
+    codec, of_rows = stage.get("codec", AS_IS), stage.get("row_codec", AS_IS)
+    if codec == AS_IS:
+        return ""
+    return f" {codec}" if of_rows == codec else f" (prompts: {codec})"
 
 
 def stages_text(end: Mapping[str, Any]) -> str:
@@ -99,4 +137,7 @@ def stages_text(end: Mapping[str, Any]) -> str:
         )
     if end["bytes_per_token"] is not None:
         lines.append(f"bytes per token over all hops: {end['bytes_per_token']:.0f}")
+    if end["drafts_sent"]:
+        share = end["drafts_accepted"] / end["drafts_sent"]
+        lines.append(f"tokens guessed: {end['drafts_sent']}, right: {end['drafts_accepted']} ({share:.0%})")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from coordinator.screens.plain import state_text
 from coordinator.screens.table import table
 from wire.ids import site_option
 from wire.units import bytes_text, seconds_text
@@ -52,7 +53,10 @@ def columns_for(width: int) -> tuple[int, ...]:
 
 
 def _stages(device: Mapping[str, Any]) -> str:
-    parts = [f"{report['deployment']}/{report['stage']} {report['phase']}" for report in device["stages"]]
+    parts = [
+        f"{report['deployment']}/{report['stage']} {'standby ' if report['standby'] else ''}{report['phase']}"
+        for report in device["stages"]
+    ]
     return ", ".join(parts) or "-"
 
 
@@ -86,7 +90,7 @@ def _rate(
 
 def device_cells(device: Mapping[str, Any], before: Mapping[str, Any] | None, span_s: float) -> tuple[str, ...]:
     """All cells of a device's row, in the order of DEVICE_COLUMNS."""
-    state = device["state"]
+    state = state_text(device)
     heard_s = device["heard_s"]
     if heard_s is not None and heard_s > STALE_AFTER_S:
         state += f" ({heard_s:.0f} s old)"

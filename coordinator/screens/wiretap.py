@@ -7,11 +7,14 @@ from typing import Any
 import msgspec
 
 from wire import frames, topics
+from wire.drafts import drafts_in
 from wire.errors import PeerError
 from wire.flow import parse_credit
+from wire.rows import rows_in
 from wire.transport import Inbound
 
 MAX_SHOWN_CHARACTERS = 400
+MAX_SHOWN_ROWS = 8
 
 
 def row(message: Inbound) -> dict[str, Any]:
@@ -38,6 +41,19 @@ def _frame(message: Inbound) -> dict[str, Any]:
         frame = frames.parse(message.payload)
     except PeerError as error:
         return {"unreadable": error.message}
+    rows: list[dict[str, Any]] = []
+    drafts: tuple[int, ...] = ()
+    if frame.flags & frames.FLAG_DRAFTS and frame.chunk == 0:
+        try:
+            drafts = drafts_in(frame.meta, frame.shape)
+        except PeerError as error:
+            return {"unreadable": error.message}
+    if frame.kind is frames.Kind.ROWS and frame.chunk == 0:
+        try:
+            found = rows_in(frame.meta, frame.shape)
+        except PeerError as error:
+            return {"unreadable": error.message}
+        rows = [{"request": f"{row.request:016x}", "position": row.position} for row in found]
     return {
         "frame": {
             "kind": frame.kind.name,
@@ -51,6 +67,8 @@ def _frame(message: Inbound) -> dict[str, Any]:
             "chunks": frame.chunks,
             "payload_bytes": len(frame.payload),
             "meta_bytes": len(frame.meta),
+            "rows": rows,
+            "drafts": list(drafts),
         }
     }
 
@@ -73,9 +91,13 @@ def describe(message: Inbound) -> str:
         shape = "x".join(str(size) for size in frame["shape"])
         chunks = f" chunk {frame['chunk'] + 1}/{frame['chunks']}" if frame["chunks"] > 1 else ""
         final = " final" if frame["final"] else ""
+        tensor = f"{head}  {frame['kind']} {frame['dtype']}[{shape}]"
+        if frame["rows"]:
+            return f"{tensor}{final}{chunks} {_rows_text(frame['rows'])} epoch {frame['epoch']}"
+        guessed = ", ".join(map(str, frame["drafts"]))
         return (
-            f"{head}  {frame['kind']} {frame['dtype']}[{shape}] position {frame['position']}{final}{chunks} "
-            f"request {frame['request'][:8]} epoch {frame['epoch']}"
+            f"{tensor} position {frame['position']}{final}{chunks} "
+            f"request {frame['request'][:8]} epoch {frame['epoch']}{f' guessed {guessed}' if guessed else ''}"
         )
     if "credit" in facts:
         return f"{head}  credit up to {facts['credit']['limit']} for stream {facts['credit']['stream'][:8]}"
@@ -83,3 +105,10 @@ def describe(message: Inbound) -> str:
         return f"{head}  unreadable: {facts['unreadable']}"
     text = msgspec.json.encode(facts["json"]).decode()
     return f"{head}  {text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + ' ...'}"
+
+
+def _rows_text(rows: list[dict[str, Any]]) -> str:
+    """Whose rows they are: 'requests 1a2b3c4d at 70, 5e6f7a8b at 12'."""
+    shown = ", ".join(f"{row['request'][:8]} at {row['position']}" for row in rows[:MAX_SHOWN_ROWS])
+    more = f" and {len(rows) - MAX_SHOWN_ROWS} more" if len(rows) > MAX_SHOWN_ROWS else ""
+    return f"requests {shown}{more}"

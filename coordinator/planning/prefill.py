@@ -1,0 +1,97 @@
+"""How long a prompt takes until its first token, and in chunks of which size it should enter. Pure.
+
+A prompt enters in chunks, so that all stages work at once: a stage computes one chunk while the next stage computes the
+chunk before. With n chunks the first one passes all stages and hops, and the others follow at the pace of the slowest:
+
+    first token = sum(stages) + sum(hops) + (n - 1) * max(slowest stage, busiest link)
+
+Small chunks fill the pipeline sooner; each costs every stage what a step costs however few its rows are. Both are in
+the boards' own measurements, so the size is chosen by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Final, NamedTuple
+
+import msgspec
+
+from coordinator.planning.cost import LinkCost
+from coordinator.planning.partition import Solution
+from coordinator.planning.request import PROMPT_TOKENS as PROMPT_TOKENS
+from coordinator.planning.request import Candidate, PlanRequest, Priced, price
+from coordinator.planning.topology import shorter
+from models.graph import Graph
+
+WORTH_CHUNKING: Final = 0.95
+"""Smaller chunks are taken when the first token comes in at most so much of the time: measurements scatter, and a plan
+should not change with them."""
+
+
+class Prefill(NamedTuple):
+    """`first_token_s` for a prompt of `prompt_tokens` in chunks of `chunk_tokens`; None where a board has not measured
+    prefill."""
+
+    chunk_tokens: int
+    prompt_tokens: int
+    first_token_s: float | None
+
+
+def pipelined_s(stages_s: Sequence[float], hops_s: Sequence[float], busy_s: Sequence[float], chunks: int) -> float:
+    """The formula above: seconds per chunk of each stage, of each hop, and for which it keeps a link busy."""
+    pace_s = max([*stages_s, *busy_s])
+    return sum(stages_s) + sum(hops_s) + (chunks - 1) * pace_s
+
+
+def first_token_s(priced: Priced, solution: Solution, prompt_tokens: int) -> float | None:
+    """Predict the first token of a prompt on a placement, priced for its size of chunk."""
+    chunk = priced.request.prefill_chunk_tokens
+    stages_s: list[float] = []
+    hops_s: list[float] = []
+    busy_s: list[float] = []
+    row_bytes = max(priced.hop_bytes[1:-1], default=0)
+    chunk_bytes = chunk * row_bytes
+    for number, run in enumerate(solution.placement):
+        cost = priced.costs[run.device]
+        stage_s = cost.stage_prefill_s(priced.modules(run))
+        if stage_s is None:
+            return None
+        stages_s.append(stage_s)
+        if number + 1 < len(solution.placement):
+            links = [cost.link, priced.costs[solution.placement[number + 1].device].link]
+            if None in links:
+                return None
+            central_s = sum(link.crossing_s(chunk_bytes) for link in links if link is not None)
+            busiest_s = max(chunk_bytes / link.bytes_per_s for link in links if link is not None)
+            way = priced.direct.get((cost.device, priced.costs[solution.placement[number + 1].device].device))
+            # The way is chosen by what rows of answers take.
+            straight = way is not None and shorter(way.hop_s(row_bytes), _row_s(links, row_bytes))
+            hops_s.append(way.hop_s(chunk_bytes) if way is not None and straight else central_s)
+            busy_s.append(way.transfer_s(chunk_bytes) if way is not None and straight else busiest_s)
+    return pipelined_s(stages_s, hops_s, busy_s, max(1, ceil(prompt_tokens / chunk)))
+
+
+def _row_s(links: Sequence[LinkCost | None], row_bytes: int) -> float:
+    return sum(link.crossing_s(row_bytes) for link in links if link is not None)
+
+
+def choose_chunk(
+    graph: Graph, candidates: Sequence[Candidate], request: PlanRequest, solution: Solution, sizes: Sequence[int]
+) -> Prefill:
+    """The size of chunk for a placement: the request's own, unless one of `sizes` is better by enough."""
+
+    def at(chunk: int) -> Prefill:
+        priced = price(graph, candidates, msgspec.structs.replace(request, prefill_chunk_tokens=chunk))
+        return Prefill(chunk, priced.prompt_tokens, first_token_s(priced, solution, priced.prompt_tokens))
+
+    best = at(request.prefill_chunk_tokens)
+    if len(solution.placement) == 1:
+        return best
+    for size in sizes:
+        found = at(size)
+        if found.first_token_s is None or best.first_token_s is None:
+            continue
+        if found.first_token_s <= WORTH_CHUNKING * best.first_token_s:
+            best = found
+    return best

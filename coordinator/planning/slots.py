@@ -1,0 +1,57 @@
+"""How many requests a deployment serves at once, when nobody said. Pure but for what `make` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from coordinator.planning.aims import figure
+from coordinator.planning.partition import Infeasible
+from coordinator.planning.plan import Plan
+
+USUAL_SLOTS: Final = 8
+"""Two per stage on four boards: with more, a step takes nearly as much longer as it gives more."""
+
+WORTH_SLOTS: Final = 0.10
+"""More requests at once may make the figure that was asked for (the objective) worse by this share, not by more."""
+
+
+def plan_with_slots(make: Callable[[int], Plan], asked: int | None) -> Plan:
+    """The plan for as many requests at once as were `asked` for, or else for as many as go well, up to USUAL_SLOTS.
+
+    `make(slots)` plans and raises Infeasible, as this does.
+    """
+    if asked is not None:
+        return make(asked)
+    alone = make(1)
+    because = ""
+    slots = USUAL_SLOTS
+    while slots > 1:
+        try:
+            plan = make(slots)
+        except Infeasible:
+            because = f"the keys and values of {slots} requests do not fit on these boards"
+        else:
+            slower = _figure(plan) / _figure(alone) - 1 if _figure(alone) > 0 else 0.0
+            if slower <= WORTH_SLOTS:
+                return _said(plan, because)
+            because = f"with room for {slots} the model would have to be spread so that it is {slower:.0%} slower"
+        slots //= 2
+    return _said(alone, because)
+
+
+def _said(plan: Plan, because: str) -> Plan:
+    return msgspec.structs.replace(plan, slots_because=because)
+
+
+def _figure(plan: Plan) -> float:
+    """What more requests must not make much worse: memory is what they need, so there it is the time of a token."""
+    return plan.predicted_token_s if plan.objective in ("memory", "weighted") else figure(plan)
+
+
+def slots_text(slots: int, because: str) -> str:
+    """'up to 4 requests at once: the keys and values of 8 requests do not fit on these boards'."""
+    count = "one request at a time" if slots == 1 else f"up to {slots} requests at once"
+    return f"{count}: {because}" if because else count
