@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec import Struct
 
 from testbed import links
@@ -27,6 +28,17 @@ MIN_MEMORY_BYTES: Final = 64 << 20
 _GIB: Final = 1 << 30
 
 
+LEAST_SHARE: Final = 0.05
+"""The agent takes no smaller one."""
+
+THROTTLE_FILE: Final = "throttle"
+"""In a board's folder: which share of its speed it has now (`edgelam testbed slow`)."""
+
+DATA: Final = "data"
+DATA_OWN: Final = "data-own"
+"""Of a board with a shaped link: where others reach its own broker, over the link, and where that listens."""
+
+
 class BoardSpec(Struct, frozen=True, kw_only=True):
     """One virtual board. `speed` is a share of one core of this machine; `link` None is no shaped link at all."""
 
@@ -34,6 +46,8 @@ class BoardSpec(Struct, frozen=True, kw_only=True):
     speed: float = 1.0
     memory_bytes: int = 2 * _GIB
     link: LinkSpec | None = None
+    data_broker: bool = True
+    """Whether it may have a broker of its own; False is a board without mosquitto."""
 
     def text(self) -> str:
         """For people: 'pi4: 0.25 of a core, 1.0 GB, 20 Mbit/s, 5.0 ms one way'."""
@@ -80,9 +94,7 @@ def preset(name: str, count: int, link: str | None = None) -> tuple[BoardSpec, .
 
 def with_link(boards: Sequence[BoardSpec], link: LinkSpec | None) -> tuple[BoardSpec, ...]:
     """Give the same boards with another link."""
-    return tuple(
-        BoardSpec(name=board.name, speed=board.speed, memory_bytes=board.memory_bytes, link=link) for board in boards
-    )
+    return tuple(msgspec.structs.replace(board, link=link) for board in boards)
 
 
 def checked_boards(boards: Sequence[BoardSpec]) -> tuple[BoardSpec, ...]:
@@ -138,17 +150,24 @@ class AgentOptions(Struct, frozen=True, kw_only=True):
 
 
 def agent_arguments(board: BoardSpec, options: AgentOptions, folder: Path, via: Mapping[str, Address]) -> list[str]:
-    """The command line of a board's agent. `via`: what to dial instead of the coordinator's own 'mqtt' and 'http'."""
+    """The command line of a board's agent. `via`: what to dial instead of the coordinator's own 'mqtt' and 'http', and
+    where others reach the board's own broker, DATA, which listens on DATA_OWN."""
     arguments = [*options.command, "run", "--site", options.site, "--name", board.name]
     arguments += ["--state-dir", str(folder / "state"), "--cache-dir", str(folder / "cache")]
     if options.broker:
         arguments += ["--broker", options.broker]
     if options.interfaces:
         arguments += ["--interfaces", ",".join(options.interfaces)]
-    if via:
-        arguments += ["--via", ",".join(f"{name}={address.text()}" for name, address in via.items())]
+    dialled = {name: address for name, address in via.items() if name not in (DATA, DATA_OWN)}
+    if dialled:
+        arguments += ["--via", ",".join(f"{name}={address.text()}" for name, address in dialled.items())]
+    if not board.data_broker:
+        arguments += ["--data-broker", "off"]
+    elif DATA in via:
+        arguments += ["--data-address", via[DATA].text(), "--data-port", str(via[DATA_OWN].port)]
     if options.emulate and board.speed < 1.0:
         arguments += ["--emulate-speed", f"{board.speed:g}"]
     if options.emulate:
+        arguments += ["--emulate-throttle", str(folder / THROTTLE_FILE)]
         arguments += ["--emulate-memory", str(board.memory_bytes)]
     return [*arguments, "--threads", str(options.threads)]

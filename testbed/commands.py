@@ -28,6 +28,8 @@ from testbed.links import LinkSpec, broker_address, parse_address
 from testbed.processes import with_source
 from testbed.shaper import LinkStats
 from testbed.state import MARKER, BoardRecord, TestbedState
+from testbed.throttle import slow
+from wire.addresses import host_port_text
 from wire.discovery import find_coordinator
 from wire.errors import Degraded, EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import checked_name, site_option
@@ -146,6 +148,10 @@ class Testbed:
     def reset(self, board: str) -> None:
         """Reset the board's connections once."""
         self._ask({"op": "reset", "link": board})
+
+    def slow(self, board: str, share: float) -> None:
+        """Let the board have this share of its speed from now on, as when it is too hot; 1 is all of it."""
+        slow(self.state_dir, board, share)
 
     def set_link(self, board: str, link: LinkSpec) -> None:
         """Change rate, delay and jitter of a board that was given a link."""
@@ -269,10 +275,8 @@ def _order(options: UpOptions) -> KeeperOrder:
         mqtt = broker_address(mqtt).text()
     else:
         found = find_coordinator(options.site, options.find_timeout_s, options.interfaces)
-        host = f"[{found.addresses[0]}]" if ":" in found.addresses[0] else found.addresses[0]
-        broker = found.broker_hosts[0]
-        mqtt = f"[{broker}]:{found.port}" if ":" in broker else f"{broker}:{found.port}"
-        http = http or (f"{host}:{found.http_port}" if found.http_port else "")
+        mqtt = host_port_text(found.broker_hosts[0], found.port)
+        http = http or (host_port_text(found.addresses[0], found.http_port) if found.http_port else "")
     if http:
         parse_address(http, "coordinator's HTTP API")
     agent = AgentOptions(

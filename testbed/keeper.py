@@ -28,12 +28,14 @@ from msgspec import Struct
 
 from hwprofiles.survey import cores
 from testbed import cgroups, state
-from testbed.boards import AgentOptions, BoardSpec, agent_arguments, overcommitted
+from testbed.boards import DATA, DATA_OWN, AgentOptions, BoardSpec, agent_arguments, overcommitted
 from testbed.control import MAX_LINE_BYTES, Answer, LinkControl, obey, refusal, serve_lines
 from testbed.links import Address, parse_address
 from testbed.processes import end_group, start_child
+from testbed.relink import follow
 from testbed.shaper import Shaper, new_event_loop
 from testbed.state import MARKER, BoardRecord, TestbedState
+from wire.broker import free_port
 from wire.errors import EdgelamError, Refused, UsageError
 
 GRACE_S: Final = 5.0
@@ -117,17 +119,23 @@ class Keeper:
         return written
 
     async def _make_link(self, board: BoardSpec) -> dict[str, Address]:
-        """Shape a board's link: one forward for the broker and one for HTTP, sharing it."""
+        """Shape a board's link: forwards to the broker and to HTTP, and one from others to the board's own broker, all
+        sharing it."""
         if board.link is None:
             return {}
         self._shaper.add_link(board.name, board.link)
         upstreams = {"mqtt": self._order.mqtt, "http": self._order.http}
-        return {
-            name: await self._shaper.add_forward(
-                board.name, name, Address("127.0.0.1", 0), parse_address(upstream, f"{name} upstream")
-            )
+        here = Address("127.0.0.1", 0)
+        via = {
+            name: await self._shaper.add_forward(board.name, name, here, parse_address(upstream, f"{name} upstream"))
             for name, upstream in upstreams.items()
             if upstream
+        }
+        own = Address("127.0.0.1", free_port("127.0.0.1", 0))
+        return {
+            **via,
+            DATA: await self._shaper.add_forward(board.name, DATA, here, own, inward=True),
+            DATA_OWN: own,
         }
 
     def _weigh(self) -> None:
@@ -221,6 +229,10 @@ class Keeper:
         self._save()
         return Answer(ok=True, result={"pid": self._agents[name].pid})
 
+    async def follow_links(self) -> None:
+        """Change links as other commands ask for it, for ever."""
+        await follow(self._folder, self._order.boards, self._shaper)
+
     async def stop(self) -> None:
         """End agents in order, then by force; then links, groups and files."""
         for agent in self._agents.values():
@@ -276,13 +288,15 @@ async def _run(order: KeeperOrder, folder: Path) -> None:
         os.dup2(log.fileno(), 2)
     _say(msgspec.json.encode(Answer(ok=True, result=msgspec.to_builtins(written))) + b"\n")
     reading = asyncio.ensure_future(serve_lines(0, KeeperControl, keeper.act, _say))
+    following = asyncio.ensure_future(keeper.follow_links())
     if not order.detach:
         reading.add_done_callback(lambda _: keeper.ended.set())
     try:
         await keeper.ended.wait()
     finally:
         reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        following.cancel()
+        await asyncio.gather(reading, following, return_exceptions=True)
         await keeper.stop()
 
 

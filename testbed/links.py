@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct
 
-from wire.addresses import DEFAULT_MQTT_PORT
+from wire.addresses import DEFAULT_MQTT_PORT, host_port_text
 from wire.errors import UsageError
 from wire.units import rate_text, seconds_text
 
@@ -73,7 +73,7 @@ class Address(NamedTuple):
     port: int
 
     def text(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port_text(self.host, self.port)
 
 
 def broker_address(text: str) -> Address:

@@ -160,9 +160,9 @@ class BoardLink:
         """Draw the time that one chunk is under way."""
         return self._spec.delay_s + (self._random.uniform(0, self._spec.jitter_s) if self._spec.jitter_s else 0.0)
 
-    def adopt(self, near: socket.socket, upstream: Address) -> None:
-        """Carry a new connection, as one of this link's, until it ends."""
-        task = asyncio.ensure_future(_carry(self, near, upstream))
+    def adopt(self, near: socket.socket, upstream: Address, inward: bool = False) -> None:
+        """Carry a new connection, as one of this link's, until it ends. `inward`: it was opened towards the board."""
+        task = asyncio.ensure_future(_carry(self, near, upstream, inward))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
         task.add_done_callback(lambda _: near.close())  # a task that is cancelled before its first step closes nothing
@@ -231,15 +231,16 @@ class _Pipe:
             self._drained.set()
 
 
-async def _carry(link: BoardLink, near: socket.socket, upstream: Address) -> None:
+async def _carry(link: BoardLink, near: socket.socket, upstream: Address, inward: bool) -> None:
     """Serve one connection until both ends have closed, or reset it on both sides."""
     far: socket.socket | None = None
     tasks: list[asyncio.Task[None]] = []
     in_order = False
     try:
         far = await _dial(link, upstream)
-        up, down = _Pipe(link, link.up, near, far), _Pipe(link, link.down, far, near)
-        tasks = [asyncio.ensure_future(step) for step in (up.take(), up.give(), down.take(), down.give())]
+        there, back = (link.down, link.up) if inward else (link.up, link.down)
+        to, fro = _Pipe(link, there, near, far), _Pipe(link, back, far, near)
+        tasks = [asyncio.ensure_future(step) for step in (to.take(), to.give(), fro.take(), fro.give())]
         await asyncio.gather(*tasks)
         in_order = True
     except (OSError, asyncio.TimeoutError):
@@ -309,8 +310,11 @@ class Shaper:
             raise Refused(f"no shaped link {name!r}", try_=f"one of: {', '.join(self._links) or 'none at all'}")
         return self._links[name]
 
-    async def add_forward(self, link_name: str, name: str, listen: Address, upstream: Address) -> Address:
+    async def add_forward(
+        self, link_name: str, name: str, listen: Address, upstream: Address, *, inward: bool = False
+    ) -> Address:
         """Listen on `listen` (port 0: any) and carry each connection over the link to `upstream`; give the address.
+        `inward`: the board is the one that is reached, not the one that reaches out.
 
         Raises UsageError for an address that can't be listened on or a name that doesn't resolve, Refused for a link
         that doesn't exist.
@@ -320,12 +324,12 @@ class Shaper:
             raise UsageError(f"link {link_name!r} has a forward {name!r} already")
         resolved = await _resolved(upstream)
         listener = _listener(listen)
-        task = asyncio.ensure_future(self._accept(link, listener, resolved))
+        task = asyncio.ensure_future(self._accept(link, listener, resolved, inward))
         self._listeners[link_name, name] = (listener, task)
         host, port, *_ = listener.getsockname()
         return Address(host, port)
 
-    async def _accept(self, link: BoardLink, listener: socket.socket, upstream: Address) -> None:
+    async def _accept(self, link: BoardLink, listener: socket.socket, upstream: Address, inward: bool) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -342,7 +346,7 @@ class Shaper:
             except OSError:
                 near.close()  # gone before we looked, or one too many
                 continue
-            link.adopt(near, upstream)
+            link.adopt(near, upstream, inward)
 
     def stats(self) -> tuple[LinkStats, ...]:
         return tuple(
