@@ -2,6 +2,8 @@
 
 A level is a marker of pyproject.toml. With the option, a skip of a test of that level (or of a module that speaks of
 it) is a failure, and so is a run in which no test of that level was found.
+
+And the longest files come first: workers that share the tests out by files are then done at about the same time.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+LONG = ("tests/e2e/test_recovery.py", "tests/e2e/", "tests/testbed/")
+"""Where tests start processes and wait for them; the longest first."""
 
 # As models.engine does for the programs: some tests import onnxruntime by itself.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -54,6 +59,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((at for at, path in enumerate(LONG) if item.nodeid.startswith(path)), len(LONG)))
     for level in config.getoption("--require-level"):
         if not any(item.get_closest_marker(level) for item in items):
             raise pytest.UsageError(f"level '{level}' is required here, but no test of it was selected")

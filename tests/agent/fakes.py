@@ -86,6 +86,8 @@ class FakeEngine:
         self.rows: dict[int, int] = {}
         self.steps: list[tuple[int, int, int]] = []
         self.fail_at = fail_at
+        self.fail_batch = False
+        self.batches: list[tuple[int, ...]] = []
         self.closed = 0
 
     def open(self) -> int:
@@ -102,7 +104,25 @@ class FakeEngine:
     def row(self, slot: int) -> None:
         return None
 
-    def step(self, slot: int, given: np.ndarray, position: int) -> np.ndarray:
+    def step_many(
+        self, slots: list[int], given: np.ndarray, positions: list[int]
+    ) -> tuple[np.ndarray, dict[int, Exception]]:
+        """Steps of a row each; one that fails fails alone."""
+        self.batches.append(tuple(slots))
+        if self.fail_batch:
+            raise EngineFailed("the whole step made to fail")
+        results: list[np.ndarray | None] = []
+        failed: dict[int, Exception] = {}
+        for index, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+            try:
+                results.append(self.step(slot, given[index : index + 1], position).reshape(-1).copy())
+            except (ContextFull, EngineFailed) as error:
+                failed[index] = error
+                results.append(None)
+        made = next((result for result in results if result is not None), np.zeros(self.order.hidden, np.float32))
+        return np.stack([made if result is None else result for result in results]), failed
+
+    def step(self, slot: int, given: np.ndarray, position: int, logits_rows: int = 1) -> np.ndarray:
         if position > self.rows[slot]:
             raise EngineFailed(f"rows from {position}, {self.rows[slot]} were run")
         if position + len(given) > self.order.context_tokens:
@@ -116,9 +136,12 @@ class FakeEngine:
         hidden = hidden + np.float32(1)
         if not self.order.head:
             return hidden
-        logits = np.zeros(self.order.vocabulary, np.float32)
-        logits[int(hidden[-1, 0]) % self.order.vocabulary] = 1
-        return logits
+        if not 1 <= logits_rows <= len(given):
+            raise EngineFailed(f"logits of {logits_rows} rows in a step of {len(given)}")
+        logits = np.zeros((logits_rows, self.order.vocabulary), np.float32)
+        for row, values in zip(logits, hidden[-logits_rows:, 0], strict=True):
+            row[int(values) % self.order.vocabulary] = 1
+        return logits[0] if logits_rows == 1 else logits
 
 
 class FakeLauncher:
@@ -131,6 +154,8 @@ class FakeLauncher:
         self.alive: set[int] = set()
         self.events: list[Line | Ended] = []
         self.modules: dict[int, str] = {}
+        self.processor: dict[int, float] = {}
+        """Seconds that each worker has used."""
         self._numbers = itertools.count(1)
         self.on_measure: Callable[[int, MeasureTask], None] = lambda worker, task: None
 
@@ -170,6 +195,9 @@ class FakeLauncher:
 
     def tick(self, now_s: float) -> None:
         pass
+
+    def processor_s(self, worker: int) -> float:
+        return self.processor.get(worker, 0.0)
 
     def drain(self) -> list[Line | Ended]:
         found, self.events = self.events, []
@@ -218,6 +246,7 @@ class Lab:
         *,
         host: str = "a",
         find: Callable[..., object] = nobody,
+        data_broker_maker: Callable[..., object] | None = None,
         **changes: object,
     ) -> Service:
         fields: dict[str, object] = {
@@ -240,6 +269,7 @@ class Lab:
             connect=connect,
             launcher=launcher or FakeLauncher(),
             find=find,  # type: ignore[arg-type]
+            data_broker=data_broker_maker,  # type: ignore[arg-type]
             notifier=Notifier({}),
         )
         service = Service(config, outside)

@@ -59,6 +59,8 @@ class Row:
         rows = np.frombuffer(self._given, np.int32 if order.embedding else np.float32)
         rows = rows.astype(np.int64) if order.embedding else rows.reshape(1, order.hidden)
         self.result[...] = self._engine.step(self._slot, rows, position)
+        if position == self._engine.large_at:
+            self.result[...] = 1e9
         self._engine.rows_ahead += 1
 
     def settle(self, position: int) -> None:
@@ -69,6 +71,7 @@ class Row:
 class RowEngine(FakeEngine):
     rows_ahead = 0
     no_number_at = -1
+    large_at = -1
 
     def row(self, slot: int) -> Row:  # type: ignore[override]
         return Row(self, slot)
@@ -80,11 +83,11 @@ class Stage:
     def __init__(self, url: str, order: StageOrder, ahead: bool) -> None:
         self.transport = MqttTransport(url, f"stage-{order.stage}-{ahead}", keepalive_s=30, five=False)
         self.inbox = Inbox(self.transport, order.inbox.topic)
-        self.outboxes = Outboxes(self.transport, order.next)
+        self.outboxes = Outboxes(self.transport, self.transport, order.next)
         self.engine = RowEngine(order)
         stretch = Stretch(1.0, 1)
         self.work = StageWork(order, self.engine, self.outboxes, self.inbox.done, draw, stretch, SITE, DEVICE)
-        self.ahead = StepAhead(self.transport, self.outboxes, self.work, self.engine, draw, stretch)
+        self.ahead = StepAhead(self.transport, self.transport, self.outboxes, self.work, self.engine, draw, stretch)
         if ahead:
             self.transport.ahead = self.ahead
 
@@ -179,13 +182,13 @@ class Deployment:
             stage.transport.close()
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("stages", "codec"), [(2, "as-is"), (3, "as-is"), (3, "bf16"), (3, "int8-token")])
 def test_an_answer_is_the_same_to_the_byte_and_all_but_its_first_steps_are_made_ahead(
-    stages: int, broker: Broker
+    stages: int, codec: str, broker: Broker
 ) -> None:
     results = []
     for ahead in (False, True):
-        deployment = Deployment(broker.url, stages, ahead)
+        deployment = Deployment(broker.url, stages, ahead, row_codec_in=codec, row_codec_out=codec)
         deployment.ask([1, 2, 3, 4, 5], 7, 20)
         deployment.run(1)
         for _ in range(20):
@@ -303,4 +306,14 @@ def test_a_lost_connection_forgets_what_was_laid_out(tmp_path: Path) -> None:
         for stage in deployment.stages:
             stage.turn()
     assert all(stage.transport.link is not Link.UP for stage in deployment.stages)
+    deployment.close()
+
+
+def test_a_row_that_its_codec_can_not_say_ends_its_request_with_the_reason(broker: Broker) -> None:
+    deployment = Deployment(broker.url, 2, True, row_codec_in="f16", row_codec_out="f16")
+    deployment.stages[0].engine.large_at = 12
+    deployment.ask([1, 2], 1, 30)
+    deployment.run(1)
+    assert ["range of f16" in text for text in deployment.errors()] == [True]
+    assert deployment.stages[0].ahead.steps > 5
     deployment.close()

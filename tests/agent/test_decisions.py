@@ -17,11 +17,13 @@ from agent.converge import Adopt, Fetch, Hold, Running, Start, Stop, actions
 from agent.describe import device_info
 from agent.fetch import artifact_url
 from agent.finder import whereabouts
+from agent.hanging import HANGING_AFTER_S, LEAST_PROCESSOR_S, MUTE_AFTER_S, Sign
 from agent.restarts import Deaths
 from agent.telemetry import Pulse
 from agent.workers.clock import Clocks
 from agent.workers.deaths import oom_kills, words_for
 from agent.workers.stretch import Stretch
+from agent.workers.throttle import LEAST_SHARE, Throttle
 from hwprofiles.profile import Interface
 from hwprofiles.reading import Absent
 from hwprofiles.survey import survey
@@ -165,6 +167,10 @@ ALL = {GRAPH, WEIGHTS}
         ([order_of()], Running(None, hold=Hold.GIVEN_UP), ALL, []),
         ([order_of()], None, ALL, [Start]),
         ([], Running(None), ALL, []),
+        ([order_of(epoch=2)], Running(order_of(standby=True)), ALL, [Adopt]),
+        ([order_of(standby=True)], Running(order_of()), ALL, [Adopt]),
+        ([order_of(standby=True)], None, ALL, [Start]),
+        ([order_of(standby=True)], None, set(), [Fetch]),
     ],
 )
 def test_each_situation_has_its_action(wanted, running, present, expected) -> None:  # type: ignore[no-untyped-def]
@@ -172,9 +178,21 @@ def test_each_situation_has_its_action(wanted, running, present, expected) -> No
     assert [type(action) for action in actions(wanted, now, present)] == expected
 
 
+def test_a_copy_waits_until_the_stages_that_answer_were_started() -> None:
+    active, copy = order_of(0, 2), order_of(1, 2, standby=True)
+    assert [type(action) for action in actions([active, copy], {}, set())] == [Fetch]
+    [started] = actions([active, copy], {}, ALL)
+    assert isinstance(started, Start) and started.order == active
+    assert actions([active, copy], {("chat", 0): Running(active)}, ALL) == (Start(("chat", 1), copy),)
+    given_up = {("chat", 0): Running(None, hold=Hold.GIVEN_UP)}
+    assert actions([active, copy], given_up, ALL) == (Start(("chat", 1), copy),), "there is nothing to wait for"
+    other = {("chat", 1): Running(order_of(1, 2, slots=9))}
+    assert [type(action) for action in actions([active, copy], other, ALL)] == [Stop, Start], "memory comes back first"
+
+
 ORDERS = st.builds(
-    lambda stage, epoch, slots: order_of(stage, 4, epoch, slots=slots),
-    st.integers(0, 3), st.integers(1, 3), st.integers(1, 2),
+    lambda stage, epoch, slots, standby: order_of(stage, 4, epoch, slots=slots, standby=standby),
+    st.integers(0, 3), st.integers(1, 3), st.integers(1, 2), st.booleans(),
 )  # fmt: skip
 
 
@@ -185,7 +203,7 @@ ORDERS = st.builds(
 def test_whatever_runs_what_is_wanted_comes_to_run(before: list, wanted: list) -> None:  # type: ignore[type-arg]
     running = {converge.key_of(order): Running(order) for order in before}
     present: set[str] = set()
-    for _ in range(6):
+    for _ in range(8):
         given_actions = actions(wanted, running, present)
         if not given_actions:
             break
@@ -219,7 +237,7 @@ def test_a_new_phase_is_told_at_once_and_progress_at_most_twice_a_second() -> No
 # Restarts and deaths.
 
 
-def test_pauses_double_and_the_fifth_death_in_five_minutes_is_the_last() -> None:
+def test_a_first_death_costs_no_pause_then_they_double_and_the_fifth_death_in_five_minutes_is_the_last() -> None:
     deaths, at_s, pauses = Deaths(), 100.0, []
     for _ in range(4):
         deaths.died(at_s)
@@ -227,14 +245,46 @@ def test_pauses_double_and_the_fifth_death_in_five_minutes_is_the_last() -> None
         assert not deaths.gave_up
         at_s = deaths.until_s
     deaths.died(at_s)
-    assert pauses == [1, 2, 4, 8] and deaths.gave_up and deaths.total == 5
+    assert pauses == [0, 1, 2, 4] and deaths.gave_up and deaths.total == 5
 
 
 def test_deaths_long_ago_are_forgiven() -> None:
     deaths = Deaths()
     for day in range(20):
         deaths.died(day * 400.0)
-    assert not deaths.gave_up and deaths.until_s == 19 * 400.0 + 1
+    assert not deaths.gave_up and deaths.until_s == 19 * 400.0
+
+
+# Hanging.
+
+
+def test_a_worker_without_a_word_and_without_processor_time_hangs() -> None:
+    sign = Sign(100.0)
+    sign.used(1.0, 101.0)
+    sign.used(1.0 + LEAST_PROCESSOR_S / 2, 104.0)
+    assert not sign.problem(101.0 + HANGING_AFTER_S)
+    assert "no processor time" in sign.problem(101.1 + HANGING_AFTER_S)
+
+
+def test_a_worker_in_a_long_step_does_not_hang_until_no_step_takes_so_long() -> None:
+    sign = Sign(100.0)
+    for second in range(1, int(MUTE_AFTER_S) + 1):
+        sign.used(0.2 * second, 100.0 + second)
+        assert not sign.problem(100.0 + second)
+    assert "no word" in sign.problem(101.0 + MUTE_AFTER_S)
+
+
+def test_a_worker_that_reports_does_not_hang_however_little_it_does() -> None:
+    sign = Sign(100.0)
+    for second in range(1, 1000):
+        sign.heard(100.0 + second)
+        assert not sign.problem(100.5 + second)
+
+
+def test_an_emulated_slow_board_sleeps_in_its_steps() -> None:
+    assert not Sign(100.0, speed=0.25).problem(100.0 + 4 * HANGING_AFTER_S)
+    assert Sign(100.0, speed=0.25).problem(100.1 + 4 * HANGING_AFTER_S)
+    assert Sign(100.0, speed=2.0).problem(100.1 + HANGING_AFTER_S)
 
 
 def test_deaths_are_named_by_signal_code_and_memory(tmp_path: Path) -> None:
@@ -288,6 +338,32 @@ def test_a_quarter_of_the_speed_takes_four_times_as_long_also_over_many_steps() 
     now, stretch = stretched(0.25)
     total_s = sum(now.step(stretch, 0.001) for _ in range(1000))
     assert total_s == pytest.approx(4.0, rel=0.001)
+
+
+def test_a_throttled_board_takes_longer_from_the_next_step_on_and_can_be_as_fast_again() -> None:
+    now, stretch = stretched(0.5)
+    assert now.step(stretch, 0.010) == pytest.approx(0.020, abs=0.0002)
+    stretch.throttle(0.25)
+    assert now.step(stretch, 0.010) == pytest.approx(0.080, abs=0.0002)
+    stretch.throttle(1.0)
+    assert now.step(stretch, 0.010) == pytest.approx(0.020, abs=0.0002)
+    now, stretch = stretched(1.0)
+    stretch.throttle(0.5)
+    assert now.step(stretch, 0.010) == pytest.approx(0.020, abs=0.0002)
+    stretch.throttle(1.0)
+    assert now.step(stretch, 0.010) == pytest.approx(0.010, abs=0.0002)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("0.3\n", 0.3), ("1", 1.0), ("7", 1.0), ("0.001", LEAST_SHARE), ("", 1.0), ("hot", 1.0), ("-1", 1.0),
+     ("nan", 1.0), ("inf", 1.0), ("0" * 10_000_000, 1.0), ("\xff", 1.0)],
+)  # fmt: skip
+def test_a_throttle_is_a_share_whatever_the_file_holds(text: str, share: float, tmp_path: Path) -> None:
+    path = tmp_path / "throttle"
+    assert Throttle("").share() == Throttle(str(path)).share() == 1.0
+    path.write_bytes(text.encode("latin-1"))
+    assert Throttle(str(path)).share() == share
 
 
 def test_full_speed_never_sleeps() -> None:

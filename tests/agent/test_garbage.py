@@ -14,8 +14,9 @@ from agent.config import HostPort, Via
 from agent.lifecycle import State
 from agent.workers.inference import Worker
 from agent.workers.pipe import Assignment, BrokerLogin, Status
+from models.engine.choice import Chosen
 from tests.agent.fakes import DEVICE, SITE, FakeEngine, FakeLauncher, Lab, desired_of, order_of
-from tests.agent.test_ring import REPLY, prompt
+from tests.agent.test_ring import REPLY, inquiry, prompt
 from wire import topics
 from wire.channel import Inbox, Outbox
 from wire.flow import Credit, encode_credit
@@ -31,6 +32,7 @@ from wire.messages import (
     KitModule,
     Telemetry,
 )
+from wire.rows import RowOf, rows_meta
 
 MESSAGES = 10_000
 MAX_GROWTH_BYTES = 64 << 20
@@ -141,14 +143,16 @@ def test_a_worker_survives_ten_thousand_frames_of_garbage_and_serves_the_next_re
         device=DEVICE, site=SITE, order=order, graph_path="", weight_paths=(), login=login, threads=1, speed=1.0
     )
     parent = Silent()
-    worker = Worker(assignment, FakeEngine(order), transport, parent)  # type: ignore[arg-type]
+    worker = Worker(assignment, Chosen(FakeEngine(order), "onnxruntime", ""), transport, parent)  # type: ignore[arg-type]
     client.start()
     client.poll(0)
     inbox, outbox = Inbox(client, REPLY.topic), Outbox(client, order.inbox.topic)
     hidden = Parcel(Kind.HIDDEN, 1, 7, 3, 1, Tensor.of(np.ones((3, 8), np.float32)))
+    owners = rows_meta([RowOf(7, 3), RowOf(8, 3)])
+    rows = Parcel(Kind.ROWS, 1, 0, 0, 0, Tensor.of(np.array([1, 2], np.int32)), owners)
     frames = [
         b"".join(bytes(part) for part in frame)
-        for parcel in (prompt([1, 2, 3]), hidden, Parcel(Kind.CLOSE, 1, 7), Parcel(Kind.PROBE, 1, 7))
+        for parcel in (prompt([1, 2, 3]), hidden, rows, inquiry(), Parcel(Kind.CLOSE, 1, 7), Parcel(Kind.PROBE, 1, 7))
         for frame in encode(parcel, 77, 0, 0)
     ]
     targets = (order.inbox.topic, topics.credit_of(order.inbox.topic), topics.credit_of(REPLY.topic))
@@ -187,6 +191,6 @@ def test_a_worker_survives_ten_thousand_frames_of_garbage_and_serves_the_next_re
     transport.poll = poll  # type: ignore[method-assign]
     worker.run()
     assert tokens == [4, 5, 6, 7, 8]
-    assert worker._inbox.counters.refused > MESSAGES // 10
+    assert worker._inboxes.refused > MESSAGES // 10
     assert peak_bytes() - before_bytes < MAX_GROWTH_BYTES
     assert all(isinstance(status, Status) for status in parent.heard) and parent.heard

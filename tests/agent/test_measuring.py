@@ -9,11 +9,21 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent.jobs import Subject
+from agent.joining import engines_in_words
 from agent.lifecycle import State
-from agent.measuring import Measuring, Subject, engines_in_words
+from agent.measuring import Measuring
 from agent.store import Store
 from agent.workers.pipe import BrokerLogin, Measured, MeasureNote, MeasureTask
-from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, ModuleTiming, Profile, Samples
+from hwprofiles.profile import (
+    Goodput,
+    LinkMeasurement,
+    ModuleMeasurement,
+    ModuleTiming,
+    PairMeasurement,
+    Profile,
+    Samples,
+)
 from hwprofiles.reading import Absent, Failed, Reading
 from hwprofiles.report.render import markdown
 from hwprofiles.survey import Survey, survey
@@ -125,12 +135,18 @@ def test_the_profile_says_of_each_engine_what_was_measured_or_why_it_was_not(lab
         "tensorrt": Absent("tensorrt is not installed"),
     }  # fmt: skip
     loaded = {"onnxruntime": "onnxruntime 1 CPUExecutionProvider"}
-    said = engines_in_words(board, loaded, None)
+    said = engines_in_words(board, loaded, None, {})
     assert said["onnxruntime"] == Reading(loaded["onnxruntime"], "loaded by the measuring worker")
     torch = said["torch"]
-    assert isinstance(torch, Absent) and "not measured, though torch 2.13.0 is installed: stages are" in torch.because
+    assert (
+        isinstance(torch, Absent)
+        and "not measured, though torch 2.13.0 is installed: it is the reference" in torch.because
+    )
     assert said["tensorrt"] == board["tensorrt"]
-    assert engines_in_words(board, {}, known)["onnxruntime"] == said["onnxruntime"], "a link alone"
+    assert engines_in_words(board, {}, known, {})["onnxruntime"] == said["onnxruntime"], "a link alone"
+    assert engines_in_words(board, {}, known, {"tensorrt": "no GPU"})["tensorrt"] == Failed("no GPU")
+    loaded["onnxruntime-cuda"] = "onnxruntime 1 CUDAExecutionProvider"
+    assert engines_in_words(board, loaded, None, {})["onnxruntime-cuda"].value == loaded["onnxruntime-cuda"]  # type: ignore[union-attr]
     assert known is not None and torch.because in markdown(msgspec.structs.replace(known, engines=said))
 
 
@@ -207,9 +223,9 @@ def test_what_failed_once_and_is_measured_later_is_no_longer_a_failure(lab: Lab)
     assert found is not None and found.failed == {} and [m.key for m in found.modules] == ["a"]
 
 
-def ask(lab: Lab, verb: str) -> Reply:
+def ask(lab: Lab, verb: str, **arguments: object) -> Reply:
     reply = topics.REPLY.on(SITE, "coordinator", verb)
-    lab.publish(topics.COMMAND, Command(id="q1", reply_topic=reply), DEVICE, verb)
+    lab.publish(topics.COMMAND, Command(id="q1", reply_topic=reply, arguments=arguments), DEVICE, verb)
     lab.turn(lambda: reply in lab.seen)
     return decode(lab.seen[reply][-1], Reply, "test")
 
@@ -309,3 +325,121 @@ def test_measure_without_a_kit_is_refused(lab: Lab) -> None:
     service = lab.agent(obedient())
     lab.turn(lambda: service.state is State.SERVING)
     assert "no kit" in ask(lab, "measure").error
+
+
+def test_probe_ways_on_command_gives_the_round_trip_to_each_broker_and_leaves_the_profile_alone(lab: Lab) -> None:
+    near, far = "mqtt://10.0.0.1:1884", "mqtt://10.0.0.2:1884"
+    launcher = obedient()
+    service = start(lab, launcher, module())
+    lab.turn(lambda: service.measured)
+    before = service._measuring.profile  # type: ignore[union-attr]
+
+    def answer(worker: int, task: MeasureTask) -> None:
+        assert task.modules == () and task.login is None
+        assert [(name, login.url) for name, login in task.ways] == [(near, near), (far, far)]
+        assert len({login.client_id for _, login in task.ways}) == 2
+        launcher.say(worker, measured(task, link=Absent("not asked for"), ways={near: 0.002}, ways_failed={far: "no"}))
+        launcher.kill(worker, "ended with exit code 0")
+
+    launcher.on_measure = answer
+    reply = ask(lab, "probe-ways", brokers=[near, far])
+    assert reply.ok and reply.result == {"round_trip_s": {near: 0.002}, "failed": {far: "no"}}
+    assert service._measuring.profile is before  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "brokers", [None, [], "mqtt://a:1", ["http://a:1"], [1], ["mqtt://a:1", "x"], ["mqtt://a:1"] * 65]
+)
+def test_probe_ways_to_what_is_no_broker_is_refused(lab: Lab, brokers: object) -> None:
+    service = lab.agent(obedient())
+    lab.turn(lambda: service.state is State.SERVING)
+    reply = ask(lab, "probe-ways", brokers=brokers)
+    assert not reply.ok and "addresses of brokers" in reply.error
+
+
+PAIR = PairMeasurement(
+    peer="other", way="direct", measured_at_unix=1e9, round_trip_payload_bytes=1200, round_trip=RUN, sent=15, lost=0,
+    late=0, there=Goodput(payload_bytes=16384, chunk_bytes=2048, samples=RUN),
+    back=Goodput(payload_bytes=16384, chunk_bytes=2048, samples=RUN),
+)  # fmt: skip
+NEAR, FAR = "mqtt://10.0.0.1:1884", "mqtt://10.0.0.2:1884"
+
+
+def asks_pair(lab: Lab, **changes: object) -> Reply:
+    fields = {"peer": "other", "measure": True, "token": 9, "inward": NEAR, "outward": FAR}
+    return ask(lab, "probe-pair", **{**fields, **changes})
+
+
+def test_probe_pair_measures_the_way_through_both_boards_brokers_and_keeps_it(lab: Lab) -> None:
+    launcher = obedient()
+    service = start(lab, launcher, module())
+    lab.turn(lambda: service.measured)
+    before = service._measuring.profile  # type: ignore[union-attr]
+    seen: list[MeasureTask] = []
+
+    def answer(worker: int, task: MeasureTask) -> None:
+        seen.append(task)
+        found = PAIR if task.pair is not None and task.pair.measure else Absent("answered")
+        launcher.say(worker, measured(task, link=Absent("not asked for"), pair=found))
+        launcher.kill(worker, "ended with exit code 0")
+
+    launcher.on_measure = answer
+    reply = asks_pair(lab)
+    assert reply.ok and reply.result["pair"]["peer"] == "other"
+    assert seen[0].pair is not None and (seen[0].pair.inward.url, seen[0].pair.outward.url) == (NEAR, FAR)
+    assert seen[0].pair.inward.client_id != seen[0].pair.outward.client_id
+    kept = service._measuring.profile  # type: ignore[union-attr]
+    assert before is not None and kept is not None and [pair.peer for pair in kept.pairs] == ["other"]
+    assert msgspec.structs.replace(kept, pairs=()) == before, "it makes nothing else fresh"
+    lab.turn(lambda: (said := profile(lab)) is not None and len(said.pairs) == 1)
+
+
+def test_the_board_at_the_other_end_answers_and_keeps_nothing(lab: Lab) -> None:
+    launcher = obedient()
+    service = start(lab, launcher, module())
+    lab.turn(lambda: service.measured)
+    before = service._measuring.profile  # type: ignore[union-attr]
+
+    def answer(worker: int, task: MeasureTask) -> None:
+        assert task.pair is not None and task.pair.way == "central" and task.pair.inward == task.pair.outward
+        launcher.say(worker, measured(task, link=Absent("not asked for"), pair=Absent("answered")))
+        launcher.kill(worker, "ended with exit code 0")
+
+    launcher.on_measure = answer
+    reply = asks_pair(lab, measure=False, inward="", outward="")
+    assert reply.ok and reply.result == {}
+    assert service._measuring.profile is before  # type: ignore[union-attr]
+
+
+def test_a_pair_that_could_not_be_measured_is_an_error_and_the_profile_stays(lab: Lab) -> None:
+    launcher = obedient()
+    service = start(lab, launcher, module())
+    lab.turn(lambda: service.measured)
+    before = service._measuring.profile  # type: ignore[union-attr]
+
+    def answer(worker: int, task: MeasureTask) -> None:
+        launcher.say(worker, measured(task, link=Absent("not asked for"), pair=Failed("nothing came back")))
+        launcher.kill(worker, "ended with exit code 0")
+
+    launcher.on_measure = answer
+    reply = asks_pair(lab)
+    assert not reply.ok and "nothing came back" in reply.error
+    assert service._measuring.profile is before  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"peer": "a/b"},
+        {"peer": 7},
+        {"token": -1},
+        {"token": "x"},
+        {"inward": "http://a"},
+        {"outward": ""},
+        {"measure": "yes"},
+    ],
+)
+def test_a_pair_that_is_none_is_refused(lab: Lab, wrong: dict[str, object]) -> None:
+    service = lab.agent(obedient())
+    lab.turn(lambda: service.state is State.SERVING)
+    assert not asks_pair(lab, **wrong).ok

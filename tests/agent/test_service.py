@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from agent import claim, lifecycle, restarts
+from agent import claim, hanging, lifecycle, restarts, stages
+from agent.databroker import Wanted
 from agent.lifecycle import State
+from agent.records import Records
 from agent.service import Service
-from agent.workers.pipe import Status
-from tests.agent.fakes import DEVICE, SITE, FakeLauncher, Lab, desired_of, order_of
+from agent.workers.pipe import Assignment, DataBrokerAt, Status
+from tests.agent.fakes import DEVICE, SITE, FakeLauncher, Lab, desired_of, inbox, order_of
 from wire import topics
 from wire.errors import Refused
-from wire.messages import Applied, Command, DeviceInfo, DeviceState, Reply, Telemetry, decode, encode
+from wire.messages import Applied, Command, DeviceInfo, DeviceState, Event, Reply, Telemetry, decode, encode
 
 
 @pytest.fixture
@@ -99,6 +104,26 @@ def test_a_new_epoch_of_the_same_stage_is_adopted_without_loading_again(lab: Lab
     assert told.adopt is not None and told.adopt.epoch == 2 and told.adopt.weights == ()
 
 
+def test_a_copy_takes_its_stages_place_and_goes_back_in_the_same_worker(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    service = serving(lab, launcher)
+    lab.store(service, b"graph", b"weights")
+    apart = inbox(7)
+
+    def said(epoch: int, standby: bool) -> bool:
+        return [(r.epoch, r.phase, r.standby) for r in applied(lab).stages] == [(epoch, "ready", standby)]
+
+    lab.publish(topics.DESIRED, desired_of(order_of(inbox=apart, next=apart, standby=True)), DEVICE)
+    lab.turn(lambda: said(1, True))
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=2), epoch=2), DEVICE)
+    lab.turn(lambda: said(2, False))
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=3, inbox=apart, next=apart, standby=True), epoch=3), DEVICE)
+    lab.turn(lambda: said(3, True))
+    assert launcher.stage_workers == [1]
+    orders = [told.adopt for told in launcher.told[1]]
+    assert [(order.standby, order.inbox) for order in orders if order] == [(False, inbox(0)), (True, apart)]
+
+
 def test_other_blocks_mean_another_worker(lab: Lab) -> None:
     launcher = FakeLauncher()
     running(lab, launcher)
@@ -163,9 +188,50 @@ def test_a_killed_worker_is_started_again_and_the_reason_is_told(lab: Lab) -> No
     running(lab, launcher)
     launcher.kill(1, "killed by the kernel: out of memory")
     lab.turn(lambda: "out of memory" in applied(lab).stages[0].detail)
-    assert applied(lab).stages[0].phase == "waiting"
+    assert applied(lab).stages[0].phase == "loading"
     lab.turn(lambda: phases(lab) == [(1, "ready")])
     assert launcher.stage_workers == [2] and applied(lab).stages[0].restarts == 1
+    launcher.kill(2, "killed by SIGSEGV")
+    lab.turn(lambda: "SIGSEGV" in applied(lab).stages[0].detail)
+    assert applied(lab).stages[0].phase == "waiting", "the second time it rests first"
+    lab.turn(lambda: phases(lab) == [(1, "ready")])
+
+
+def test_a_worker_that_hangs_is_killed_and_started_again_and_the_site_is_told(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hanging, "HANGING_AFTER_S", 0.3)
+    monkeypatch.setattr(stages, "LOOK_PERIOD_S", 0.05)
+    launcher = FakeLauncher()
+    launcher.processor[1] = 5.0
+    running(lab, launcher)
+    status = Status(phase="ready", epoch=1, engine="fake")
+    for _ in range(5):
+        said_s = time.monotonic()
+        launcher.say(1, status)
+        lab.turn(lambda: time.monotonic() - said_s > 0.1)  # noqa: B023
+    assert launcher.stage_workers == [1], "it reports"
+    lab.turn(lambda: launcher.stage_workers == [2])
+    lab.turn(lambda: phases(lab) == [(1, "ready")])
+    assert applied(lab).stages[0].restarts == 1
+    told = [decode(payload, Event, "event") for payload in lab.seen[topics.EVENT.on(SITE, DEVICE)]]
+    assert [event.code for event in told] == ["worker-hung"]
+    assert "no processor time" in told[0].text
+    lab.turn(lambda: launcher.stage_workers == [3])
+
+
+def test_workers_are_not_blamed_for_a_silence_in_which_the_agent_was_stopped_too(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hanging, "HANGING_AFTER_S", 0.3)
+    monkeypatch.setattr(stages, "LOOK_PERIOD_S", 0.05)
+    launcher = FakeLauncher()
+    running(lab, launcher)
+    launcher.say(1, Status(phase="ready", epoch=1, engine="fake"))
+    lab.turn(lambda: not launcher.events)
+    time.sleep(0.5)
+    lab.services[0].step(0.0)
+    assert launcher.stage_workers == [1]
 
 
 def test_an_engine_that_cannot_load_is_given_one_more_chance_and_then_waits_for_a_new_epoch(lab: Lab) -> None:
@@ -299,3 +365,115 @@ def test_every_step_of_the_table_leads_somewhere_and_others_are_named() -> None:
 
 def test_the_largest_order_fits_a_control_message() -> None:
     assert len(encode(desired_of(*(order_of(stage, 8) for stage in range(8))))) < 20_000
+
+
+class BoardBroker:
+    """A data broker on paper."""
+
+    def __init__(self, folder: Path, wanted: Wanted, records: Records, changed: Callable[[], None]) -> None:
+        self.at: DataBrokerAt | None = None
+        self.because = "not started yet"
+        self.starting = True
+        self.reached_from: list[str] = []
+        self.closed = False
+        self._changed = changed
+
+    def reached(self, reached_from: str) -> None:
+        self.reached_from.append(reached_from)
+
+    def become(self, at: DataBrokerAt | None, because: str) -> None:
+        self.at, self.because, self.starting = at, because, False
+        self._changed()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+OWN = DataBrokerAt(address="mqtt://10.0.0.5:1884", url="mqtt://127.0.0.1:1884")
+
+
+def with_broker(lab: Lab, launcher: FakeLauncher) -> tuple[Service, BoardBroker]:
+    made: list[BoardBroker] = []
+
+    def make(*arguments: object) -> BoardBroker:
+        made.append(BoardBroker(*arguments))  # type: ignore[arg-type]
+        return made[0]
+
+    service = lab.agent(launcher, data_broker_maker=make)
+    lab.turn(lambda: service.state is State.SERVING)
+    return service, made[0]
+
+
+def info(lab: Lab) -> DeviceInfo:
+    found = lab.retained(topics.INFO, DeviceInfo)
+    assert isinstance(found, DeviceInfo)
+    return found
+
+
+def test_the_boards_broker_is_told_when_it_is_there(lab: Lab) -> None:
+    service, broker = with_broker(lab, FakeLauncher())
+    assert broker.reached_from == ["127.0.0.1"] and info(lab).data_broker == ""
+    broker.become(OWN, "mosquitto 2.0.11")
+    lab.turn(lambda: info(lab).data_broker == OWN.address)
+    assert info(lab).data_broker_because == "mosquitto 2.0.11"
+    broker.become(None, "mosquitto ended")
+    lab.turn(lambda: info(lab).data_broker == "")
+    service.stop()
+    lab.turn(lambda: service.state is State.STOPPED)
+    service.close()
+    assert broker.closed
+
+
+def test_a_stage_behind_the_boards_broker_waits_until_that_is_there(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    service, broker = with_broker(lab, launcher)
+    lab.store(service, b"graph", b"weights")
+    order = order_of(epoch=1)
+    order = msgspec.structs.replace(order, inbox=msgspec.structs.replace(order.inbox, broker=OWN.address))
+    lab.publish(topics.DESIRED, desired_of(order, epoch=1), DEVICE)
+    lab.turn(lambda: phases(lab) == [(1, "waiting")])
+    lab.turn(lambda: "own broker" in applied(lab).stages[0].detail)
+    assert not launcher.alive
+    broker.become(OWN, "mosquitto 2.0.11")
+    lab.turn(lambda: phases(lab) == [(1, "ready")])
+    [assignment] = launcher.assignments.values()
+    assert isinstance(assignment, Assignment) and assignment.data_broker == OWN
+
+
+def test_a_stage_behind_a_broker_that_is_elsewhere_fails_with_the_reason_and_keeps_its_weights(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    service, broker = with_broker(lab, launcher)
+    lab.store(service, b"graph", b"weights")
+    order = order_of(epoch=1)
+    moved = msgspec.structs.replace(order, inbox=msgspec.structs.replace(order.inbox, broker="mqtt://10.0.0.5:1"))
+    for at, said in ((OWN, f"it is at {OWN.address}"), (None, "there is none")):
+        broker.become(at, "as it is")
+        lab.publish(topics.DESIRED, desired_of(moved, epoch=1), DEVICE)
+        lab.turn(lambda: phases(lab) == [(1, "failed")])
+        lab.turn(lambda: said in applied(lab).stages[0].detail)  # noqa: B023
+    assert not launcher.alive and applied(lab).stages[0].fetched_bytes == applied(lab).stages[0].to_fetch_bytes > 0
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=2), epoch=2), DEVICE)
+    lab.turn(lambda: phases(lab) == [(2, "ready")])
+
+
+def test_a_running_stage_that_is_to_be_reached_where_nobody_is_ends_and_says_why(lab: Lab) -> None:
+    launcher = FakeLauncher()
+    _, broker = with_broker(lab, launcher)
+    broker.become(OWN, "mosquitto 2.0.11")
+    lab.store(lab.services[0], b"graph", b"weights")
+    lab.publish(topics.DESIRED, desired_of(order_of(epoch=1), epoch=1), DEVICE)
+    lab.turn(lambda: phases(lab) == [(1, "ready")])
+    order = order_of(epoch=2)
+    moved = msgspec.structs.replace(order, inbox=msgspec.structs.replace(order.inbox, broker="mqtt://10.0.0.5:1"))
+    lab.publish(topics.DESIRED, desired_of(moved, epoch=2), DEVICE)
+    lab.turn(lambda: phases(lab) == [(2, "failed")])
+    assert "mqtt://10.0.0.5:1" in applied(lab).stages[0].detail
+
+
+def test_an_order_with_a_broker_that_is_none_is_refused(lab: Lab) -> None:
+    serving(lab)
+    order = order_of(epoch=1)
+    order = msgspec.structs.replace(order, next=msgspec.structs.replace(order.next, broker="http://x"))
+    lab.publish(topics.DESIRED, desired_of(order, epoch=1), DEVICE)
+    lab.turn(lambda: applied(lab).refused_epoch == 1)
+    assert "no address of a broker" in applied(lab).refused_because

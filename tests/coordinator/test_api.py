@@ -15,12 +15,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from coordinator import api
-from coordinator.api import MAX_BODY_BYTES, Lines, make_app
+from coordinator.api import Lines, make_app
+from coordinator.bodies import MAX_BODY_BYTES
 from coordinator.client import raise_told
 from coordinator.guard import door_names
 from coordinator.hub import Hub
 from coordinator.inference.requests import GenerateRequest
 from coordinator.journal import DeployRequest
+from coordinator.planning.planner import Candidate
 from coordinator.service import Coordinator
 from tests.coordinator.memory_site import SITE, make_coordinator
 from tests.coordinator.plans import plan_of
@@ -51,6 +53,7 @@ class FakeOperations:
     """Says what it is asked; raises `failure` if there is one."""
 
     def __init__(self) -> None:
+        self.preparing = self
         self.failure: BaseException | None = None
         self.asked: list[Any] = []
         self.candidates = [boards.board("a"), boards.board("b")]
@@ -69,6 +72,10 @@ class FakeOperations:
         self._take(request, progress)
         plan = make_plan(self.graph, self.candidates, boards.request(), boards.address)
         return plan, Prepared(Packed(self.graph)), self.candidates
+
+    async def boards(self, request: DeployRequest, progress: Callable[[str], None]) -> Any:
+        self._take(request, progress)
+        return self.candidates
 
     async def measure(self, request: DeployRequest, progress: Callable[[str], None]) -> list[str]:
         self._take(request, progress)
@@ -91,11 +98,11 @@ class FakeServing:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
         self.asked.append(request)
         try:
-            yield {"event": "start"}
+            yield {"event": "start", "deployment": "tiny", "epoch": 3, "prompt_tokens": 1}
             if self.failure is not None:
                 raise self.failure
             yield {"event": "token", "id": 1, "text": "é\n"}
-            yield {"event": "end"}
+            yield {"event": "end", "finish_reason": "stop"}
         finally:
             self.closed += 1
 
@@ -107,7 +114,7 @@ class Door:
         self.coordinator = coordinator
         self.operations = FakeOperations()
         self.serving = FakeServing()
-        self.app = make_app(coordinator, self.operations, self.serving, key, NAMES)  # type: ignore[arg-type]
+        self.app = make_app(coordinator, self.operations, self.serving, None, key, NAMES)  # type: ignore[arg-type]
 
     def client(self, host: str = "127.0.0.1", key: str = "") -> TestClient:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -158,7 +165,7 @@ def test_status_devices_notices_and_models_name_their_schema(door: Door) -> None
     assert devices["schema"] == "edgelam.devices/1"
     assert [row["device"] for row in devices["devices"]] == ["pi5"]
     assert client.get("/v1/notices").json()["schema"] == "edgelam.notices/1"
-    models = client.get("/v1/models").json()
+    models = client.get("/v1/catalog").json()
     assert models["schema"] == "edgelam.models/1"
     assert any("smollm2" in model["aliases"] for model in models["models"])
 
@@ -179,6 +186,12 @@ def test_a_plan_comes_after_its_status_lines_with_an_explanation(door: Door) -> 
     assert first == {"event": "status", "text": "first"} and second["text"] == "second"
     assert last["event"] == "plan" and last["plan"]["stages"]
     assert all(isinstance(line, str) for line in last["explanation"])
+
+
+def test_candidates_are_given_as_the_planner_sees_them(door: Door) -> None:
+    last = lines(door.client().post("/v1/candidates", json={"model": "tiny"}))[-1]
+    assert last["event"] == "candidates"
+    assert msgspec.convert(last["candidates"], type=list[Candidate]) == door.operations.candidates
 
 
 def test_measuring_names_who_did_not(door: Door) -> None:
@@ -211,7 +224,7 @@ def test_every_documented_route_is_there_and_no_other(door: Door) -> None:
         if line.startswith("    ") and (words := line.split()) and words[0] in ("GET", "POST", "DELETE")
         for method, path in [words[:2]]
     }
-    routes = api.Api(door.coordinator, None, None).routes()  # type: ignore[arg-type]
+    routes = api.Api(door.coordinator, None, None, None).routes()  # type: ignore[arg-type]
     served = {(method, route.path) for route in routes for method in (route.methods or ()) if method != "HEAD"}
     assert served == documented
 
@@ -227,7 +240,7 @@ def test_a_plain_answer_gives_an_error_with_its_status(kind: type[EdgelamError],
     assert_error(response.json(), kind)
 
 
-@pytest.mark.parametrize("path", ["/v1/plan", "/v1/measure", "/v1/deployments"])
+@pytest.mark.parametrize("path", ["/v1/plan", "/v1/candidates", "/v1/measure", "/v1/deployments"])
 @pytest.mark.parametrize(("kind", "_status"), FAILURES)
 def test_a_stream_ends_with_its_error(path: str, kind: type[EdgelamError], _status: int, door: Door) -> None:
     door.operations.failure = kind("no", try_="yes")
@@ -354,6 +367,14 @@ def test_an_artifact_is_given_in_ranges(asked: str, first: int, end: int, door: 
     assert response.status_code == 206
     assert response.content == DATA[first:end]
     assert response.headers["content-range"] == f"bytes {first}-{end - 1}/{len(DATA)}"
+
+
+def test_the_bytes_that_boards_fetch_are_counted(door: Door, artifact: str, coordinator: Coordinator) -> None:
+    client = door.client()
+    client.get(artifact)
+    client.get(artifact, headers={"Range": "bytes=0-9"})
+    client.get("/v1/status")
+    assert coordinator.artifacts.handed_bytes == len(DATA) + 10
 
 
 def test_an_interrupted_fetch_goes_on_only_with_the_same_file(door: Door, artifact: str) -> None:

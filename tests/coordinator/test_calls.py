@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator import operations as operations_module
+from coordinator import preparing as preparing_module
 from coordinator.calls import CallFailed, MeasureRequest
 from tests.coordinator.memory_site import Client, running, until
 from tests.coordinator.test_operations import Site
@@ -58,7 +58,7 @@ class Ears(Client):
 
 def again(site: Site, *devices: str) -> asyncio.Future[list[str]]:
     request = MeasureRequest(model="tiny", again=True, devices=devices)
-    return asyncio.ensure_future(site.operations.measure(request, site.said.append))
+    return asyncio.ensure_future(site.operations.preparing.measure(request, site.said.append))
 
 
 def test_all_that_are_online_are_asked_and_each_answer_is_told(play: Callable[[Scenario], None]) -> None:
@@ -122,7 +122,7 @@ def test_a_board_that_goes_away_or_is_silent_is_named(
             await again(site, "a")
         with pytest.raises(UsageError, match="no board 'c'"):
             await again(site, "c")
-        monkeypatch.setattr(operations_module, "MEASURE_AGAIN_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(preparing_module, "MEASURE_AGAIN_TIMEOUT_S", 0.05)
         with pytest.raises(CallFailed, match="b gave no answer"):
             await again(site, "b")
 

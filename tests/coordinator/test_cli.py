@@ -19,13 +19,14 @@ import httpx
 import psutil
 import pytest
 
+from coordinator.asked import PRECISIONS
 from coordinator.cli import main
 from coordinator.client import reason_of
 from coordinator.commands import model as model_commands
 from coordinator.commands import topics
 from coordinator.commands.common import Precision
 from coordinator.config import Address, write_address
-from coordinator.operations import OBJECTIVES, PRECISIONS
+from coordinator.planning.aims import OBJECTIVES
 from coordinator.planning.plan import Objective
 from testbed import commands as testbeds
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
@@ -143,6 +144,7 @@ def test_without_a_coordinator_every_client_says_so(arguments: tuple[str, ...], 
         (("run", "smollm2"), "no prompt"),
         (("testbed", "up", "--preset", "nosuch"), "--preset"),
         (("up", "--http-port", "x"), "--http-port"),
+        (("up", "--replan", "maybe"), "--replan"),
         (("up", "--model", "smollm2", "--precision", "x"), "precision"),
         (("plan", "smollm2", "--objective", "x"), "--objective"),
         (("topics", "tail", "edgelam/#/x"), "edgelam/#/x"),
@@ -245,6 +247,27 @@ def test_the_cache_is_listed_and_emptied(run: Run, monkeypatch: pytest.MonkeyPat
     assert not checkpoint.exists()
 
 
+def test_codecs_are_measured_on_the_users_own_text_kept_and_shown_again(run: Run) -> None:
+    run.setenv("EDGELAM_CACHE", str(run.folder / "cache"))
+    config = tiny_config()
+    model, text = run.folder / "tiny.gguf", run.folder / "own.txt"
+    write_gguf(model, config, random_tensors(config))
+    text.write_text("hello world and more words " * 40)
+    measure = ("model", "codecs", str(model), "--text", str(text), "--tokens", "300")
+    first = run(*measure, "--json")
+    report = json.loads(first.stdout)
+    assert (report["schema"], report["tokens"], report["text"]) == ("edgelam.codecs/1", 300, "own.txt")
+    assert "trials over 300 tokens" in first.stderr and "kept in" in first.stderr
+    assert json.loads(run(*measure, "--json").stdout) == report, "not measured again"
+    shown = run(*measure, "--again")
+    assert "kept in" in shown.stderr and "int8-group" in shown.stdout and "cuts behind block" in shown.stdout
+    assert "tokens, 256 are needed" in two_lines(run(*measure[:-1], "20", "--again"), ExitCode.USAGE)
+    assert "--seconds" in two_lines(run(*measure, "--again", "--seconds", "0.00001"), ExitCode.REFUSED)
+    text.write_bytes(bytes([255, 254]))
+    assert "UTF-8" in two_lines(run(*measure), ExitCode.USAGE)
+    assert "no time" in two_lines(run(*measure, "--seconds", "0"), ExitCode.USAGE)
+
+
 def test_fetching_a_model_gives_one_document(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(name: str, cache: Path, progress: Callable[[str], None]) -> Path:
         progress("fetching")
@@ -296,6 +319,7 @@ def completions(run: Run, *words: str) -> set[str]:
         (("run", "smollm2", "--objective", "th"), {"throughput"}),
         (("bench", "--precision", "f"), {"f32"}),
         (("up", "--precision", "f"), {"f32"}),
+        (("up", "--replan", "o"), {"on", "off"}),
         (("testbed", "up", "--preset", "sh"), {"shelf"}),
         (("testbed", "up", "--link", "eth"), {"ethernet"}),
         (("demo", "--link", "wi"), {"wifi"}),
@@ -395,9 +419,12 @@ def test_plan_says_at_once_that_it_waits_for_boards(run: Run) -> None:
                 assert plan.poll() is None, "it goes on waiting"
             finally:
                 plan.kill()
-        for option in (("--context", "0"), ("--boards-at-least", "0"), ("--slots", "0")):
+        numbers = (("--context", "0"), ("--boards-at-least", "0"), ("--slots", "0"), ("--error-budget", "101"))
+        wishes = (("--pin", "head"), ("--objective", "weighted"), ("--reserve", "95"), ("--engine", "x"))
+        for option in (*numbers, *wishes):
             two_lines(run("plan", str(model), *option), ExitCode.USAGE)
-        two_lines(run("run", str(model), "-p", "Hi", "--context", "1"), ExitCode.USAGE)
+        for option in (("--context", "1"), ("--slots", "0"), ("--slots", "257")):
+            two_lines(run("run", str(model), "-p", "Hi", *option), ExitCode.USAGE)
 
 
 def test_up_serves_its_clients_refuses_a_second_one_and_leaves_nothing(

@@ -262,7 +262,8 @@ def test_every_notice_of_the_fleet_is_a_row_and_every_row_can_be_filled() -> Non
     assert set(SAID) <= set(NEXT)
     fields = {
         "host": "h", "other_host": "i", "silent_s": 1.0, "waited_s": 1.0, "reason": "r", "old": "o", "new": "n",
-        "limit": 1, "url": "u", "what": "w",
+        "limit": 1, "url": "u", "what": "w", "more_ms": 1.0, "engine": "o",
+        "heat": "", "name": "tiny", "boards": "a, b", "epoch": 3, "because": "b",
     }  # fmt: skip
     for code, row in TABLE.items():
         said = notice(code, device="pi5", **fields)

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordinator.fleet import Fleet, FleetEvent, LinkDown, LinkUp, MdnsGone, MdnsSeen, Presence, Tick
+from coordinator.fleet import Fleet, FleetEvent, LinkDown, LinkUp, MdnsGone, MdnsSeen, Presence, Tick, Unanswered
 from tests.coordinator.test_fleet import applied, beat, info, state
 from wire.limits import OFFLINE_AFTER_S, SUSPECT_AFTER_S
 
@@ -76,6 +76,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.feed(MdnsSeen(name, boot, "10.0.0.9", self.now_s) if seen else MdnsGone(name, self.now_s))
         for known, was in before.items():
             assert was is Presence.SEEN or self.presences()[known] is was, "mDNS decided over life"
+
+    @rule(name=NAMES)
+    def a_stage_does_not_answer(self, name: str) -> None:
+        before = self.presences()
+        self.feed(Unanswered(name, self.now_s))
+        assert self.presences().keys() == before.keys()
+        assert self.presences().get(name) not in ALIVE, "it stays out until it beats again"
 
     @rule(up=st.booleans())
     def own_link(self, up: bool) -> None:

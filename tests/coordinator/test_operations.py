@@ -14,8 +14,11 @@ import pytest
 from msgspec import Struct
 
 from coordinator import operations as operations_module
+from coordinator import preparing as preparing_module
 from coordinator.journal import DeployRequest
-from coordinator.operations import MAX_KIT_MODULES, Operations, best_plan
+from coordinator.operations import Operations
+from coordinator.planning.best import best_plan
+from coordinator.preparing import MAX_KIT_MODULES
 from coordinator.shelf import Shelf
 from coordinator.turns import Hold, Holds
 from models.build import pack as pack_module
@@ -58,20 +61,23 @@ class KitEntry(NamedTuple):
     key: str
     kind: str
     graphs: dict[int, bytes]
+    standard: dict[int, bytes] = {}  # noqa: RUF012
     hidden: int = 8
     vocabulary: int = 32
     wire_dtype: str = "f16"
+    runs: str = "tokens"
 
 
 class FakeShelf:
     """Models of two blocks; each name has module keys of its own beside the ones that boards have measured."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, blocks: int = 2) -> None:
         self._folder = folder
+        self._blocks = blocks
         self.kits = 0
 
     async def prepare(self, model: str, precision: str, progress: Callable[[str], None]) -> Prepared:
-        graph = msgspec.structs.replace(boards.graph(2), model=model)
+        graph = msgspec.structs.replace(boards.graph(self._blocks), model=model)
         files = {}
         for module in graph.modules:
             for digest in module.artifacts:
@@ -86,9 +92,9 @@ class FakeShelf:
 
 
 class Site:
-    def __init__(self, lab: Lab, folder: Path) -> None:
+    def __init__(self, lab: Lab, folder: Path, blocks: int = 2) -> None:
         self.lab = lab
-        self.shelf = FakeShelf(folder)
+        self.shelf = FakeShelf(folder, blocks)
         self.operations = Operations(lab.coordinator, self.shelf)  # type: ignore[arg-type]
         self.said: list[str] = []
 
@@ -143,7 +149,7 @@ class Site:
 @pytest.fixture
 def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario], None]:
     monkeypatch.setattr(operations_module, "_stage_graph", lambda _prepared, plan, stage: b"%d" % stage.stage)
-    monkeypatch.setattr(operations_module, "FIRST_BOARD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(preparing_module, "FIRST_BOARD_TIMEOUT_S", 0.1)
 
     def run(scenario: Scenario) -> None:
         async def whole() -> None:
@@ -207,7 +213,7 @@ def test_a_deployment_can_be_removed_while_it_loads_and_who_waits_is_told(play: 
         work = site.ensure()
         await site.ordered("tiny")
         await asyncio.wait_for(site.operations.remove("tiny"), 5)
-        with pytest.raises(Refused, match="replaced or removed"):
+        with pytest.raises(Refused, match="was removed"):
             await work
 
     play(scenario)
@@ -387,7 +393,7 @@ def test_a_request_that_gives_up_lets_the_next_one_plan(play: Callable[[Scenario
 def test_words_that_mean_nothing_are_refused(changes: dict[str, str], play: Callable[[Scenario], None]) -> None:
     async def scenario(site: Site) -> None:
         with pytest.raises(UsageError):
-            await site.operations.plan(DeployRequest(model="tiny", **changes), silent)
+            await site.operations.preparing.plan(DeployRequest(model="tiny", **changes), silent)
 
     play(scenario)
 
@@ -415,8 +421,8 @@ def test_the_kit_is_built_once_per_model_and_never_outgrows_its_message(
     play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(site: Site) -> None:
-        await site.operations.prepare("tiny", "int4", silent)
-        await site.operations.prepare("tiny", "int4", silent)
+        await site.operations.preparing.prepare("tiny", "int4", silent)
+        await site.operations.preparing.prepare("tiny", "int4", silent)
         assert site.shelf.kits == 1
         for number in range(40):
             keys = [KitEntry(f"block-{number}-{part}", "block", {1: b"x"}) for part in range(3)]
@@ -429,7 +435,7 @@ def test_the_kit_is_built_once_per_model_and_never_outgrows_its_message(
             prepared = Prepared(
                 Packed(msgspec.structs.replace(graph, modules=modules), Config(), {}), Checkpoint(Path("x"))
             )
-            await site.operations._offer_kit(prepared)  # type: ignore[arg-type]
+            await site.operations.preparing._offer_kit(prepared)  # type: ignore[arg-type]
         topic = topics.KIT.on("lab")
         await until(lambda: topic in site.lab.broker.retained and b"block-39-2" in site.lab.broker.retained[topic])
         kit = msgspec.json.decode(site.lab.broker.retained[topic], type=Kit)

@@ -50,6 +50,11 @@ def test_a_board_that_does_not_take_its_order_is_named_at_once(play: Callable[[S
         {"boards_at_least": 0},
         {"boards_at_least": 2, "boards_at_most": 1},
         {"excluded": ("nobody",)},
+        {"pins": (("head", "a"), ("head", "b"))},
+        {"objective": "weighted"},
+        {"objective": "throughput", "tokens_per_s": -1.0},
+        {"reserve_percent": 99.0},
+        {"engine": "x"},
     ],
     ids=str,
 )
@@ -59,7 +64,10 @@ def test_what_can_not_be_is_refused_and_what_runs_goes_on(
     async def scenario(site: Site) -> None:
         await site.measured("a")
         first = await site.ensured(Hold())
-        for work in (site.ensure(**changes), site.operations.plan(DeployRequest(model="tiny", **changes), silent)):
+        for work in (
+            site.ensure(**changes),
+            site.operations.preparing.plan(DeployRequest(model="tiny", **changes), silent),
+        ):
             with pytest.raises(UsageError) as refused:
                 await asyncio.wait_for(work, 5)
             assert refused.value.try_

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from coordinator.inference.patience import LONGEST_S, MARGIN, first_token_timeout_s, prefill_s
-from coordinator.inference.requests import GenerateRequest, Generation, Token, request_meta
+from coordinator.inference.requests import GenerateRequest, Generation, Guesses, Token, guesses_for, request_meta
 from coordinator.planning.plan import Plan
 from tests.coordinator.plans import plan_of
 from wire import frames
@@ -19,8 +19,10 @@ from wire.messages import InboxAddress, RequestMeta, Sampling, StageError
 EPOCH = 4
 
 
-def generation(stall_timeout_s: float = 5.0) -> Generation:
-    meta = RequestMeta(reply=InboxAddress(topic="t/in"), sampling=Sampling(), prompt_tokens=3, max_new_tokens=8)
+def generation(stall_timeout_s: float = 5.0, speculate: int = 0) -> Generation:
+    meta = RequestMeta(
+        reply=InboxAddress(topic="t/in"), sampling=Sampling(), prompt_tokens=3, max_new_tokens=8, speculate=speculate
+    )
     return Generation(7, "tiny", EPOCH, [1, 2, 3], meta, stall_timeout_s)
 
 
@@ -35,9 +37,17 @@ def token(index: int, value: int, final: bool = False, epoch: int = EPOCH) -> fr
     )
 
 
+async def next_token(live: Generation) -> Token:
+    item = await live.next(live.timeout_s)
+    if item is None:
+        raise live.timed_out()
+    assert isinstance(item, Token)
+    return item
+
+
 def take(live: Generation, count: int) -> list[Token]:
     async def run() -> list[Token]:
-        return [await live.next_token() for _ in range(count)]
+        return [await next_token(live) for _ in range(count)]
 
     return asyncio.run(run())
 
@@ -83,9 +93,9 @@ def test_the_first_token_may_take_longer_than_the_next_ones() -> None:
 
     async def scenario() -> None:
         asyncio.get_running_loop().call_later(0.2, live.feed, token(0, 10))
-        assert (await live.next_token()).id == 10
+        assert (await next_token(live)).id == 10
         with pytest.raises(Unreachable, match=r"after 1 tokens"):
-            await live.next_token()
+            await next_token(live)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -127,10 +137,10 @@ def test_the_longest_wait_is_what_stages_may_be_told_and_they_keep_the_request_a
     first_s = first_token_timeout_s(slow_plan(chunk_s=500.0), 3200, 4, 30.0)
     assert first_s == LONGEST_S
     request = GenerateRequest(model="m", prompt="x")
-    meta = request_meta(InboxAddress(topic="t/in"), request, 3200, (), first_s)
+    meta = request_meta(InboxAddress(topic="t/in"), request, 3200, (), first_s, Guesses())
     assert meta.idle_timeout_s == LONGEST_S
     assert msgspec.json.decode(msgspec.json.encode(meta), type=RequestMeta) == meta
-    assert request_meta(InboxAddress(topic="t/in"), request, 3, (), 5.0).idle_timeout_s == 60.0
+    assert request_meta(InboxAddress(topic="t/in"), request, 3, (), 5.0, Guesses()).idle_timeout_s == 60.0
 
 
 @pytest.mark.parametrize(("code", "kind"), [("busy", Refused), ("too-long", Refused), ("engine", Exception)])
@@ -165,3 +175,74 @@ def test_sampling_out_of_range_is_refused_by_name(wrong: dict[str, float]) -> No
     request = msgspec.convert({"model": "m", **wrong}, type=GenerateRequest)
     with pytest.raises(UsageError, match=next(iter(wrong))):
         request.sampling()
+
+
+def tokens(index: int, values: list[int], final: bool = False) -> frames.Parcel:
+    parcel = token(index, 0, final)
+    return msgspec.structs.replace(parcel, tensor=frames.Tensor.of(np.array(values, dtype=np.int32)))
+
+
+def test_tokens_of_one_round_come_together_and_the_last_is_final() -> None:
+    live = generation(speculate=3)
+    live.feed(tokens(0, [10, 11, 12]))
+    live.feed(token(3, 13))
+    live.feed(tokens(2, [12, 13, 14, 15], final=True))  # two of them a second time
+    found = take(live, 6)
+    assert [t.id for t in found] == [10, 11, 12, 13, 14, 15]
+    assert [t.index for t in found] == list(range(6))
+    assert [t.final for t in found] == [False] * 5 + [True]
+    assert live.finished
+
+
+@pytest.mark.parametrize(
+    ("speculate", "index", "values"),
+    [(0, 0, [1, 2]), (3, 0, [1, 2, 3, 4, 5]), (3, 1, [1, 2]), (7, 0, [1] * 9), (3, -5, [1, 2])],
+)
+def test_tokens_that_can_not_be_of_one_round_end_the_request(speculate: int, index: int, values: list[int]) -> None:
+    live = generation(speculate=speculate)
+    parcel = tokens(0, values) if index < 0 else tokens(index, values)
+    live.feed(msgspec.structs.replace(parcel, position=2**32 - 1) if index < 0 else parcel)
+    with pytest.raises(PeerError, match="the head sent"):
+        take(live, 1)
+
+
+def test_more_tokens_than_were_asked_for_end_the_request() -> None:
+    live = generation(speculate=7)
+    live.feed(tokens(0, [1, 2, 3, 4, 5]))
+    live.feed(tokens(5, [6, 7, 8, 9]))
+    with pytest.raises(PeerError, match="the head sent"):
+        take(live, 9)
+
+
+@pytest.mark.parametrize(
+    ("speculate", "exact", "prompt", "pays", "wanted"),
+    [
+        ("off", False, 9, True, (0, False, 0, False)),
+        ("off", True, 9, True, (0, False, 4, True)),
+        ("auto", False, 9, True, (7, False, 0, False)),
+        ("auto", True, 9, True, (7, True, 0, True)),
+        ("auto", False, 9, False, (0, False, 0, False)),
+        ("auto", True, 9, False, (0, False, 4, True)),
+        ("3", False, 9, False, (3, True, 0, False)),
+        ("3", True, 9, True, (3, True, 0, True)),
+        ("3", False, 1, True, (0, False, 0, False)),
+        ("3", True, 1, True, (0, False, 4, True)),
+    ],
+)
+def test_what_is_guessed_keeps_its_class_of_steps_and_needs_no_replay(
+    speculate: str, exact: bool, prompt: int, pays: bool, wanted: tuple[int, bool, int, bool]
+) -> None:
+    """It is decided once for an answer, before and after a loss."""
+    request = GenerateRequest(model="m", prompt="x", speculate=speculate, exact=exact, max_tokens=20)
+    guesses = guesses_for(request, prompt, pays)
+    for given in (0, 4):
+        meta = request_meta(InboxAddress(topic="t/in"), request, prompt + given, (), 5.0, guesses, given)
+        most, padded, replay, alone = wanted
+        assert (meta.speculate, meta.padded, meta.alone) == (most, padded, alone)
+        assert meta.replay_tokens == (replay if given else 0)
+
+
+@pytest.mark.parametrize("speculate", ["on", "0", "8", "-1", ""])
+def test_other_ways_to_guess_are_not_known(speculate: str) -> None:
+    with pytest.raises(UsageError, match="speculate"):
+        GenerateRequest(model="m", prompt="x", speculate=speculate).sampling()

@@ -6,11 +6,16 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from coordinator.runner import Options, Runner, artifacts_host, bound
-from wire.errors import EdgelamError, Refused, UsageError
+from coordinator.changes import Changes
+from coordinator.commands import up as up_command
+from coordinator.config import Ports, read_ports, write_ports
+from coordinator.runner import Options, Runner, artifacts_host, listening
+from wire.broker import PORT_TRIES, Broker
+from wire.errors import EdgelamError, Refused, Unreachable, UsageError
 
 
 @pytest.fixture
@@ -67,6 +72,8 @@ def test_a_dead_connection_thread_ends_the_run(options: Options, monkeypatch: py
 
     class Coordinator:
         hub = Hub()
+        broker_up = True
+        changes = Changes()
 
         def tick(self) -> None:
             return
@@ -94,10 +101,10 @@ def test_an_http_door_that_closes_unasked_is_an_error(options: Options, monkeypa
     async def scenario(runner: Runner) -> None:
         monkeypatch.setattr("coordinator.runner._Server", Server)
         runner.coordinator = object()  # type: ignore[assignment]
-        with bound("127.0.0.1", 0, 0) as door:
+        with listening("127.0.0.1", 0, 0) as door:
             runner._door = door
             with pytest.raises(EdgelamError, match="door"):
-                await runner._serve_http(None, None)  # type: ignore[arg-type]
+                await runner._serve_http(None, None, None)  # type: ignore[arg-type]
 
     play(options, scenario)
 
@@ -128,10 +135,67 @@ def taken() -> Iterator[int]:
 
 
 def test_a_default_port_that_is_taken_gives_way_and_a_wanted_one_does_not(taken: int) -> None:
-    with bound("127.0.0.1", 0, taken) as door:
+    with listening("127.0.0.1", 0, taken) as door:
         assert door.getsockname()[1] not in (0, taken)
     with pytest.raises(UsageError, match=str(taken)):
-        bound("127.0.0.1", taken, 0)
+        listening("127.0.0.1", taken, 0)
+
+
+def test_a_port_that_somebody_takes_before_the_broker_does_is_another_one(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two coordinators that are started at one moment choose the same port."""
+    squatters: list[socket.socket] = []
+
+    def start_broker(_directory: Path, host: str, port: int, _credentials: object) -> Broker:
+        squatters.append(socket.create_server((host, port)))
+        raise Unreachable(f"did not start on {port}")
+
+    monkeypatch.setattr("coordinator.runner.start_broker", start_broker)
+    with pytest.raises(Unreachable):
+        Runner(options)._start_broker()
+    ports = [squatter.getsockname()[1] for squatter in squatters]
+    assert len(set(ports)) == len(ports) == PORT_TRIES
+    for squatter in squatters:
+        squatter.close()
+
+
+def test_a_broker_that_can_not_start_is_not_tried_on_other_ports(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def start_broker(_directory: Path, _host: str, port: int, _credentials: object) -> Broker:
+        tried.append(port)
+        raise Unreachable("no broker is installed")
+
+    monkeypatch.setattr("coordinator.runner.start_broker", start_broker)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free = probe.getsockname()[1]
+    options.state.mkdir()
+    write_ports(options.state, Ports(free, 0))
+    with pytest.raises(Unreachable):
+        Runner(options)._start_broker()
+    assert tried == [free]
+
+
+def test_the_last_port_is_taken_again_if_it_is_free(taken: int) -> None:
+    with listening("127.0.0.1", 0, 0) as door:
+        free = door.getsockname()[1]
+    with listening("127.0.0.1", 0, taken, last=free) as door:
+        assert door.getsockname()[1] == free
+    with listening("127.0.0.1", 0, free, last=taken) as door:
+        assert door.getsockname()[1] == free
+    with pytest.raises(UsageError, match=str(taken)):
+        listening("127.0.0.1", taken, 0, last=free)
+
+
+def test_ports_are_remembered_and_a_file_that_is_none_is_no_ports(tmp_path: Path) -> None:
+    assert read_ports(tmp_path) == Ports()
+    write_ports(tmp_path, Ports(40001, 40002))
+    assert read_ports(tmp_path) == Ports(40001, 40002)
+    (tmp_path / "ports.json").write_bytes(b"[1,")
+    assert read_ports(tmp_path) == Ports()
 
 
 def test_a_board_fetches_weights_where_it_reaches_our_broker() -> None:
@@ -139,3 +203,18 @@ def test_a_board_fetches_weights_where_it_reaches_our_broker() -> None:
     assert artifacts_host("10.0.0.5", broker_elsewhere=True) == "10.0.0.5"
     assert artifacts_host("0.0.0.0", broker_elsewhere=False) == "0.0.0.0", "a board puts the broker's host in"
     assert artifacts_host("0.0.0.0", broker_elsewhere=True) != "0.0.0.0", "the broker's host would be another machine"
+
+
+@pytest.mark.parametrize(("said", "replan"), [("on", True), ("off", False)])
+def test_whether_what_runs_may_move_is_as_it_is_told(
+    said: Literal["on", "off"], replan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Options] = []
+
+    async def serve(options: Options, _on_ready: object) -> None:
+        asked.append(options)
+
+    monkeypatch.setattr(up_command, "serve", serve)
+    up_command.up(replan=said)
+    up_command.up()
+    assert [options.replan for options in asked] == [replan, True]

@@ -22,9 +22,9 @@ from coordinator.commands.common import printable
 from coordinator.commands.top import drawing
 from coordinator.measured import counters_of, measured
 from coordinator.planning.plan import LeftOut
-from coordinator.screens.plain import devices_text, plan_text, stages_text
+from coordinator.screens.plain import devices_text, plan_text, stages_text, state_text
 from coordinator.screens.table import table
-from coordinator.screens.top import STALE_AFTER_S, Snapshot, columns_for, plain
+from coordinator.screens.top import STALE_AFTER_S, Snapshot, columns_for, device_cells, plain
 from tests.coordinator.plans import plan_of
 from wire.messages import StageCounters, StageReport, Telemetry
 
@@ -36,7 +36,7 @@ assert len(LONGEST) == 32
 
 def counters(stage: int, steps: int, busy_s: float, deployment: str = "tiny", epoch: int = 3) -> dict[str, Any]:
     told = StageCounters(
-        deployment=deployment, epoch=epoch, stage=stage, decode_steps=steps, decode_busy_s=busy_s,
+        deployment=deployment, epoch=epoch, stage=stage, decode_steps=steps, decode_rows=steps, decode_busy_s=busy_s,
         decode_sent_bytes=steps * 1232, resident_bytes=50_000_000,
     )  # fmt: skip
     return dict(msgspec.to_builtins(told))
@@ -47,7 +47,8 @@ def device(name: str, **changes: Any) -> dict[str, Any]:
         "device": name, "state": "online", "boot": "ab", "board": "Raspberry Pi 5 Model B Rev 1.0", "arch": "aarch64",
         "cores": 4.0, "memory_bytes": 8 << 30, "memory_used_bytes": 210 << 20, "cpu_fraction": 0.12,
         "temperature_c": 51.0, "engines": "onnxruntime 1.23.2", "emulated": "", "software": "0.1.0",
-        "profile": "live, 3 modules", "round_trip_s": 0.0021, "heard_s": 0.4, "running": "tiny 0: ready", "epoch": 3,
+        "profile": "live, 3 modules", "speed": 1.0, "speed_because": "",
+        "round_trip_s": 0.0021, "heard_s": 0.4, "running": "tiny 0: ready", "epoch": 3,
         "stages": [msgspec.to_builtins(StageReport(deployment="tiny", epoch=3, stage=0, phase="ready"))],
         "counters": [counters(0, 100, 0.5)],
     }  # fmt: skip
@@ -130,6 +131,8 @@ def end_row() -> dict[str, Any]:
         "stages": [msgspec.to_builtins(row) for row in measured(plan, then, now)],
         "token_s": 0.0123, "predicted_token_s": 0.010, "tokens_per_s": 81.3, "time_to_first_token_s": 0.31,
         "bytes_per_token": 1316.0,
+        "drafts_sent": 40,
+        "drafts_accepted": 33,
     }  # fmt: skip
 
 
@@ -139,7 +142,7 @@ SCREENS = {
     "plan": lambda: plan_text(plan_row()),
     "stages": lambda: stages_text(end_row()),
     "stages-unmeasured": lambda: stages_text(
-        {**end_row(), "token_s": None, "tokens_per_s": None, "bytes_per_token": None}
+        {**end_row(), "token_s": None, "tokens_per_s": None, "bytes_per_token": None, "drafts_sent": 0}
     ),
     "top-none": lambda: plain(snapshot(devices=(), deployed=False), None),
     **{f"top-{width}": lambda width=width: plain(later(), before(), width) for width in WIDTHS},
@@ -228,3 +231,10 @@ def test_what_a_board_or_a_model_says_can_not_command_the_terminal() -> None:
     shown = printable(hostile)
     assert not any(mark in shown for mark in "\x1b\x07\r\x9b\x00")
     assert shown.endswith("\ttab\nline é 日 👩‍🚀")
+
+
+def test_a_board_that_became_slow_says_so_beside_its_state() -> None:
+    hot = device("pi4", speed=0.4, speed_because="runs at 0.40 of its profile since 12:03")
+    assert state_text(hot) == "online, at 0.40" and state_text(device("pi5")) == "online"
+    assert "online, at 0.40" in devices_text([hot], "home")
+    assert device_cells(hot, None, 0.0)[1] == "online, at 0.40"

@@ -369,7 +369,8 @@ def test_taking_out_of_force_ends_the_stages_the_plan_and_the_requests(tmp_path:
         await lab.with_boards("a")
         lab.coordinator.put_in_force(record(lab.coordinator, "a"))
         await until(lambda: bool(lab.boards["a"].orders))
-        told = losses(lab.coordinator)
+        told: list[tuple[str, str]] = []
+        lab.coordinator.on_deployment_removed = lambda name, reason: told.append((name, reason))
         lab.coordinator.take_out_of_force("tiny")
         await until(lambda: lab.boards["a"].orders[-1].stages == ())
         first, last = lab.boards["a"].orders[0], lab.boards["a"].orders[-1]

@@ -28,6 +28,7 @@ from wire.ids import new_stream_id
 from wire.messages import RequestMeta
 
 SLOTS = 2
+"""Of the plan; nobody asked for a number."""
 Scenario = Callable[["Ring"], Awaitable[None]]
 
 
@@ -58,17 +59,22 @@ class FakeOperations:
     """Gives the deployment in force; `ready` can be held back."""
 
     def __init__(self, lab: Lab) -> None:
+        self.preparing = self
         self.lab = lab
         self.ready = asyncio.Event()
         self.ready.set()
         self.asked = 0
+        self.haste: list[bool] = []
         self.cancelled = 0
         self.holds = Holds(lambda: None)
 
     async def prepare(self, _model: str, _precision: str, _progress: Callable[[str], None]) -> Any:
         return FakePrepared()
 
-    async def ensure(self, _request: DeployRequest, progress: Callable[[str], None], hold: Hold) -> tuple[Any, Any]:
+    async def ensure(
+        self, _request: DeployRequest, progress: Callable[[str], None], hold: Hold, in_haste: bool = False
+    ) -> tuple[Any, Any]:
+        self.haste.append(in_haste)
         self.asked += 1
         progress("packing")
         try:
@@ -97,11 +103,13 @@ class Ring:
         self._outbox = Outbox(self._stage.transport, reply, stream=new_stream_id())
         self.prompts: list[Parcel] = []
         self.closes: list[int] = []
+        self.inquiries: list[Parcel] = []
 
     def deploy(self) -> DeploymentRecord:
         coordinator = self.lab.coordinator
         plan = plan_of("a", epoch=coordinator.next_epoch())
-        made = msgspec.structs.replace(record_of(plan, blocks=2), request=DeployRequest(model="tiny", slots=SLOTS))
+        plan = msgspec.structs.replace(plan, slots=SLOTS)
+        made = msgspec.structs.replace(record_of(plan, blocks=2), request=DeployRequest(model="tiny"))
         coordinator.put_in_force(made)
         self.lab.boards["a"].apply(plan.epoch, report(plan, 0, "ready"))
         return made
@@ -111,6 +119,8 @@ class Ring:
         while (delivery := self._inbox.take()) is not None:
             if delivery.parcel.kind is Kind.CLOSE:
                 self.closes.append(delivery.parcel.request)
+            elif delivery.parcel.kind is Kind.INQUIRY:
+                self.inquiries.append(delivery.parcel)
             else:
                 self.prompts.append(delivery.parcel)
             self._inbox.done(delivery)
@@ -183,6 +193,22 @@ def request(**changes: Any) -> GenerateRequest:
 async def collect(events: AsyncGenerator[dict[str, Any], None]) -> list[dict[str, Any]]:
     async with aclosing(events):
         return [event async for event in events]
+
+
+Answer = asyncio.Task[list[dict[str, Any]]]
+
+
+async def answering(made: Ring, waiting: int, **changes: Any) -> list[Answer]:
+    """As many requests as there are slots, each at the stage, and after them those that wait for a turn. Prompts are
+    encoded in threads: of two that were asked for at once, either may be the first."""
+    asked = [made.serving.generate(request(**changes)) for _ in range(SLOTS + waiting)]
+    works = [asyncio.ensure_future(collect(events)) for events in asked[:SLOTS]]
+    await made.prompt(SLOTS)
+    for number, events in enumerate(asked[SLOTS:], SLOTS + 1):
+        works.append(asyncio.ensure_future(collect(events)))
+        await until(lambda: made.operations.asked == number)  # noqa: B023
+    await asyncio.sleep(0.05)
+    return works
 
 
 def turns_free(made: Ring) -> int:
@@ -271,9 +297,7 @@ def test_a_client_that_goes_away_while_a_model_is_made_ready_stops_waiting_for_i
 
 def test_requests_beyond_the_slots_wait_for_their_turn(play: Callable[[Scenario], None]) -> None:
     async def scenario(made: Ring) -> None:
-        works = [asyncio.ensure_future(collect(made.serving.generate(request()))) for _ in range(SLOTS + 2)]
-        await made.prompt(SLOTS)
-        await asyncio.sleep(0.05)
+        works = await answering(made, waiting=2)
         made.poll()
         assert len(made.prompts) == SLOTS and made.serving.live == SLOTS
         for number in range(1, SLOTS + 3):
@@ -286,9 +310,7 @@ def test_requests_beyond_the_slots_wait_for_their_turn(play: Callable[[Scenario]
 
 def test_a_client_that_goes_away_in_the_line_takes_no_turn(play: Callable[[Scenario], None]) -> None:
     async def scenario(made: Ring) -> None:
-        works = [asyncio.ensure_future(collect(made.serving.generate(request()))) for _ in range(SLOTS + 2)]
-        await made.prompt(SLOTS)
-        await asyncio.sleep(0.05)
+        works = await answering(made, waiting=2)
         works[SLOTS].cancel()
         for number in range(1, SLOTS + 2):
             made.answer(await made.prompt(number), "ok")
@@ -331,13 +353,12 @@ def test_too_many_waiting_requests_are_refused_however_they_wait(
     play(scenario)
 
 
-def test_a_lost_deployment_ends_its_requests_at_once_and_the_waiting_ones_go_on_with_the_next(
+def test_without_recoveries_a_lost_deployment_ends_its_requests_at_once_and_the_waiting_ones_go_on_with_the_next(
     play: Callable[[Scenario], None],
 ) -> None:
     async def scenario(made: Ring) -> None:
-        works = [asyncio.ensure_future(collect(made.serving.generate(request()))) for _ in range(SLOTS + 1)]
-        first = await made.prompt(SLOTS)
-        await asyncio.sleep(0.05)
+        works = await answering(made, waiting=1, recoveries_at_most=0)
+        first = made.prompts[0]
         made.deploy()  # another epoch
         for work in works[:SLOTS]:
             with pytest.raises(Unreachable, match="replaced"):
@@ -363,15 +384,17 @@ def test_epochs_come_and_go_without_a_trace(play: Callable[[Scenario], None]) ->
     play(scenario)
 
 
-def test_a_lost_broker_ends_requests_and_the_next_one_says_what_is_wrong(play: Callable[[Scenario], None]) -> None:
+def test_without_recoveries_a_lost_broker_ends_requests_and_the_next_one_says_what_is_wrong(
+    play: Callable[[Scenario], None],
+) -> None:
     async def scenario(made: Ring) -> None:
-        work = asyncio.ensure_future(collect(made.serving.generate(request())))
+        work = asyncio.ensure_future(collect(made.serving.generate(request(recoveries_at_most=0))))
         await made.prompt()
         made.lab.broker.stop()
         with pytest.raises(Unreachable, match="broker"):
             await work
         with pytest.raises(Unreachable, match="nothing was sent"):
-            await collect(made.serving.generate(request()))
+            await collect(made.serving.generate(request(recoveries_at_most=0)))
         assert turns_free(made) == SLOTS
 
     play(scenario)
@@ -381,7 +404,9 @@ def test_a_prompt_may_take_as_long_as_the_plan_says_and_the_stages_keep_it_so_lo
     play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(made: Ring) -> None:
-        monkeypatch.setattr(serve, "first_token_timeout_s", lambda _plan, _tokens, prompts, _floor_s: 100.0 * prompts)
+        monkeypatch.setattr(
+            serve, "first_token_timeout_s", lambda _plan, _tokens, prompts, _floor_s, _replay: 100.0 * prompts
+        )
         works = []
         for number in (1, 2):
             works.append(asyncio.ensure_future(collect(made.serving.generate(request(stall_timeout_s=0.1)))))
@@ -506,7 +531,7 @@ def test_what_can_only_be_refused_changes_no_deployment(
 
 def test_an_error_while_a_model_is_made_ready_is_the_answer(play: Callable[[Scenario], None]) -> None:
     async def scenario(made: Ring) -> None:
-        async def fails(_request: Any, progress: Callable[[str], None], _hold: Hold) -> Any:
+        async def fails(_request: Any, progress: Callable[[str], None], _hold: Hold, _in_haste: bool) -> Any:
             progress("packing")
             raise Refused("not this one")
 

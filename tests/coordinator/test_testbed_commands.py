@@ -91,3 +91,15 @@ def test_without_a_coordinator_the_hint_names_its_site_and_its_own_port(site: st
         find_coordinator(site, 0.1, ["127.0.0.1"])
     assert caught.value.try_.startswith(f"edgelam up{site_option(site)} on ")
     assert caught.value.try_.endswith(f"--broker mqtt://HOST:{DEFAULT_MQTT_PORT}")
+
+
+def test_a_link_can_be_changed_only_where_a_board_is_up(state: Path) -> None:
+    with pytest.raises(UsageError, match="no board 'pi4' is up here"):
+        app(shlex.split("testbed link pi4 --rate 2 --delay 50"), standalone_mode=False)
+
+
+def test_a_board_can_be_slowed_only_where_one_is_up(state: Path) -> None:
+    with pytest.raises(UsageError, match="no board 'pi4' is up here"):
+        app(shlex.split("testbed slow pi4 0.3"), standalone_mode=False)
+    with pytest.raises(UsageError, match="a share of 3"):
+        app(shlex.split("testbed slow pi4 3"), standalone_mode=False)

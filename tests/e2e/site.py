@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from coordinator.client import Client
 from coordinator.inference.requests import GenerateRequest
+from models.cache import cache_dir
+from models.catalog import find, is_cached
 from testbed import commands
 from testbed.boards import BoardSpec
+from testbed.links import LinkSpec
 from testbed.site import CoordinatorProcess
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 
@@ -55,7 +61,7 @@ class Site:
             return there.get(path)
 
     def run(self, model: str, boards: int, **changes: Any) -> dict[str, Any]:
-        """One request over exactly so many boards."""
+        """One request over exactly so many boards; nothing is guessed unless `changes` say so."""
         fields: dict[str, Any] = {
             "prompt": "hello world",
             "raw": True,
@@ -65,6 +71,7 @@ class Site:
             "boards_at_least": boards,
             "boards_at_most": boards,
             "stall_timeout_s": 20.0,
+            "speculate": "off",
         }
         with self.client() as there:
             request = GenerateRequest(model=model, **{**fields, **changes})
@@ -76,7 +83,7 @@ class Site:
     def states(self) -> dict[str, str]:
         return {row["device"]: row["state"] for row in self.get("/v1/devices")["devices"]}
 
-    def await_states(self, expected: dict[str, str], timeout_s: float = 30.0) -> None:
+    def await_states(self, expected: dict[str, str], timeout_s: float = 60.0) -> None:
         """Wait until the coordinator sees the devices so; fail with what it sees."""
         deadline_s = time.monotonic() + timeout_s
         while (seen := self.states()) != expected:
@@ -86,6 +93,18 @@ class Site:
     def restart_coordinator(self) -> None:
         self.address = self.coordinator.start()
 
+    def await_broker_gone(self, timeout_s: float = 30.0) -> None:
+        """Wait until nothing listens where the broker of a killed coordinator did. It ends a moment later; who starts
+        again before that takes other ports, and links that are shaped lead to the old ones."""
+        host, port = self.address["mqtt_url"].removeprefix("mqtt://").split(":")
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex((host, int(port))) != 0:
+                    return
+            assert time.monotonic() < deadline_s, f"{host}:{port} is still there"
+            time.sleep(0.05)
+
 
 def board_names(count: int) -> list[str]:
     return [f"board{number}" for number in range(1, count + 1)]
@@ -93,15 +112,24 @@ def board_names(count: int) -> list[str]:
 
 @contextmanager
 def running_site(
-    folder: Path, boards: int, arguments: tuple[str, ...] = (), memory_bytes: int = 1 << 30
+    folder: Path,
+    boards: int,
+    arguments: tuple[str, ...] = (),
+    memory_bytes: int = 1 << 30,
+    without_broker: frozenset[str] = frozenset(),
+    link: LinkSpec | None = None,
 ) -> Iterator[Site]:
-    """A coordinator and equal boards without shaped links, all found over mDNS on loopback."""
+    """A coordinator and equal boards, without shaped links unless one is given, all found over mDNS on loopback. Boards
+    in `without_broker` have none of their own."""
     name = f"t{os.getpid()}-{os.urandom(3).hex()}"
     coordinator = CoordinatorProcess(folder, name, arguments)
     address = coordinator.start()
     site = Site(folder, coordinator, address)
     try:
-        specs = tuple(BoardSpec(name=board, memory_bytes=memory_bytes) for board in board_names(boards))
+        specs = tuple(
+            BoardSpec(name=board, memory_bytes=memory_bytes, data_broker=board not in without_broker, link=link)
+            for board in board_names(boards)
+        )
         site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
         site.testbed.await_connected(print)
         site.await_states(dict.fromkeys(board_names(boards), "online"))
@@ -133,3 +161,15 @@ def processes_of(folder: Path) -> list[psutil.Process]:
         if str(folder) in words and process.pid != os.getpid():
             found.append(process)
     return found
+
+
+@contextmanager
+def catalog_site(model: str, boards: int) -> Iterator[Site]:
+    """The same for a model of the catalog; skips where it was not fetched. Its folder has room for real weights, and is
+    gone afterwards."""
+    entry = find(model)
+    assert entry is not None
+    if not is_cached(entry, cache_dir()):
+        pytest.skip(f"{entry.name} is not in the cache: edgelam model fetch {model}")
+    with tempfile.TemporaryDirectory(prefix="edgelam-test-") as folder, running_site(Path(folder), boards) as running:
+        yield running

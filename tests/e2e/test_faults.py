@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
 from pathlib import Path
 
 import psutil
-import pytest
 
+from tests.e2e import losses
 from tests.e2e.garbage import READ_BY_COORDINATOR, Vandal
 from tests.e2e.site import Site, board_names
 from wire import topics
@@ -19,17 +18,9 @@ from wire.errors import Unreachable
 ALL_ONLINE = dict.fromkeys(board_names(3), "online")
 
 
-def broker_process(site: Site) -> psutil.Process:
-    coordinator = psutil.Process(site.address["pid"])
-    for child in coordinator.children(recursive=True):
-        if "mosquitto" in child.name() or "wire.embedded" in " ".join(child.cmdline()):
-            return child
-    pytest.fail("the coordinator runs no broker")
-
-
 def test_a_killed_broker_is_started_again_and_all_retained_state_comes_back(site: Site, tiny_model: str) -> None:
     before = site.run(tiny_model, 2)
-    broker_process(site).send_signal(signal.SIGKILL)
+    losses.kill_broker(site, "")
     time.sleep(0.5)
     deadline_s = time.monotonic() + 30
     while not site.get("/v1/status")["broker_up"]:

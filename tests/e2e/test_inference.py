@@ -12,7 +12,9 @@ from wire.errors import Refused, UsageError
 from wire.frames import header_bytes
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8", "f32"])
+@pytest.mark.parametrize(
+    "precision", ["int4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("f32", marks=pytest.mark.slow)]
+)
 def test_one_two_and_three_boards_give_the_same_tokens(site: Site, tiny_model: str, precision: str) -> None:
     answers = [site.run(tiny_model, boards, precision=precision) for boards in (1, 2, 3)]
     assert [len(answer["stages"]) for answer in answers] == [1, 2, 3]
@@ -110,12 +112,16 @@ def test_bench_prints_every_board_as_markdown(site: Site, tiny_model: str) -> No
     assert "EMULATED" in done.stdout
 
 
+@pytest.mark.slow
 def test_bench_again_has_the_boards_that_are_named_measure_anew(site: Site, tiny_model: str) -> None:
     site.run(tiny_model, 1)
     before = {name: site.get(f"/v1/profiles/{name}") for name in ("board1", "board2")}
     done = site.cli("bench", "board1", "--model", tiny_model, "--again", "--json")
     assert done.returncode == 0, done.stderr
-    [found] = json.loads(done.stdout)["profiles"]
+    report = json.loads(done.stdout)
+    [found] = [board["profile"] for board in report["boards"]]
+    assert report["schema"] == "edgelam.report/1"
+    assert report["boards"][0]["because"][0].startswith("emulated")
     assert "board1 measured" in done.stderr
     assert found == site.get("/v1/profiles/board1")
     assert found["conditions"]["measured_at_unix"] > before["board1"]["conditions"]["measured_at_unix"]
@@ -143,3 +149,27 @@ def test_more_boards_than_there_are_is_refused_with_the_reason(site: Site, tiny_
 
 def test_after_all_these_errors_the_next_request_still_works(site: Site, tiny_model: str) -> None:
     assert len(site.run(tiny_model, 3)["token_ids"]) == 8
+
+
+@pytest.mark.parametrize("boards", [1, 3])
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.7, "seed": 5}])
+def test_guessed_tokens_are_those_that_single_guesses_give(
+    site: Site, tiny_model: str, boards: int, drawn: dict[str, float]
+) -> None:
+    """Steps of two rows and of eight are of one class; so what is confirmed in rounds of either is the same."""
+    asked = {"prompt": "one two three one two three one two", "max_tokens": 48, **drawn}
+    few, many = (site.run(tiny_model, boards, speculate=most, **asked) for most in ("1", "7"))
+    assert few["token_ids"] == many["token_ids"]
+    assert len(many["token_ids"]) == 48
+    assert 0 < many["drafts_sent"] >= many["drafts_accepted"]
+    assert drawn or many["drafts_accepted"] > 0
+    assert site.run(tiny_model, boards, **asked)["drafts_sent"] == 0
+
+
+def test_the_command_line_guesses_and_says_how_well(site: Site, tiny_model: str) -> None:
+    done = site.cli("run", tiny_model, "--prompt", "one two three one two three one", "--raw", "--max-tokens", "40",
+                    "--boards-at-least", "2", "--context", "128", "--ignore-stop", "--speculate", "7")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tokens guessed: " in done.stderr
+    refused = site.cli("run", tiny_model, "--prompt", "x", "--speculate", "12")
+    assert refused.returncode == 2 and "off, auto, or 1 to 7" in refused.stderr

@@ -21,6 +21,7 @@ from hwprofiles.profile import (
     Snapshot,
 )
 from hwprofiles.reading import Absent, Failed, Reading
+from hwprofiles.samples import Ceilings, Coding, Codings, DiskMeasurement, Rate
 
 NO_QUOTA = Absent(because="no control group limits processor time")
 
@@ -58,6 +59,52 @@ def link() -> LinkMeasurement:
         goodput_chunk_bytes=65536,
         goodput=samples(0.0514, count=5),
     )
+
+
+def ceilings(**changes: Any) -> Ceilings:
+    """A board that reads 10 GB/s and multiplies 40 (float) and 80 (4 bit) 10^9 times a second."""
+    size = 16 * 2**20
+    made = Ceilings(
+        threads=1,
+        memory=(
+            Rate(what="read", amount=size, samples=samples(size / 10e9)),
+            Rate(what="copy", amount=2 * size, samples=samples(2 * size / 8e9)),
+            Rate(what="add", amount=3 * size, samples=samples(3 * size / 9e9)),
+        ),
+        array_bytes=size,
+        cache_bytes=2 * 2**20,
+        products=(
+            Rate(what="f32", amount=268435456, samples=samples(268435456 / 40e9)),
+            Rate(what="int4", amount=268435456, samples=samples(268435456 / 80e9)),
+        ),
+        engine="onnxruntime 1.31.1 CPUExecutionProvider",
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def codings(row_s: float = 2e-5, more_s: float = 1e-7, **changes: Any) -> Codings:
+    """Both int8 codecs of float16 rows of 1000: so long for one, and so much longer for each number more."""
+    made = Codings(
+        width=1000,
+        timings=tuple(
+            Coding(codec=codec, wire_dtype="f16", rows=rows, samples=samples(row_s + (rows - 1) * 1000 * more_s))
+            for codec in ("int8-group", "int8-token")
+            for rows in (1, 64)
+        ),
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def disk(**changes: Any) -> DiskMeasurement:
+    """An SD card: 20 MB/s to it, 80 from it."""
+    made = DiskMeasurement(
+        folder="/var/lib/edgelam/artifacts",
+        filesystem="ext4",
+        chunk_bytes=2 * 2**20,
+        write=samples(2 * 2**20 / 20e6, count=8),
+        read=samples(2 * 2**20 / 80e6, count=8),
+    )
+    return msgspec.structs.replace(made, **changes)
 
 
 def conditions(**changes: Any) -> Conditions:

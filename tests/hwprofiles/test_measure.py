@@ -222,17 +222,56 @@ def test_a_step_that_took_longer_behind_fewer_rows_is_measured_again_and_not_bel
         assert "behind 16 rows than behind 256" in short.samples.invalid_because
 
 
+@pytest.mark.parametrize(("disturbed_runs", "known"), [(1, True), (3, True), (9, False)])
+def test_a_deep_stack_that_was_no_slower_than_a_shallow_one_is_measured_again_with_it(
+    disturbed_runs: int, known: bool
+) -> None:
+    clock, asked = Clock(), []
+
+    def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
+        asked.append(stack)
+        taken_s = 0.05 if stack == 1 and asked.count(1) <= disturbed_runs else 0.01 * stack
+
+        def step() -> float:
+            clock.now_s += taken_s
+            return taken_s
+
+        return step
+
+    plan = MeasurePlan(points=(Point("decode", 1, 16),), stacks=(1, 4), retries=3)
+    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=0, clock=clock)
+    [made] = estimate(found).steps
+    assert asked == [1, 4] * min(1 + disturbed_runs, 4)
+    assert (made.block_s > 0 and made.valid) is known
+    assert known or "no longer than 1" in made.because
+
+
 def test_resident_growth_of_the_deepest_stack_is_counted() -> None:
     held: list[bytes] = []
 
     def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
-        if stack == 6 and not held:
-            held.append(b"\x01" * 64 * 1024 * 1024)
+        if len(held) < 2:
+            held.append(b"\x01" * (64 if stack == 6 else 16) * 1024 * 1024)
         return lambda: 0.001
 
     plan = MeasurePlan(points=(Point("decode", 1, 0),), stacks=(1, 6), rule=StopRule(time_budget_s=0.1))
     found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=resident_bytes())
     assert 60 * 1024 * 1024 < found.resident_bytes < 90 * 1024 * 1024
+    assert 14 * 1024 * 1024 < found.shallow_bytes < 30 * 1024 * 1024
+
+
+def test_what_larger_steps_need_for_a_moment_is_not_counted_as_held() -> None:
+    taken: list[bytes] = []
+
+    def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
+        if tokens == 128:
+            taken.append(b"\x01" * 64 * 1024 * 1024)
+        return lambda: 0.001
+
+    points = (Point("decode", 1, 0), Point("prefill", 128, 0))
+    plan = MeasurePlan(points=points, stacks=(1, 6), rule=StopRule(time_budget_s=0.1))
+    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=resident_bytes())
+    assert len(taken) == 2 and found.resident_bytes < 30 * 1024 * 1024
 
 
 def single(*timings: ModuleTiming) -> StepEstimate:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -323,7 +324,19 @@ class FakeNvml(SimpleNamespace):
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
         if self.memory:
             raise self.memory
-        return SimpleNamespace(total=8 << 30)
+        return SimpleNamespace(total=8 << 30, free=6 << 30)
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "540.4.0"
+
+    def nvmlDeviceGetClockInfo(self, handle: int, clock: int) -> int:
+        return {0: 1020, 2: 3199}[clock]
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        raise self.NVMLError("GPU is lost")
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
+        return 0x25
 
 
 def with_driver(root: Path) -> Path:
@@ -337,13 +350,32 @@ def test_gpu_fields_are_absent_one_by_one(tmp_path: Path) -> None:
     assert gpu.name == Reading("Orin", "NVML") and isinstance(gpu.memory_bytes, Absent)
     assert nvml.shut == 1
     (gpu,) = value(nvidia.gpus(tmp_path, FakeNvml()))
-    assert value(gpu.memory_bytes) == 8 << 30
+    assert (value(gpu.memory_bytes), value(gpu.memory_free_bytes)) == (8 << 30, 6 << 30)
+    assert (value(gpu.clock_hz), value(gpu.memory_clock_hz)) == (1.02e9, 3.199e9)
+    assert gpu.watts == Failed("NVML: GPU is lost")
+    assert isinstance(gpu.celsius, Absent) and "no nvmlDeviceGetTemperature" in gpu.celsius.because
+    assert (value(gpu.throttle), value(gpu.driver)) == ("power limit now, thermal limit now", "540.4.0")
+
+
+def test_recorded_answers_of_nvml_are_replayed_and_damaged_ones_have_failed(tmp_path: Path) -> None:
+    with_driver(tmp_path)
+    live = nvidia.gpus(tmp_path, FakeNvml())
+    (tmp_path / nvidia.RECORDED).write_bytes(msgspec.json.encode(live))
+    assert nvidia.gpus(tmp_path) == live
+    put(tmp_path, nvidia.RECORDED, "[1")
+    assert isinstance(nvidia.gpus(tmp_path), Failed)
+
+
+def test_driver_without_the_package_that_asks_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(nvidia, "DRIVER_TRACES", ("proc/self/status",))
+    assert nvidia.gpus(Path("/")) == Absent("a driver, but no nvidia-ml-py to ask it")
 
 
 def test_no_driver_no_library_and_a_broken_driver_are_told_apart(tmp_path: Path) -> None:
     assert nvidia.gpus(GUEST) == Absent("no NVIDIA driver")
     with_driver(tmp_path)
-    assert nvidia.gpus(tmp_path) == Absent("NVML can't be replayed")
+    assert nvidia.gpus(tmp_path) == Absent("NVML was not recorded")
     assert isinstance(nvidia.gpus(tmp_path, FakeNvml(FakeNvml.NVMLError_LibraryNotFound())), Absent)
     assert isinstance(nvidia.gpus(tmp_path, FakeNvml(FakeNvml.NVMLError("Driver/library version mismatch"))), Failed)
 

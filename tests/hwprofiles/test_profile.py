@@ -16,6 +16,7 @@ from hwprofiles.profile import (
     FEWEST_KEPT,
     KEPT_SAMPLES,
     MAX_AGE_S,
+    MAX_FILE_BYTES,
     MAX_PROFILE_BYTES,
     ModuleTiming,
     Profile,
@@ -108,7 +109,7 @@ def test_missing_profile_is_the_users_matter_and_a_damaged_one_is_corrupt(tmp_pa
         (tmp_path / "p").write_bytes(text)
         with pytest.raises(CorruptData):
             load(tmp_path / "p")
-    (tmp_path / "p").write_bytes(b" " * (MAX_PROFILE_BYTES + 1))
+    (tmp_path / "p").write_bytes(b" " * (MAX_FILE_BYTES + 1))
     with pytest.raises(CorruptData, match="larger"):
         load(tmp_path / "p")
 
@@ -189,6 +190,7 @@ def test_profile_holds_while_nothing_that_sets_the_speed_changes() -> None:
         ({"quota_cores": Reading(0.25, "x")}, "processor quota changed from none to 0.25"),
         ({"quota_period_s": Reading(0.1, "x")}, "quota period"),
         ({"governor": Reading("powersave", "x")}, "governor changed from ondemand to powersave"),
+        ({"power_mode": Reading("15W", "nvpmodel -q")}, "power mode changed from none to 15W"),
     ],
 )
 def test_profile_expires_when_what_it_was_measured_with_changes(changes: dict[str, Any], said: str) -> None:

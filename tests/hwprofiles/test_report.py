@@ -100,7 +100,7 @@ def test_round_trip_of_delayed_acknowledgements_is_flagged_by_name() -> None:
 def test_percentiles_without_enough_samples_are_not_shown() -> None:
     few = examples.timing(0.001)
     few = msgspec.structs.replace(few, samples=examples.samples(0.001, count=5))
-    table = rows(examples.profile(modules=(examples.module("head", few),)))[2]
+    table = rows(examples.profile(modules=(examples.module("head", few),)))[3]
     assert table.rows[0][4:7] == ("-", "-", "5")
 
 
@@ -109,8 +109,8 @@ def test_thinned_samples_and_outliers_are_told() -> None:
     run = Samples(samples_s=values, warmup=0, stopped_because="x", taken=900)
     table = rows(
         examples.profile(modules=(examples.module("head", msgspec.structs.replace(examples.timing(1), samples=run)),))
-    )[2]
-    assert table.rows[0][-2:] == ("7 of 900", "VALID, 1 outliers")
+    )[3]
+    assert table.rows[0][-2:] == ("7 of 900", "INVALID: wide interval: the median is known to 201% only, 1 outliers")
 
 
 def test_profile_without_any_sample_is_still_shown() -> None:
@@ -142,3 +142,11 @@ def test_text_from_a_board_reaches_neither_terminal_nor_document_as_commands() -
 
 def test_own_words_are_ascii() -> None:
     assert plain(examples.profile(), 80).isascii() and markdown(emulated()).isascii()
+
+
+def test_power_mode_and_all_modes_are_told_where_a_board_has_them() -> None:
+    made = examples.profile(conditions=examples.conditions(power_mode=Reading("15W", "nvpmodel -q")))
+    identity = msgspec.structs.replace(made.identity, power_modes=Reading(("15W", "7W"), "nvpmodel -p --verbose"))
+    said = markdown(msgspec.structs.replace(made, identity=identity))
+    assert "| power mode | 15W |" in said and "| power modes | 15W, 7W |" in said
+    assert "power mode" not in markdown(examples.profile())

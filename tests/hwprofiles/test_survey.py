@@ -28,7 +28,8 @@ def test_survey_of_a_raspberry_pi_in_a_limited_unit() -> None:
     assert held.usable_bytes == 3 << 30 and isinstance(held.limit_bytes, Reading) and not held.unified
     assert (allowed.online, allowed.allowed, allowed.usable) == (4, 4, 1.5)
     assert allowed.because == "4 allowed of 4 online, quota of 1.5 per 100 ms (/sys/fs/cgroup/system.slice/cpu.max)"
-    assert isinstance(engines["onnxruntime"], Reading)
+    assert engines["onnxruntime"] == Absent("engines were not recorded"), "ours are not the recorded board's"
+    assert isinstance(survey(LIVE, "here").engines["onnxruntime"], Reading)
 
 
 def test_processor_set_and_quota_both_count() -> None:
@@ -56,6 +57,7 @@ def test_empty_tree_is_surveyed_without_inventing_anything(tmp_path: Path) -> No
     assert identity.arch == "unknown"
     assert isinstance(held.total_bytes, Absent) and held.usable_bytes == 0
     assert (allowed.online, allowed.allowed, allowed.usable) == (1, 1, 1.0)
+    assert allowed.because == "nothing says which processors there are"
 
 
 def test_live_survey_agrees_with_the_kernel() -> None:
@@ -86,7 +88,7 @@ def test_snapshots_join_into_conditions_that_travel() -> None:
     assert joined.quota_cores == Reading(1.5, "/sys/fs/cgroup/system.slice/cpu.max")
     assert joined.temperature_c_before == Reading(61.5, "thermal_zone0 cpu-thermal")
     assert joined.load_after == after.load and joined.allow_spinning and joined.duration_s >= 0
-    assert joined.engine_versions and joined.kernel == "6.12.47+rpt-rpi-2712"
+    assert after.engine_versions and joined.kernel == "6.12.47+rpt-rpi-2712"
     assert msgspec.json.decode(msgspec.json.encode(joined), type=Conditions) == joined
 
 

@@ -17,7 +17,7 @@ SUITE = "bookworm"
 PYTHON = "3.11"
 """The suite's own Python: the bundle under test is made for it."""
 
-PACKAGES = "systemd,systemd-sysv,dbus,libpam-systemd,python3,python3-venv,ca-certificates"
+PACKAGES = "systemd,systemd-sysv,dbus,libpam-systemd,python3,python3-venv,ca-certificates,mosquitto"
 BOOT_LIMIT_S = 90.0
 
 
@@ -34,7 +34,7 @@ def root_file_system() -> Path:
     base = (
         os.environ.get("EDGELAM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgelam"
     )
-    kept = Path(base) / f"rootfs-{SUITE}-1"
+    kept = Path(base) / f"rootfs-{SUITE}-2"
     if kept.exists():
         return kept
     making = kept.with_name(f"{kept.name}.making-{os.getpid()}")

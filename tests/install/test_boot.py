@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.site import write_tiny_model
 from tests.install.container import PYTHON, Container, what_is_missing
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNIT = "edgelam-agent.service"
+PROGRAM = "/opt/edgelam/current/bin/edgelam"
 INSTALL = ("/bundle/install.sh", "--offline", "/bundle")
 
 pytestmark = [
@@ -24,15 +27,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundle")
-    arguments = ["--python", PYTHON, "--machine", platform.machine(), "--out", str(out)]
+def made_bundle(out: Path, role: str) -> Path:
+    arguments = ["--python", PYTHON, "--machine", platform.machine(), "--out", str(out), "--role", role]
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "tools/bundle.py"), *arguments], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-1000:]
     return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_bundle(tmp_path_factory.mktemp("bundle"), "agent")
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +111,54 @@ def test_a_hung_agent_is_restarted_by_the_watchdog(board: Container) -> None:
     board.run("systemctl", "kill", "--kill-who=main", "--signal=STOP", UNIT)
     wait_for("restarted by the watchdog", lambda: board.state(UNIT, "MainPID") not in ("0", hung))
     board.run("/bundle/install.sh", "--uninstall", "--purge")
+
+
+def test_an_installed_coordinator_and_an_installed_board_answer(tmp_path: Path) -> None:
+    """What the units forbid (files, system calls, addresses, devices) keeps nothing from working: both brokers start,
+    the board measures itself, fetches weights, loads and answers."""
+    bundle, models = made_bundle(tmp_path / "bundle", "coordinator"), tmp_path / "models"
+    models.mkdir()
+    write_tiny_model(models)
+    for folder in (tmp_path, models):
+        folder.chmod(0o755)
+    with Container({"/bundle": bundle, "/models": models}, tmp_path / "console") as both:
+        both.run("systemctl", "disable", "--now", "mosquitto.service")  # Debian starts one; ours need none of it
+        both.run(*INSTALL, "--role", "coordinator", "--site", "lab")
+        coordinator = "edgelam-coordinator.service"
+        key = "/var/lib/edgelam-coordinator/site.key"
+        wait_for("a site key", lambda: both.run("test", "-s", key, check=False).returncode == 0)
+        both.run(*INSTALL, "--site", "lab", "--name", "nuc", "--site-key", key)
+
+        def edgelam(*command: str, check: bool = True) -> str:
+            return both.run(PROGRAM, *command, "--coordinator", "http://127.0.0.1:8571", check=check).stdout
+
+        def online() -> bool:
+            return "online" in edgelam("devices", check=False)
+
+        wait_for("the board is online", online)
+        answer = edgelam(
+            "run",
+            "/models/tiny0.gguf",
+            "--prompt",
+            "hello",
+            "--context",
+            "128",
+            "--raw",
+            "--max-tokens",
+            "8",
+            "--ignore-stop",
+            "--json",
+        )
+        end = json.loads(answer)
+        assert len(end["token_ids"]) == 8 and [stage["device"] for stage in end["stages"]] == ["nuc"]
+        brokers = both.run("sh", "-c", "cat /proc/[0-9]*/comm | grep -c '^mosquitto$'").stdout.strip()
+        assert brokers == "2", "the site's and the board's own"
+        for unit in (UNIT, coordinator):
+            journal = both.run("journalctl", "-u", unit, "--no-pager").stdout
+            assert "Traceback" not in journal and "denied" not in journal.lower(), journal
+            assert both.state(unit, "NRestarts") == "0"
+        both.run("systemctl", "restart", coordinator)
+        wait_for("the board is online again", online)
+        both.run("/bundle/install.sh", "--uninstall", "--purge")
+        both.run("/bundle/install.sh", "--role", "coordinator", "--uninstall", "--purge")
+        assert traces(both) == ""

@@ -90,10 +90,10 @@ class Ring:
         bounds = pairwise((0, *cuts, packed.graph.blocks))
         return cls([load_stage(packed, folder, spec_of(packed, first, end, **changes)) for first, end in bounds])
 
-    def step(self, tokens: Array, position: int) -> Array:
+    def step(self, tokens: Array, position: int, logits_rows: int = 1) -> Array:
         given: Array = tokens
         for stage, slot in zip(self.stages, self.slots, strict=True):
-            given = stage.step(slot, given, position)
+            given = stage.step(slot, given, position, logits_rows)
         return given
 
     def generate(self, prompt: Array, count: int) -> tuple[list[int], list[Array]]:

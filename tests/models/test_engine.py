@@ -21,7 +21,8 @@ from models.build.pack import Packed, pack
 from models.build.stage import build_stage_graph
 from models.engine.base import ContextFull, EngineFailed, NoSlot, StageEngine, StageSpec
 from models.engine.manifest import WEIGHTS_LOCATION, read_manifest
-from models.engine.onnx import WEIGHTS_FOLDER, OnnxStage
+from models.engine.onnx import OnnxStage
+from models.engine.session import WEIGHTS_FOLDER
 from models.formats import safetensors
 from tests.models.stages import Ring, load_stage, packed_tiny, spec_of, stage_files, tiny_checkpoint
 from wire.errors import CorruptData, EdgelamError, Refused

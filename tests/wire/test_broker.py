@@ -15,7 +15,8 @@ import pytest
 
 from tests.wire.brokers import connect, make_broker, until
 from wire import broker as broker_module
-from wire.broker import Credential, EmbeddedBroker, MosquittoBroker, start_broker
+from wire.broker import Credential, EmbeddedBroker, MosquittoBroker, free_port, start_broker
+from wire.child import Child
 from wire.errors import Refused, Unreachable, UsageError
 from wire.mqtt import MqttTransport
 from wire.transport import Link
@@ -131,6 +132,60 @@ def test_a_taken_port_is_said_with_what_to_do(kind, tmp_path):
         with pytest.raises(Unreachable, match=f"127.0.0.1:{port}") as caught:
             broker.start()
     assert "ss -ltnp" in caught.value.try_
+
+
+class Squatters:
+    """Take a broker's port between its look at it and its start, as another broker did that was started beside it."""
+
+    def __init__(self, broker, times):
+        self._command, self._times = broker._command, times
+        self.servers = []
+        self._broker = broker
+        broker._command = self.command
+
+    def command(self):
+        if len(self.servers) < self._times:
+            self.servers.append(socket.create_server(("127.0.0.1", self._broker.port)))
+        return self._command()
+
+    def leave(self):
+        for server in self.servers:
+            server.close()
+
+
+def test_whoever_answers_at_our_port_is_not_taken_for_our_broker(kind, tmp_path):
+    broker = make_broker(kind, tmp_path)
+    broker.port = free_port("127.0.0.1", 0)
+    squatters = Squatters(broker, 1)
+    with pytest.raises(Unreachable, match=f"did not start on 127.0.0.1:{broker.port}"):
+        broker.start()
+    squatters.leave()
+    broker.start()
+    broker.stop()
+
+
+def test_a_port_that_somebody_else_took_meanwhile_is_another_one(kind, tmp_path):
+    broker = make_broker(kind, tmp_path)
+    squatters = Squatters(broker, 2)
+    broker.start()
+    assert broker.port not in [server.getsockname()[1] for server in squatters.servers]
+    near = MqttTransport(broker.url, "near", keepalive_s=5)
+    connect(near)
+    near.close()
+    broker.stop()
+    squatters.leave()
+
+
+def test_where_ports_can_not_be_seen_a_broker_that_lives_on_has_its_own(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(Child, "listens", lambda self, port: None)
+    broker = make_broker(kind, tmp_path)
+    broker.start()
+    assert broker.running
+    broker.stop()
+    squatters = Squatters(broker, 1)
+    with pytest.raises(Unreachable):
+        broker.start()
+    squatters.leave()
 
 
 def test_a_broker_ends_when_whoever_started_it_is_killed(kind, tmp_path):

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from wire import limits
 from wire.assembly import Assembler
+from wire.drafts import drafts_in, drafts_meta
 from wire.errors import MalformedFrame, PeerError
 from wire.frames import (
     CHECKSUM_BYTES,
+    FLAG_DRAFTS,
     FLAG_FINAL,
     LEAD,
     Dtype,
@@ -28,6 +30,7 @@ from wire.frames import (
     lay_out,
     parse,
 )
+from wire.rows import ROW_BYTES, RowOf, rows_in, rows_meta
 from wire.tensors import bf16_bits, bf16_to_f32, tensor_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -123,7 +126,7 @@ def test_four_megabytes_become_messages_of_at_most_one():
 
 
 def test_parcels_without_a_tensor_carry_their_meta():
-    for kind in (Kind.CLOSE, Kind.ERROR):
+    for kind in (Kind.CLOSE, Kind.ERROR, Kind.INQUIRY, Kind.STANDING):
         [back] = assembled(joined(encode(Parcel(kind, 1, 2, meta=b'{"a":1}'), 5, 0, 0)))
         assert back.kind is kind
         assert back.tensor is None
@@ -174,6 +177,29 @@ GOLDEN_PARCELS = {
     "bf16": Parcel(Kind.HIDDEN, 2, 6, 1, 0, Tensor.bf16(np.array([[0x3F80, 0xC000]], "<u2"))),
     "int8": Parcel(Kind.HIDDEN, 2, 6, 1, 0, Tensor.int8(np.array([[1, -2, 3, 4]], "f4"), 2)),
     "close": Parcel(Kind.CLOSE, 1, 5),
+    "rows-f16": Parcel(
+        Kind.ROWS,
+        4,
+        0,
+        0,
+        0,
+        Tensor.of(np.arange(6, dtype="<f2").reshape(2, 3)),
+        rows_meta([RowOf(0x1122334455667788, 70), RowOf(2**64 - 1, 2**32 - 1)]),
+    ),
+    "rows-tokens": Parcel(
+        Kind.ROWS,
+        4,
+        0,
+        0,
+        0,
+        Tensor.of(np.array([9, 49151, 0], "<i4")),
+        rows_meta([RowOf(n, 7 * n) for n in (1, 2, 3)]),
+    ),
+    "drafts": Parcel(
+        Kind.HIDDEN, 4, 7, 70, FLAG_DRAFTS, Tensor.of(np.arange(6, dtype="<f2").reshape(3, 2)), drafts_meta([49151, 0])
+    ),
+    "inquiry": Parcel(Kind.INQUIRY, 1, 5, meta=b'{"reply":{"topic":"t"},"number":1}'),
+    "standing": Parcel(Kind.STANDING, 1, 5, meta=b'{"stage":0,"number":1,"known":true}'),
 }
 
 
@@ -301,3 +327,84 @@ def test_only_a_tensor_without_meta_is_laid_out():
         lay_out(Parcel(Kind.CLOSE), 1, 0, 0)
     with pytest.raises(ValueError, match="meta"):
         lay_out(Parcel(Kind.TOKENS, tensor=Tensor.of(np.zeros(1, np.int32)), meta=b"{}"), 1, 0, 0)
+
+
+ROWS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=limits.MAX_LIVE_REQUESTS, unique=True).flatmap(
+    lambda requests: st.tuples(
+        st.just(requests), st.lists(st.integers(0, 2**32 - 1), min_size=len(requests), max_size=len(requests))
+    )
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ROWS, st.booleans(), st.integers(60, 70000))
+def test_rows_of_several_requests_come_back_with_their_owners(rows, tokens, chunk):
+    wanted = tuple(RowOf(*row) for row in zip(*rows, strict=True))
+    array = np.arange(len(wanted), dtype=np.int32) if tokens else np.ones((len(wanted), 5), np.float16)
+    parcel = Parcel(Kind.ROWS, 3, 0, 0, 0, Tensor.of(array), rows_meta(wanted))
+    [back] = assembled(joined(encode(parcel, 1, 0, 0, chunk)))
+    assert back.kind is Kind.ROWS
+    assert rows_in(back.meta, back.tensor.shape) == wanted
+    np.testing.assert_array_equal(back.tensor.array(), array)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=ROW_BYTES * 5), st.lists(st.integers(1, 6), max_size=4).map(tuple))
+def test_garbage_in_front_of_rows_is_refused_or_understood(meta, shape):
+    try:
+        rows = rows_in(meta, shape)
+    except MalformedFrame:
+        return
+    assert len(rows) == shape[0] == len(meta) // ROW_BYTES
+    assert rows_meta(rows) == meta
+
+
+@pytest.mark.parametrize(
+    ("meta", "shape", "words"),
+    [
+        (b"", (1,), "names no rows"),
+        (bytes(11), (1,), "names no rows"),
+        (bytes(ROW_BYTES * (limits.MAX_LIVE_REQUESTS + 1)), (limits.MAX_LIVE_REQUESTS + 1, 4), "names no rows"),
+        (bytes(ROW_BYTES), (), "1 rows are named"),
+        (bytes(ROW_BYTES), (2, 4), "1 rows are named"),
+        (bytes(ROW_BYTES * 2), (2, 4), "two rows of one request"),
+    ],
+)
+def test_rows_that_contradict_their_tensor_are_refused(meta, shape, words):
+    with pytest.raises(MalformedFrame, match=words):
+        rows_in(meta, shape)
+
+
+def test_more_rows_than_may_live_are_not_sent():
+    with pytest.raises(ValueError, match="256"):
+        rows_meta([RowOf(n, 0) for n in range(limits.MAX_LIVE_REQUESTS + 1)])
+    with pytest.raises(ValueError, match="256"):
+        rows_meta([])
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=limits.MAX_DRAFTS))
+def test_guesses_come_back(tokens):
+    assert drafts_in(drafts_meta(tokens), (len(tokens) + 1, 64)) == tuple(tokens)
+
+
+@given(st.binary(max_size=40), st.lists(st.integers(0, 9), max_size=3))
+def test_what_is_read_as_guesses_fits_its_tensor_or_is_refused(meta, shape):
+    try:
+        tokens = drafts_in(meta, shape)
+    except MalformedFrame:
+        return
+    assert drafts_meta(tokens) == meta
+    assert shape[0] == len(tokens) + 1 and min(tokens) >= 0
+
+
+def test_more_guesses_than_may_be_are_our_own_fault():
+    for count in (0, limits.MAX_DRAFTS + 1):
+        with pytest.raises(ValueError, match="guesses"):
+            drafts_meta([1] * count)
+
+
+@pytest.mark.parametrize(("kind", "flags"), [(Kind.TOKENS, FLAG_DRAFTS), (Kind.ROWS, FLAG_DRAFTS), (Kind.HIDDEN, 4)])
+def test_flags_that_a_kind_has_not_are_refused(kind, flags):
+    [data] = joined(encode(Parcel(kind, 1, 2, 3, flags, Tensor.of(np.zeros((2, 2), "<f2")), b"1234"), 1, 0, 0))
+    with pytest.raises(MalformedFrame, match="flags"):
+        parse(data)
