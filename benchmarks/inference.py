@@ -1,184 +1,42 @@
-"""Decode through the whole path, beside the bare onnxruntime loop in the same run.
+"""The inference engine in figures, by parts.
 
-    control      the whole model in one process: onnxruntime's call in a loop, inputs written, largest logit taken
-    1 board      client, broker, one stage
-    N boards     the same model cut over N boards of equal speed, links not shaped
+    bare      one board and several beside onnxruntime's own call in a loop
+    matrix    prompts, requests, boards and links, each figure beside its bound
+    links     one stream over links of each kind, through the site's broker and the boards' own
+    prompts   time to first token
+    requests  several at the same time
+    pairs     two deployments beside each other
+    stalled   clients that stop reading
+    speculate tokens guessed from prompt and answer, over wifi or the link asked for
+    codecs    hidden states made smaller, over slow links
 
-Machines are noisy: each answer stands between two runs of the control, and is compared with their mean. Figures are
-medians over all answers, ratios medians over the ratios of each with its own control. Every round deploys anew.
+Unless parts are asked for, the first two are measured, in about ten minutes. Each part's module (benchmarks/parts) says
+what it does and what its bounds are.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
+import msgspec
 
-from benchmarks.report import Figure, at_least, at_most, emit, machine
+from benchmarks.parts import bare, codecs, links, matrix, pairs, prompts, requests, speculate, stalled
+from benchmarks.parts.sites import LINKS, MODEL, SLOWED, ask, site
+from benchmarks.report import Figure, emit, machine
 from coordinator.client import Client
 from coordinator.inference.requests import GenerateRequest
-from models.build.pack import pack
-from models.build.stage import build_stage_graph
 from models.cache import cache_dir
-from models.catalog import resolve
-from models.engine.base import StageSpec
-from models.engine.onnx import OnnxStage
 from models.fetch import fetch
-from models.formats.checkpoint import open_checkpoint
-from testbed import commands
-from testbed.boards import BoardSpec, preset
-from testbed.site import CoordinatorProcess, until
+from testbed import links as links_of
+from testbed.boards import preset
 
-MODEL = "smollm2"
-PROMPT = "Write three sentences about the sea and the people who live by it."
-CONTEXT_TOKENS = 512
-REFERENCE_BYTES = 220_000
-"""What llama.cpp's RPC moves per token for this model: most of it logits."""
-
-
-def control(precision: str, tokens: int, prompt_tokens: int) -> None:
-    """Child process: decode `tokens` tokens with the whole model, one thread; print seconds per token per line in."""
-    checkpoint = open_checkpoint(resolve(MODEL, cache_dir()), cache_dir())
-    packed = pack(checkpoint, precision, "f32" if precision == "f32" else "f16", cache_dir())
-    graph = packed.graph
-    data = build_stage_graph(
-        packed.config, precision, graph.wire_dtype, first_block=0, end_block=graph.blocks, embedding=True, head=True
-    )
-    spec = StageSpec(
-        embedding=True,
-        head=True,
-        first_block=0,
-        end_block=graph.blocks,
-        hidden=graph.hidden,
-        vocabulary=graph.vocabulary,
-        wire_dtype=graph.wire_dtype,
-        context_tokens=CONTEXT_TOKENS,
-        slots=1,
-        threads=1,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "whole.onnx"
-        path.write_bytes(data)
-        engine = OnnxStage.load(path, list(packed.files.values()), spec)
-    slot = engine.open()
-    prompt = np.arange(1, prompt_tokens + 1, dtype=np.int64)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        logits = engine.step(slot, prompt, 0)
-        engine.step(slot, prompt[:1], prompt_tokens)  # binds the buffers of a step of one row
-        step = engine.bare_run(slot, 1)
-        token = np.array([int(logits.argmax())], dtype=np.int64)
-        started_s = time.perf_counter()
-        for position in range(prompt_tokens, prompt_tokens + tokens):
-            token[0] = step(token, position).argmax()
-        print((time.perf_counter() - started_s) / tokens, flush=True)
-
-
-class Control:
-    """The child that runs `control`."""
-
-    def __init__(self, precision: str, tokens: int, prompt_tokens: int) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.inference", "--control", str(prompt_tokens), "--tokens", str(tokens),
-             "--precision", precision],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._read()
-
-    def _read(self) -> str:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise RuntimeError("the control process ended early")
-        return line.strip()
-
-    def token_s(self) -> float:
-        assert self._child.stdin is not None
-        self._child.stdin.write("go\n")
-        self._child.stdin.flush()
-        return float(self._read())
-
-    def close(self) -> None:
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.wait(10)
-
-
-def ask(there: Client, boards: int, precision: str, tokens: int, objective: str = "throughput") -> dict[str, Any]:
-    """One answer over exactly so many boards. Equal boards get equal shares for throughput; for one stream alone
-    nearly all would go to one."""
-    request = GenerateRequest(
-        model=MODEL,
-        prompt=PROMPT,
-        max_tokens=tokens + 1,
-        ignore_stop=True,
-        precision=precision,
-        objective=objective,
-        context_tokens=CONTEXT_TOKENS,
-        boards_at_least=boards,
-        boards_at_most=boards,
-    )
-    return there.last("/v1/generate", request, lambda text: print(f"... {text}", file=sys.stderr))
-
-
-@contextlib.contextmanager
-def site(precision: str, boards: list[BoardSpec]) -> Iterator[Client]:
-    """A coordinator and virtual boards, as processes, all online."""
-    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
-        state = Path(folder)
-        name = f"bench-{os.getpid()}"
-        coordinator = CoordinatorProcess(state, name, ["--model", MODEL, "--precision", precision])
-        address = coordinator.start()
-        try:
-            with (
-                commands.up(commands.UpOptions(site=name, boards=boards, state_dir=state / "testbed")),
-                Client(address["http_url"]) as there,
-            ):
-
-                def all_online() -> bool:
-                    states = [device["state"] for device in there.get("/v1/devices")["devices"]]
-                    return states.count("online") == len(boards)
-
-                until(all_online, 60.0, "all boards online")
-                yield there
-        finally:
-            coordinator.stop()
-
-
-def measure(options: argparse.Namespace) -> dict[int, list[dict[str, Any]]]:
-    """All rounds; gives the answers per number of boards, each with the seconds per token of its control beside it."""
-    counts = [1, options.boards]
-    answers: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
-    with site(options.precision, preset("equal", options.boards, options.link)) as there:
-        first = ask(there, 1, options.precision, 8)
-        bare = Control(options.precision, options.tokens, first["prompt_tokens"])
-        try:
-            for _ in range(options.rounds):
-                for count in counts:
-                    ask(there, count, options.precision, 8)
-                    before_s = bare.token_s()
-                    for _ in range(options.answers):
-                        answer = ask(there, count, options.precision, options.tokens)
-                        after_s = bare.token_s()
-                        answers[count].append({**answer, "bare_s": (before_s + after_s) / 2})
-                        before_s = after_s
-        finally:
-            bare.close()
-    return answers
-
-
-def compute_s(answer: dict[str, Any]) -> float:
-    return float(sum(stage["measured_compute_s"] for stage in answer["stages"]))
+PARTS = ("bare", "matrix", "links", "prompts", "requests", "pairs", "stalled", "speculate", "codecs")
+ORDINARY = ("bare", "matrix")
+SOME = matrix.Choice(links=("ethernet", "wifi"), prompts=(32, 512), requests=(1, 8))
+"""Cells that are measured unless others are asked for."""
 
 
 def main() -> int:
@@ -188,55 +46,139 @@ def main() -> int:
     parser.add_argument("--answers", type=int, default=6, help="answers per round and number of boards")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--precision", default="int4")
-    parser.add_argument("--link", default="none", choices=["none", "ethernet", "wifi"])
-    parser.add_argument("--control", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--link", nargs="+", choices=LINKS, help="of bare and speculate (one), matrix and pairs")
+    parser.add_argument("--parts", nargs="*", default=ORDINARY, choices=PARTS)
+    parser.add_argument("--boards-of", nargs="+", type=int, metavar="N", help="matrix: numbers of boards")
+    parser.add_argument("--prompts", nargs="+", type=int, metavar="N", help="matrix: tokens of prompts")
+    parser.add_argument("--requests", nargs="+", type=int, metavar="N", help="matrix: requests at the same time")
+    parser.add_argument("--full", action="store_true", help="matrix: all 108 cells: 25 minutes; else 24: 7 minutes")
     options = parser.parse_args()
-    if options.control:
-        control(options.precision, options.tokens, options.control)
-        return 0
     fetch(MODEL, cache_dir(), lambda text: print(f"... {text}", file=sys.stderr))
-    found = measure(options)
-    ones, splits = found[1], found[options.boards]
-    bare_s = median(answer["bare_s"] for answer in (*ones, *splits))
-    one_s, many_s = (median(answer["token_s"] for answer in answers) for answers in (ones, splits))
-    ratio_one, ratio_many = (
-        median(answer["bare_s"] / answer["token_s"] for answer in answers) for answers in (ones, splits)
+    figures: list[Figure] = []
+    cells: list[matrix.Cell] = []
+    conditions = {**machine(), **vars(options)}
+    if "bare" in options.parts:
+        raw, rows = bare.beside_the_bare_loop(options)
+        figures += rows
+        conditions["token_s_and_bare_s"] = raw
+    if "matrix" in options.parts:
+        cells = table(options)
+    if "links" in options.parts:
+        figures += over_links(options)
+    if "prompts" in options.parts or "requests" in options.parts:
+        figures += full_pipelines(options)
+    if "pairs" in options.parts:
+        for link in options.link or pairs.LINKS:
+            figures += pairs.measure(link, options.precision, options.rounds)
+    if "stalled" in options.parts:
+        figures += stalled.measure(options.precision, options.boards)
+    if "speculate" in options.parts:
+        figures += guessing(options)
+    if "codecs" in options.parts:
+        figures += coded(options)
+    return 0 if emit("inference", conditions, figures, matrix.figures(cells)) else 1
+
+
+def table(options: argparse.Namespace) -> list[matrix.Cell]:
+    """The matrix, printed row by row as it is measured."""
+    some = matrix.Choice() if options.full else SOME
+    choice = matrix.Choice(
+        links=tuple(options.link or some.links),
+        boards=tuple(options.boards_of or some.boards),
+        prompts=tuple(options.prompts or some.prompts),
+        requests=tuple(options.requests or some.requests),
+        tokens=options.tokens,
     )
-    hop_s = median((answer["token_s"] - compute_s(answer)) / options.boards for answer in splits)
-    overhead_s = median((answer["token_s"] - answer["bare_s"]) / options.boards for answer in splits)
-    prediction = median(answer["predicted_token_s"] / answer["token_s"] for answer in splits)
-    stage = splits[-1]["stages"][0]
-    hop = stage["sent_bytes_per_token"]
-    shaped = options.link != "none"
-    figures = [
-        Figure("bare onnxruntime loop", 1 / bare_s, "tokens/s"),
-        Figure("one board, whole path", 1 / one_s, "tokens/s"),
-        Figure(f"{options.boards} boards", 1 / many_s, "tokens/s"),
-        # The targets are promised for links that are not shaped: a shaped link has a bound of its own.
-        Figure("one board / bare loop", ratio_one, "ratio")
-        if shaped
-        else at_least("one board / bare loop", ratio_one, "ratio", 0.9),
-        Figure(f"{options.boards} boards / bare loop", ratio_many, "ratio")
-        if shaped
-        else at_least(f"{options.boards} boards / bare loop", ratio_many, "ratio", 0.75),
-        Figure("compute of all stages", median(map(compute_s, splits)) * 1e3, "ms/token"),
-        Figure(
-            "compute of all stages / bare loop",
-            median(compute_s(answer) / answer["bare_s"] for answer in splits),
-            "ratio",
-        ),
-        Figure("a hop: all but the steps", hop_s * 1e3, "ms"),
-        Figure("what a cut adds to the bare loop", overhead_s * 1e3, "ms"),
-        Figure("bytes per token per hop", hop, "bytes", "the formula", hop == stage["formula_bytes"]),
-        at_most("a hop / llama.cpp RPC", hop / REFERENCE_BYTES, "ratio", 0.01),
-        Figure("predicted / measured time per token", prediction, "ratio", "0.75 to 1.25", 0.75 <= prediction <= 1.25),
-        Figure("time to first token, split", median(answer["time_to_first_token_s"] for answer in splits), "s"),
-    ]
-    raw = {
-        str(count): [[answer["token_s"], answer["bare_s"]] for answer in answers] for count, answers in found.items()
-    }
-    conditions = {**machine(), **vars(options), "token_s_and_bare_s": raw}
-    return 0 if emit("inference", conditions, figures) else 1
+    print(matrix.heading(), flush=True)
+    cells = []
+    for cell in matrix.measure(choice, options.precision):
+        cells.append(cell)
+        print(matrix.line(cell), flush=True)
+    print(flush=True)
+    return cells
+
+
+def over_links(options: argparse.Namespace) -> list[Figure]:
+    """One stream over each kind of link."""
+    rows: list[Figure] = []
+    for link in LINKS:
+        with site(options.precision, preset("equal", options.boards, link)) as there:
+
+            def one(topology: str, there: Client = there) -> dict[str, Any]:
+                return ask(there, options.boards, options.precision, options.tokens, topology=topology)
+
+            found = links.measure(one, ["central", "auto"], options.rounds, max(2, options.answers // 2))
+            rows += links.figures(link, found, options.boards)
+    return rows
+
+
+def full_pipelines(options: argparse.Namespace) -> list[Figure]:
+    """Prompts in chunks, and several requests, over one kind of link; boards are slowed."""
+    link, count = "ethernet", options.boards
+    spec = links_of.preset(link)
+    raw_s = links.one_way_s(link)
+    rows: list[Figure] = []
+    boards = [msgspec.structs.replace(board, speed=SLOWED) for board in preset("equal", count, link)]
+    with site(options.precision, boards) as there:
+
+        def make(**changes: Any) -> GenerateRequest:
+            fields = {"ignore_stop": True, "context_tokens": 1024, "objective": "throughput", "slots": 8,
+                      "speculate": "off"}  # fmt: skip
+            return GenerateRequest(model=MODEL, precision=options.precision, **{**fields, **changes})
+
+        if "prompts" in options.parts:
+            one = prompts.measure(there.url, make, 1, options.rounds)
+            many = prompts.measure(there.url, make, count, options.rounds)
+            [deployment] = there.get("/v1/status")["deployments"]
+            rate = spec.rate_bytes_per_s if spec is not None else None
+            hidden_bytes = prompts.hidden_bytes_of(deployment["plan"])
+            bound_s = prompts.bound_s(there.url, make, count, rate, raw_s, hidden_bytes)
+            rows += prompts.figures(link, one, many, count, bound_s)
+        if "requests" in options.parts:
+            rows += requests.figures(link, there.url, make, count, options.tokens)
+            rows += requests.entering(link, there.url, make, count)
+    return rows
+
+
+def guessing(options: argparse.Namespace) -> list[Figure]:
+    """One stream with and without guesses."""
+    link, count = (options.link or ["wifi"])[0], options.boards
+    with site(options.precision, preset("equal", count, link)) as there:
+
+        def make(**changes: Any) -> GenerateRequest:
+            return GenerateRequest(
+                model=MODEL, precision=options.precision, ignore_stop=True, objective="throughput", context_tokens=1024,
+                boards_at_least=count, boards_at_most=count, **changes,
+            )  # fmt: skip
+
+        def answer(request: GenerateRequest) -> dict[str, Any]:
+            return there.last("/v1/generate", request, lambda text: print(f"... {text}", file=sys.stderr))
+
+        return speculate.figures(link, speculate.measure(answer, make, 2 * options.tokens, options.rounds))
+
+
+def coded(options: argparse.Namespace) -> list[Figure]:
+    """Hidden states in codecs over slow links; boards are slowed."""
+    subprocess.run(
+        [sys.executable, "-m", "coordinator.cli", "model", "codecs", MODEL, "--precision", options.precision],
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    rows = [*codecs.crossings("ethernet"), *codecs.crossings("wifi")]
+    for link, spec in codecs.LINKS.items():
+        equal = preset("equal", options.boards, "none")
+        with site(
+            options.precision, [msgspec.structs.replace(board, speed=SLOWED, link=spec) for board in equal]
+        ) as there:
+            pins = codecs.equal_cut(there, MODEL, options.precision, options.boards)
+
+            def make(**changes: Any) -> GenerateRequest:
+                fields = {"ignore_stop": True, "context_tokens": 1024, "speculate": "off"}
+                return GenerateRequest(model=MODEL, precision=options.precision, **{**fields, **changes})
+
+            found = codecs.measure(there, make, options.boards, pins, options.rounds, options.tokens)
+            rows += codecs.figures(link, found)
+    return rows
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from statistics import median
 from typing import Any
 
-from benchmarks.inference import MODEL, ask, site
+from benchmarks.parts.sites import MODEL, ask, site
 from benchmarks.report import Figure, emit, machine
 from models.cache import cache_dir
 from models.fetch import fetch

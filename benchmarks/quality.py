@@ -3,6 +3,8 @@
     make bench AREA=quality
     make bench AREA=quality ARGS="--tokens 3000 --text other.txt"
 
+What codecs at cuts cost (docs/decisions/0012) is measured by models.judge, on as many tokens as --codec-tokens says.
+
 Teacher-forced: each precision is given the same tokens one by one, as in decoding, and asked for the next. Agreement
 is the part of positions where it would say what float32 says. The text is a part of the Python Language Reference
 (benchmarks/texts, with its licence); perplexity depends on the text, the ratios hardly do.
@@ -22,10 +24,13 @@ import numpy.typing as npt
 
 from benchmarks.engine import whole_model
 from benchmarks.report import Figure, at_least, at_most, emit, machine
+from models.build.pack import pack
 from models.cache import cache_dir
 from models.catalog import resolve
+from models.codecs import CodecReport, text_in
 from models.engine.onnx import OnnxStage
 from models.formats.checkpoint import open_checkpoint
+from models.judge import judge
 from models.text import Tokenizer
 
 TEXT: Final = Path(__file__).parent / "texts" / "python_reference.txt"
@@ -39,6 +44,8 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--codec-tokens", type=int, default=2000)
+    parser.add_argument("--precisions", nargs="*", default=list(WIRE_OF), choices=WIRE_OF, help="for codecs")
     asked = parser.parse_args()
     checkpoint = open_checkpoint(resolve(asked.model, cache_dir()), cache_dir())
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
@@ -51,7 +58,38 @@ def main() -> int:
             stage = whole_model(checkpoint, precision, wire, Path(folder), threads, len(ids))
             judged[precision] = _Judged(stage, ids)
             print(f"{precision}: done", file=sys.stderr)
-    return 0 if emit("quality", conditions, _figures(judged)) else 1
+    figures = _figures(judged)
+    words = text_in(asked.text)
+    ids_of_text = tokenizer.encode(words.words)[: asked.codec_tokens]
+    for precision in asked.precisions:
+        packed = pack(checkpoint, precision, WIRE_OF[precision], cache_dir())
+        figures += _codec_figures(judge(packed, ids_of_text, words, threads, 3600.0, _say))
+    return 0 if emit("quality", conditions, figures) else 1
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _codec_figures(report: CodecReport) -> list[Figure]:
+    """Each codec at the worst single cut, at three cuts, and at all."""
+    rows: list[Figure] = []
+    for codec in dict.fromkeys(cost.codec for cost in report.costs):
+        costs = [cost for cost in report.costs if cost.codec == codec]
+        worst = max((cost for cost in costs if len(cost.cuts) == 1), key=lambda cost: cost.nats)
+        for what, cost in (
+            ("worst cut", worst),
+            ("3 cuts", next(cost for cost in costs if len(cost.cuts) == 3)),
+            ("all cuts", next(cost for cost in costs if len(cost.cuts) == report.blocks + 1)),
+        ):
+            name = f"{report.precision}, {codec}, {what}"
+            rows += [
+                Figure(f"{name}: perplexity", 100 * (np.exp(cost.nats) - 1), "%"),
+                Figure(f"{name}: perplexity +-", 100 * cost.nats_error, "%"),
+                Figure(f"{name}: agreement", cost.agreement, "of positions"),
+                Figure(f"{name}: logits apart", cost.logit_error, "rms"),
+            ]
+    return rows
 
 
 class _Judged:
