@@ -2,10 +2,12 @@
 # user's cache folder. PYTHON=/path/to/python chooses another Python; ARGS="-k name" goes to pytest.
 
 VENV := $(or $(EDGELAM_VENV),.venv)
-# Not slow, and nothing that needs root, a board or a container: what `make test` promises anywhere.
-FAST := not (lab or install or board or slow)
+# Not slow, and nothing that needs root, a board, a browser or a container: what `make test` promises anywhere.
+FAST := not (lab or install or board or browser or slow)
 # What edgelam remembers between runs stays in the clone.
 export EDGELAM_STATE ?= $(CURDIR)/.edgelam/state
+# Hundreds of processes are started here, four at a time: what they import is compiled once, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench bundle clean
@@ -24,9 +26,10 @@ demo:
 
 test:
 	@tools/setup.sh dev
-	@$(VENV)/bin/edgelam model fetch smollm2 --yes || echo "make: no model weights; the tests that need them say so and are skipped" >&2
+	@for model in smollm2 minilm; do $(VENV)/bin/edgelam model fetch $$model --yes || \
+		echo "make: no model weights; the tests that need them say so and are skipped" >&2; done
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT INT TERM && \
-		TMPDIR="$$scratch" $(VENV)/bin/python -m pytest -q -n 3 --dist loadfile -m "$(FAST)" $(ARGS)
+		TMPDIR="$$scratch" $(VENV)/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder -m "$(FAST)" $(ARGS)
 
 check:
 	@tools/setup.sh dev

@@ -1,16 +1,21 @@
 """Write the pages of docs/ that are tables of the code: `python tools/generate_docs.py`, or `--check` to compare only.
 
-A fact stands in one place. Topics, exit codes and the agent's settings stand in the code; these pages are made from
-them, and a test compares.
+A fact stands in one place. Topics, exit codes, the agent's settings and the shape of reports stand in the code; these
+pages are made from them, and a test compares.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from msgspec import Struct
+
 from agent.config import SETTINGS
+from hwprofiles.report.compare import Comparison
+from hwprofiles.report.document import Report, json_schema
 from wire import errors, topics
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -50,7 +55,8 @@ def topics_page() -> str:
 
 All that crosses the brokers. Retained topics say what is; the others say what happens. Control messages are JSON with
 a version `v` and can be read with any MQTT client; tensors under `act/` are binary frames, shown by
-`edgelam topics tail` as shape and type. Nothing is sent at QoS 2.
+`edgelam topics tail` as shape and type. Nothing is sent at QoS 2. Where the plan is `direct`, activations cross the
+brokers of boards, not the site's; `topics tail` listens there, too, and begins such lines with the board's name.
 
 {table(("topic", "message", "QoS", "retained", "who may write", "what"), rows)}"""
 
@@ -78,10 +84,17 @@ variables from `/etc/edgelam/agent.env`.
 {table(("flag", "variable", "key", "what"), rows)}"""
 
 
+def schema_text(kind: type[Struct]) -> str:
+    """The JSON Schema of a document, keys sorted."""
+    return json.dumps(json_schema(kind), indent=1, sort_keys=True) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "topics.md": topics_page,
     "exit-codes.md": exit_codes_page,
     "agent-settings.md": settings_page,
+    "report.schema.json": lambda: schema_text(Report),
+    "comparison.schema.json": lambda: schema_text(Comparison),
 }
 
 
