@@ -85,7 +85,7 @@ class DataBroker:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._broker: Broker | None = None
-        self._told = False
+        self._told = threading.Event()
         """Where it is, or why there is none, was said."""
         self._host = ""
         self._reached_from = ""
@@ -93,7 +93,12 @@ class DataBroker:
     @property
     def starting(self) -> bool:
         """Whether it is not known yet how the first start ends."""
-        return self._thread is not None and not self._told
+        return self._thread is not None and not self._told.is_set()
+
+    def await_started(self, timeout_s: float) -> None:
+        """Wait until it is known how the first start ends, if one is under way."""
+        if self._thread is not None:
+            self._told.wait(timeout_s)
 
     def reached(self, reached_from: str) -> None:
         """The way to the site's broker stands, and this is our address on it: start, or see whether others must be told
@@ -162,6 +167,7 @@ class DataBroker:
         return start_mosquitto(self._folder, host, ports[-1], credentials)
 
     def _tell(self, at: DataBrokerAt | None, because: str) -> None:
-        self.at, self.because, self._told = at, because, True
+        self.at, self.because = at, because
         LOG.info("the board's own broker: %s", f"{at.address} ({because})" if at is not None else because)
         self._changed()
+        self._told.set()

@@ -57,6 +57,9 @@ AWAITED_BEAT_PERIOD_S: Final = 0.1
 SHOW_AFTER_S: Final = 5.0
 """A board that the broker doesn't let in for so long shows itself over mDNS: the coordinator then tells people."""
 
+BROKER_START_S: Final = 2.0
+"""What is announced waits so long for the board's own broker: a plan made without it would keep going around it."""
+
 DRAIN_S: Final = 8.0
 """Workers get five seconds to end, and the kernel some to reap them; then the agent leaves without them."""
 
@@ -404,6 +407,7 @@ class Service:
         self._control.remember()
         if self._data_broker is not None:
             self._data_broker.reached(self._control.local_host)
+            self._data_broker.await_started(BROKER_START_S)
         self._watch_data_broker()
         applied = self._applied(self._clock())
         session.announce(self._device_state(), self._info, measuring.profile, applied)

@@ -108,6 +108,15 @@ def test_it_starts_says_where_and_keeps_its_port_over_a_restart_of_the_agent(tmp
 
 
 @needs_mosquitto
+def test_who_waits_for_its_start_knows_where_it_is(board: Board) -> None:
+    board.broker.await_started(60.0)  # nothing was asked for yet, so nothing is waited for
+    assert board.broker.at is None
+    board.broker.reached("127.0.0.1")
+    board.broker.await_started(20.0)
+    assert board.broker.at is not None and board.news.is_set()
+
+
+@needs_mosquitto
 def test_a_killed_broker_is_started_again_where_it_was(board: Board, tmp_path: Path) -> None:
     port = board.start()
     client = MqttTransport(f"mqtt://127.0.0.1:{port}", "one", keepalive_s=5)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 
 import msgspec
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwprofiles import stats
+from hwprofiles import measure, stats
 from hwprofiles.measure import (
     MeasurePlan,
     Point,
@@ -246,32 +247,58 @@ def test_a_deep_stack_that_was_no_slower_than_a_shallow_one_is_measured_again_wi
     assert known or "no longer than 1" in made.because
 
 
-def test_resident_growth_of_the_deepest_stack_is_counted() -> None:
-    held: list[bytes] = []
+class Memory:
+    """A process whose resident memory grows by what its stacks and steps take, and by nothing else."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held_bytes = 300 << 20
+        monkeypatch.setattr(measure, "resident_bytes", lambda: self.held_bytes)
+
+
+def test_resident_growth_of_the_deepest_stack_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch)
+    loaded: set[int] = set()
 
     def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
-        if len(held) < 2:
-            held.append(b"\x01" * (64 if stack == 6 else 16) * 1024 * 1024)
+        if stack not in loaded:
+            loaded.add(stack)
+            memory.held_bytes += (64 if stack == 6 else 16) << 20
+        return lambda: 0.001
+
+    points = (Point("decode", 1, 0), Point("decode", 1, 16))
+    plan = MeasurePlan(points=points, stacks=(1, 6), rule=StopRule(time_budget_s=0.1))
+    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=memory.held_bytes)
+    assert found.resident_bytes == 64 << 20
+    assert found.shallow_bytes == 16 << 20
+
+
+def test_memory_that_shrank_meanwhile_was_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch)
+
+    def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
+        memory.held_bytes -= 1 << 20
         return lambda: 0.001
 
     plan = MeasurePlan(points=(Point("decode", 1, 0),), stacks=(1, 6), rule=StopRule(time_budget_s=0.1))
-    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=resident_bytes())
-    assert 60 * 1024 * 1024 < found.resident_bytes < 90 * 1024 * 1024
-    assert 14 * 1024 * 1024 < found.shallow_bytes < 30 * 1024 * 1024
+    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=memory.held_bytes)
+    assert found.resident_bytes == found.shallow_bytes == 1
 
 
-def test_what_larger_steps_need_for_a_moment_is_not_counted_as_held() -> None:
-    taken: list[bytes] = []
+def test_what_larger_steps_need_for_a_moment_is_not_counted_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(monkeypatch)
 
     def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
-        if tokens == 128:
-            taken.append(b"\x01" * 64 * 1024 * 1024)
+        memory.held_bytes += (64 << 20) if tokens == 128 else (1 << 20)
         return lambda: 0.001
 
     points = (Point("decode", 1, 0), Point("prefill", 128, 0))
     plan = MeasurePlan(points=points, stacks=(1, 6), rule=StopRule(time_budget_s=0.1))
-    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=resident_bytes())
-    assert len(taken) == 2 and found.resident_bytes < 30 * 1024 * 1024
+    found = measure_module("key", "block", "engine", 1, run, plan, base_bytes=memory.held_bytes)
+    assert found.resident_bytes == 1 << 20
+
+
+def test_resident_memory_is_what_the_kernel_counts() -> None:
+    assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
 
 
 def single(*timings: ModuleTiming) -> StepEstimate:
