@@ -4,6 +4,10 @@ A level is a marker of pyproject.toml. With the option, a skip of a test of that
 it) is a failure, and so is a run in which no test of that level was found.
 
 And the longest files come first: workers that share the tests out by files are then done at about the same time.
+
+A test of real processes on a real clock that fails is run once more: such a test waits for an effect with some patience,
+and a machine that others use can be without time for longer. The summary names each; `.ci/run` fails at the third of a
+level, and so does a test that fails twice. Tests of code alone have one go.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ import pytest
 
 LONG = ("tests/e2e/test_recovery.py", "tests/e2e/", "tests/testbed/")
 """Where tests start processes and wait for them; the longest first."""
+
+REAL = ("tests/e2e/", "tests/testbed/", "tests/install/", "tests/agent/", "tests/wire/")
+"""Where processes, brokers and links are real, and so is the clock."""
 
 # As models.engine does for the programs: some tests import onnxruntime by itself.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -60,6 +67,10 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((at for at, path in enumerate(LONG) if item.nodeid.startswith(path)), len(LONG)))
+    if config.pluginmanager.hasplugin("rerunfailures"):
+        for item in items:
+            if item.nodeid.startswith(REAL):
+                item.add_marker(pytest.mark.flaky(reruns=1))
     for level in config.getoption("--require-level"):
         if not any(item.get_closest_marker(level) for item in items):
             raise pytest.UsageError(f"level '{level}' is required here, but no test of it was selected")
