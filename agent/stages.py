@@ -64,7 +64,7 @@ class _Stage:
     """What went wrong last with a worker."""
     status: Status | None = None
     sign: Sign | None = None
-    """Of a worker that was ready: before, it may wait for a disk, and reports nothing."""
+    """Of the worker."""
     hung: str = ""
     """Why the worker was killed, until it is gone."""
     unreached: str = ""
@@ -192,7 +192,8 @@ class Stages:
             LOG.info("%s: %s %s", _name(stage.wanted), status.phase, status.detail)
         stage.status = status
         if status.phase == "ready":
-            stage.sign = stage.sign or Sign(now_s, self._bench.speed)
+            if stage.sign is None or stage.sign.loading:
+                stage.sign = Sign(now_s, self._bench.speed)
             stage.note = ""
         if stage.sign is not None:
             stage.sign.heard(now_s)
@@ -264,6 +265,7 @@ class Stages:
             LOG.error("%s: %s", _name(order), stage.note)
             return
         stage.order, stage.url = order, login.url
+        stage.sign = Sign(now_s, bench.speed, loading=True)
         LOG.info("%s: worker %d started", _name(order), stage.worker)
 
     def _adopt(self, stage: _Stage, order: StageOrder) -> None:
@@ -310,7 +312,8 @@ class Stages:
             stage.deaths.died(now_s, curable=curable)
             LOG.error("%s: worker died: %s", _name(stage.wanted), stage.note)
             if status is not None and status.phase == "loading" and status.trying and FALLBACKS[status.trying]:
-                stage.crashed[status.trying] = f"the worker that loaded it {event.words}"
+                how = stage.hung.removeprefix("it ") or event.words
+                stage.crashed[status.trying] = f"the worker that loaded it {how}"
             if final and stage.order is not None:
                 for ref in converge.files_of(stage.order):
                     self._store.forget(ref.digest)

@@ -5,8 +5,8 @@ it) is a failure, and so is a run in which no test of that level was found.
 
 And the longest files come first: workers that share the tests out by files are then done at about the same time.
 
-A test of real processes on a real clock that fails is run once more: such a test waits for an effect with some patience,
-and a machine that others use can be without time for longer. The summary names each; `.ci/run` fails at the third of a
+A test of real processes on a real clock that fails is run once more: such a test waits for something with patience, and
+a machine that others use can be without time for longer. The summary names each; `.ci/run` fails at the third of a
 level, and so does a test that fails twice. Tests of code alone have one go.
 """
 

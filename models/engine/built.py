@@ -13,7 +13,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from models.engine.base import EngineFailed
 LOG = logging.getLogger("edgelam.engines")
 
 FORMAT: Final = "edgelam.built/1"
+LOOK_AGAIN_S: Final = 2.0
 _HEAD: Final = FORMAT.encode() + b"\n"
 
 MOST_BYTES: Final = 8 * 1024**3
@@ -84,13 +86,16 @@ class BuiltEngines:
         self._path(of).unlink(missing_ok=True)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait until nobody else on this board builds: one build alone may take most of its memory."""
+    def turn(self, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+        """Wait until nobody else on this board builds: one build alone may take most of its memory. `say` hears now and
+        then that we wait: who is silent for long would be taken for hanging."""
         with ExitStack() as held:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock = held.enter_context((self.folder / ".building").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                while not _locked(lock.fileno()):
+                    say("waits for another engine that is built")
+                    time.sleep(LOOK_AGAIN_S)
             except OSError as error:
                 raise EngineFailed(f"no engine can be built in {self.folder}: {error.strerror}") from error
             yield
@@ -115,3 +120,12 @@ class BuiltEngines:
             room -= path.stat().st_size
             if room < 0:
                 path.unlink(missing_ok=True)
+
+
+def _locked(descriptor: int) -> bool:
+    """Take the lock, if nobody has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

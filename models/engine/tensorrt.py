@@ -116,12 +116,12 @@ def start(
     plan = built.get(of)
     engine = _loaded(runtime, logger, plan)
     if plan is None or engine is None:
-        say(f"builds an engine with tensorrt {trt.__version__}: this takes minutes, once")
-        with built.turn():
+        with built.turn(say):
             # Whoever had the turn before may have built the same.
             plan = built.get(of)
             engine = _loaded(runtime, logger, plan)
             if plan is None or engine is None:
+                say(f"builds an engine with tensorrt {trt.__version__}: this takes minutes, once")
                 with built.workshop() as folder:
                     plan = build(trt, logger, graph, manifest, weights, limits, ways, memory.free_bytes, folder)
                 engine = _loaded(runtime, logger, plan)

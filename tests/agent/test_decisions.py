@@ -17,7 +17,7 @@ from agent.converge import Adopt, Fetch, Hold, Running, Start, Stop, actions
 from agent.describe import device_info
 from agent.fetch import artifact_url
 from agent.finder import whereabouts
-from agent.hanging import HANGING_AFTER_S, LEAST_PROCESSOR_S, MUTE_AFTER_S, Sign
+from agent.hanging import HANGING_AFTER_S, LEAST_PROCESSOR_S, LOADING_HANGS_AFTER_S, MUTE_AFTER_S, Sign
 from agent.restarts import Deaths
 from agent.telemetry import Pulse
 from agent.workers.clock import Clocks
@@ -279,6 +279,16 @@ def test_a_worker_that_reports_does_not_hang_however_little_it_does() -> None:
     for second in range(1, 1000):
         sign.heard(100.0 + second)
         assert not sign.problem(100.5 + second)
+
+
+def test_a_worker_that_loads_may_build_for_an_hour_but_not_wait_for_nothing() -> None:
+    sign = Sign(100.0, loading=True)
+    for minute in range(1, 61):
+        sign.used(10.0 * minute, 100.0 + 60.0 * minute)
+        assert not sign.problem(100.0 + 60.0 * minute)
+    last_s = 100.0 + 60.0 * 60
+    assert not sign.problem(last_s + LOADING_HANGS_AFTER_S)
+    assert "no processor time for 120 s" in sign.problem(last_s + LOADING_HANGS_AFTER_S + 0.1)
 
 
 def test_an_emulated_slow_board_sleeps_in_its_steps() -> None:

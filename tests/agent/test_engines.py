@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from agent import hanging, stages
 from agent.engines import CUDA_LIBRARY, Due, due, others
 from agent.fetch import Progress
 from agent.lifecycle import State
@@ -235,6 +236,22 @@ def test_a_crash_while_an_engine_loads_costs_that_engine_until_the_next_epoch(la
     other = msgspec.structs.replace(order, epoch=2, slots=3)
     lab.publish(topics.DESIRED, desired_of(other, epoch=2), DEVICE)
     assert tried(3).crashed == {}
+
+
+def test_an_engine_that_hangs_while_it_loads_is_done_without(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hanging, "LOADING_HANGS_AFTER_S", 0.3)
+    monkeypatch.setattr(stages, "LOOK_PERIOD_S", 0.05)
+    launcher = FakeLauncher(ready=False)
+    service = lab.agent(launcher)
+    lab.store(service, b"graph", b"weights", b"standard")
+    lab.turn(lambda: service.state is State.SERVING)
+    lab.publish(topics.DESIRED, desired_of(order_of(engine="tensorrt", standard_graph=ref_of(b"standard"))), DEVICE)
+    lab.turn(lambda: 1 in launcher.assignments)
+    launcher.say(1, Status(phase="loading", epoch=1, trying="tensorrt"))
+    lab.turn(lambda: 2 in launcher.assignments)
+    second = launcher.assignments[2]
+    assert isinstance(second, Assignment)
+    assert second.crashed["tensorrt"].startswith("the worker that loaded it hung: no word and no processor time")
 
 
 # Measuring.

@@ -376,7 +376,14 @@ class BoardBroker:
         self.starting = True
         self.reached_from: list[str] = []
         self.closed = False
+        self.swift: DataBrokerAt | None = None
+        """Where it is as soon as somebody waits for it."""
         self._changed = changed
+
+    def await_started(self, timeout_s: float) -> None:
+        assert 0 < timeout_s < 5, "heartbeats wait so long, too"
+        if self.swift is not None:
+            self.become(self.swift, "mosquitto 2.0.11")
 
     def reached(self, reached_from: str) -> None:
         self.reached_from.append(reached_from)
@@ -392,11 +399,12 @@ class BoardBroker:
 OWN = DataBrokerAt(address="mqtt://10.0.0.5:1884", url="mqtt://127.0.0.1:1884")
 
 
-def with_broker(lab: Lab, launcher: FakeLauncher) -> tuple[Service, BoardBroker]:
+def with_broker(lab: Lab, launcher: FakeLauncher, swift: DataBrokerAt | None = None) -> tuple[Service, BoardBroker]:
     made: list[BoardBroker] = []
 
     def make(*arguments: object) -> BoardBroker:
         made.append(BoardBroker(*arguments))  # type: ignore[arg-type]
+        made[0].swift = swift
         return made[0]
 
     service = lab.agent(launcher, data_broker_maker=make)
@@ -422,6 +430,13 @@ def test_the_boards_broker_is_told_when_it_is_there(lab: Lab) -> None:
     lab.turn(lambda: service.state is State.STOPPED)
     service.close()
     assert broker.closed
+
+
+def test_what_is_announced_first_has_the_boards_broker_in_it(lab: Lab) -> None:
+    """A plan made between two announcements would go around that broker, and stay so."""
+    with_broker(lab, FakeLauncher(), OWN)
+    told = [decode(payload, DeviceInfo, "info") for payload in lab.seen[topics.INFO.on(SITE, DEVICE)]]
+    assert {one.data_broker for one in told} == {OWN.address}
 
 
 def test_a_stage_behind_the_boards_broker_waits_until_that_is_there(lab: Lab) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from models.build.pack import Packed
+from models.engine import built
 from models.engine.base import EngineFailed, StageSpec
 from models.engine.built import BuiltEngines, BuiltFrom
 from models.engine.cuda import CudaMemory
@@ -174,6 +176,28 @@ def test_kept_engines_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> Non
     assert [kept.get(built_from(name)) is not None for name in "abcd"] == [True, False, True, True]
     kept.put(built_from("e"), bytes(9000))
     assert [kept.get(built_from(name)) is not None for name in "acde"] == [False, False, False, True]
+
+
+def test_whoever_waits_for_his_turn_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built, "LOOK_AGAIN_S", 0.01)
+    kept, said = BuiltEngines(tmp_path / "engines"), threading.Semaphore(0)
+    words: list[str] = []
+
+    def say(text: str) -> None:
+        words.append(text)
+        said.release()
+
+    def wait() -> None:
+        with kept.turn(say):
+            words.append("its turn")
+
+    with kept.turn():
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        assert said.acquire(timeout=20) and said.acquire(timeout=20), "again and again, so it is not taken for hanging"
+        assert "its turn" not in words
+    waiter.join(20)
+    assert words[-1] == "its turn" and words[0] == "waits for another engine that is built"
 
 
 def test_a_folder_that_can_not_be_written_costs_building_again(
