@@ -60,12 +60,34 @@ def figure_text(objective: Objective, value: float) -> str:
     return f"{value_text(objective, value)} {AIMS[objective].figure}"
 
 
+def groups_of(plan: Plan) -> int:
+    """How many steps are under way at once in a full pipeline: a group of requests each, and one per stage at most."""
+    return max(1, min(len(plan.stages), plan.slots))
+
+
+def pace_s(plan: Plan) -> float:
+    """Predicted seconds from one token to the next of a full pipeline (coordinator.planning.filled). Of items as many
+    are under way as it takes."""
+    if plan.runs == "items":
+        return plan.predicted_slowest_s
+    stages_s = sum(stage.compute_s for stage in plan.stages)
+    hops_s = max(0.0, plan.predicted_token_s - stages_s)
+    return max(plan.predicted_slowest_s, stages_s / groups_of(plan) + hops_s / max(1, plan.slots))
+
+
+def pace_error_s(plan: Plan) -> float:
+    """Half of its 95 % interval; 0 where that is not known."""
+    if pace_s(plan) > plan.predicted_slowest_s:
+        return plan.token_error_s / groups_of(plan)
+    return plan.slowest_error_s
+
+
 def figure(plan: Plan) -> float:
     """What a plan was made to keep small."""
     values: dict[Objective, float | None] = {
         "latency": plan.predicted_token_s,
         "ttft": plan.predicted_first_token_s,
-        "throughput": plan.predicted_token_s if plan.limits.tokens_per_s else plan.predicted_slowest_s,
+        "throughput": plan.predicted_token_s if plan.limits.tokens_per_s else pace_s(plan),
         "energy": plan.predicted_token_j,
         "memory": plan.predicted_memory_share,
         "weighted": plan.predicted_cost,
@@ -77,7 +99,7 @@ def figure(plan: Plan) -> float:
 def figure_error(plan: Plan) -> float:
     """Half of its 95 % interval; 0 where that is not known."""
     if plan.objective == "throughput" and plan.limits.tokens_per_s is None:
-        return plan.slowest_error_s
+        return pace_error_s(plan)
     return plan.token_error_s if plan.objective in ("latency", "throughput") else 0.0
 
 

@@ -12,6 +12,7 @@ Three relaxations, and the largest of their values counts; each keeps a part of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -28,7 +29,26 @@ def lower_bound(problem: Problem, objective: Objective, at_least: int = 1) -> fl
     least = walk(costs_of(problem, objective, len(problem.devices)))
     if objective == "latency":
         return max(least, _slots_s(problem, at_least))
-    return max(least, _pipeline_s(problem)) if objective == "throughput" else least
+    if objective != "throughput":
+        return least
+    return max(least, _pipeline_s(problem) if problem.streams is None else _filled_s(problem, at_least))
+
+
+def _filled_s(problem: Problem, at_least: int) -> float:
+    """For so many requests (coordinator.planning.filled): over the numbers of stages, the least of what the slowest
+    part and the ring leave a token of a full pipeline."""
+    fewest, streams = least_stages(problem, at_least), problem.streams or 1
+    if fewest is None:
+        return np.inf
+    least = np.inf
+    for count in range(fewest, min(len(problem.devices), problem.modules) + 1):
+        groups = problem.groups(count)
+        shared = _slots_s(replace(problem, hop_s=problem.hop_s * groups / streams), count) / groups
+        if shared < least:
+            least = min(least, max(shared, _pipeline_s(problem, count)))
+        elif count >= streams:
+            break  # more stages mean more hops, and no more groups
+    return least
 
 
 def places(problem: Problem) -> np.ndarray:
@@ -57,11 +77,12 @@ def _slots_s(problem: Problem, at_least: int) -> float:
     return float((np.sort(least)[::-1] * slots).sum() + overhead_s + hops_s)
 
 
-def _pipeline_s(problem: Problem) -> float:
-    """The least seconds within which the devices hold all modules: found by halving, and the lower end is given."""
+def _pipeline_s(problem: Problem, at_most: int | None = None) -> float:
+    """The least seconds within which so many devices hold all modules: found by halving, and the lower end is given."""
+    devices = at_most or len(problem.devices)
     least, ratios = _ratios(problem)
     room = places(problem)
-    if room.sum() < problem.modules:
+    if _largest(room, devices) < problem.modules:
         return np.inf
     kinds = np.unique(least)
     kinds = kinds[:: max(1, kinds.size // MOST_KINDS)]
@@ -72,7 +93,8 @@ def _pipeline_s(problem: Problem) -> float:
         free = np.maximum(0.0, seconds - problem.overhead_s) / ratios * (1 + TIE)
         for sums in heavier:
             held = np.minimum(np.searchsorted(sums, free, side="right") - 1, room)
-            if held.sum() < sums.size - 1 or np.where(held > 0, free, 0.0).sum() < sums[-1]:
+            used = np.where(held > 0, free, 0.0)
+            if _largest(held, devices) < sums.size - 1 or _largest(used, devices) < sums[-1]:
                 return False
         return True
 
@@ -85,6 +107,11 @@ def _pipeline_s(problem: Problem) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return low
+
+
+def _largest(values: np.ndarray, count: int) -> float:
+    """The sum of so many of them."""
+    return float(np.sort(values)[-count:].sum())
 
 
 def _ratios(problem: Problem) -> tuple[Floats, Floats]:

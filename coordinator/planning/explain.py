@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from coordinator.measured import blocks_text
-from coordinator.planning.aims import AIMS, figure, figure_text, value_text
+from coordinator.planning.aims import AIMS, figure, figure_text, pace_error_s, pace_s, value_text
 from coordinator.planning.cost import RESERVE_FRACTION, RESERVE_MIN_BYTES, stage_memory
 from coordinator.planning.guessing import guessing_of
 from coordinator.planning.hopped import hop_lines
@@ -80,7 +80,7 @@ def _headline(plan: Plan) -> str:
     return (
         f"{plan.model} {plan.precision} on {count}, {aim}: {seconds_text(token_s)} per token of one stream "
         f"({1 / max(token_s, 1e-9):.0f} tokens/s); a full pipeline gives one every "
-        f"{seconds_text(plan.predicted_slowest_s)}" + _first_token(plan) + _energy(plan)
+        f"{seconds_text(pace_s(plan))}" + _first_token(plan) + _energy(plan)
     )
 
 
@@ -90,8 +90,8 @@ def _interval(plan: Plan) -> list[str]:
     if plan.token_error_s <= 0 and plan.slowest_error_s <= 0:
         return []
     text = f"by the spread of what was measured: {_between(plan.predicted_token_s, plan.token_error_s)} per {what}"
-    if plan.slowest_error_s > 0 and len(plan.stages) > 1:
-        text += f", one every {_between(plan.predicted_slowest_s, plan.slowest_error_s)} from a full pipeline"
+    if pace_error_s(plan) > 0 and len(plan.stages) > 1:
+        text += f", one every {_between(pace_s(plan), pace_error_s(plan))} from a full pipeline"
     return [f"{text} (95 %)"]
 
 
@@ -186,6 +186,10 @@ def _binding(now: Answer) -> str:
     if now.priced.request.objective == "throughput":
         stage_s = {now.priced.costs[r.device].device: _stage_s(now, r) for r in placement}
         slowest = max(stage_s, key=lambda device: stage_s[device])
+        if now.solution.pace_s > now.solution.slowest_s * (1 + WORTH_SAYING):
+            ring, pace = seconds_text(now.solution.latency_s), seconds_text(now.solution.pace_s)
+            requests = now.priced.request.slots
+            return f"the time once round the boards binds: {ring} for {requests} requests at once, {pace} per token"
         if stage_s[slowest] >= now.solution.slowest_s * (1 - WORTH_SAYING):
             return f"compute on {slowest} binds: {seconds_text(stage_s[slowest])} per token"
         return f"a link binds: {seconds_text(now.solution.slowest_s)} per token"

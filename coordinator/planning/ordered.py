@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.planning import partition
+from coordinator.planning import filled, partition
 from coordinator.planning.bounds import lower_bound
 from coordinator.planning.labels import labelled
 from coordinator.planning.partition import EXACT_DEVICES, TIE, Costs, Floats, Found, Placement, Problem, Run, Solution
@@ -26,20 +26,24 @@ Indices = npt.NDArray[np.int64]
 def solve_any(problem: Problem, objective: Objective, at_least: int = 1, at_most: int | None = None) -> Solution | None:
     """Give the best placement: exact up to EXACT_DEVICES devices, along fixed orders above; None if there is none."""
     if len(problem.devices) <= EXACT_DEVICES:
-        return partition.solve(problem, objective, at_least, at_most)
+        return filled.solve(problem, objective, at_least, at_most)
     speed = np.argsort(problem.seconds.sum(axis=1), kind="stable")
     room = np.argsort(-problem.fits.sum(axis=(1, 2)), kind="stable")
-    best = partition.solve(problem, objective, at_least, at_most, search=labelled)
+    best = filled.solve(problem, objective, at_least, at_most, search=labelled)
     for order in (speed, speed[::-1], room):
         chosen = [int(d) for d in order]
         best = _better(best, _solve_in_order(problem, chosen, objective, at_least, at_most))
     used = [run.device for run in best.placement] if best else []
+    if objective == "throughput" and problem.streams is not None:
+        # Few requests fill few boards: those for which a share and a hop are soon done.
+        speed = np.argsort(_share_s(problem), kind="stable")
+        used = used if len(used) <= EXACT_DEVICES else []
     rest = [int(d) for d in speed if int(d) not in used]
     exactly = ""
     if best and len(used) <= EXACT_DEVICES:
         exactly = f" and the best {EXACT_DEVICES} searched exactly"
         chosen = sorted([*used, *rest[: EXACT_DEVICES - len(used)]])
-        refined = partition.solve(problem.only(chosen), objective, at_least, at_most)
+        refined = filled.solve(problem.only(chosen), objective, at_least, at_most)
         best = _better(best, refined and _renamed(refined, chosen))
     if best is None:
         return None
@@ -49,6 +53,14 @@ def solve_any(problem: Problem, objective: Objective, at_least: int = 1, at_most
         because=f"{len(problem.devices)} devices are too many to try every set: they were taken in three orders and "
         f"without one{exactly}; at most {gap:.0%} above a bound that no plan can undercut",
     )
+
+
+def _share_s(problem: Problem) -> Floats:
+    """[N] what each device would take for an equal share on EXACT_DEVICES, with a hop there and one back to another."""
+    others = np.where(np.eye(len(problem.devices), dtype=bool)[:, :, None], np.inf, problem.hop_s[:, :, 1:])
+    hop_s = np.median(others.min(axis=2), axis=1)
+    taken: Floats = problem.seconds.sum(axis=1) / EXACT_DEVICES + problem.overhead_s + 2 * hop_s
+    return taken
 
 
 def _better(one: Solution | None, other: Solution | None) -> Solution | None:

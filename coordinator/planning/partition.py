@@ -4,7 +4,9 @@ A placement gives each device at most one contiguous run of modules; devices may
 are made of them: coordinator.planning.mixed):
 
     latency      sum of all stages and hops once round the ring, the hop from the head back to the first stage included
-    throughput   the slowest stage, or the busiest link: a full pipeline moves one token per so many seconds
+    throughput   the slowest stage, or the busiest link: a full pipeline moves one token per so many seconds; where it
+                 is filled by few requests, their share of the ring's time, if that is longer
+                 (coordinator.planning.filled)
     memory       the fullest device, by the share of what it may give
 
 Dynamic programme over suffixes of the chain: `best[used][d][f][i]` is the cheapest way to place modules i.. on exactly
@@ -59,6 +61,8 @@ class Problem:
     transfer_s: Floats
     share: Floats | None = None
     """[N, L + 1, L + 1] what modules i to j - 1 take of what device d may give; None where nobody asks for it."""
+    streams: int | None = None
+    """How many requests go round at once, in as many groups as there are stages at most; None: as many as it takes."""
 
     @property
     def modules(self) -> int:
@@ -81,7 +85,12 @@ class Problem:
             hop_s=self.hop_s[np.ix_(chosen, chosen)],
             transfer_s=self.transfer_s[np.ix_(chosen, chosen)],
             share=None if self.share is None else self.share[chosen],
+            streams=self.streams,
         )
+
+    def groups(self, stages: int) -> int:
+        """How many steps are under way at once in a full pipeline."""
+        return stages if self.streams is None else max(1, min(stages, self.streams))
 
     def within(self, seconds: float) -> Problem:
         """The same problem without stages and hops that take longer for one token of a full pipeline."""
@@ -105,6 +114,8 @@ class Solution:
     placement: Placement
     latency_s: float
     slowest_s: float
+    pace_s: float
+    """From one token to the next of a full pipeline."""
     value: float
     """Of the objective."""
     best_by_stages: dict[int, float]
@@ -141,14 +152,28 @@ Search = Callable[[Costs], Found]
 
 def latency_s(problem: Problem, placement: Placement) -> float:
     """Seconds once round the ring."""
+    return sum(ring_s(problem, placement))
+
+
+def ring_s(problem: Problem, placement: Placement) -> tuple[float, float]:
+    """Seconds of all stages, and of all hops."""
     stages = sum(_run_s(problem, run) for run in placement)
-    return stages + sum(float(problem.hop_s[a, b, cut]) for a, b, cut in hops(problem, placement))
+    return stages, sum(float(problem.hop_s[a, b, cut]) for a, b, cut in hops(problem, placement))
 
 
 def slowest_s(problem: Problem, placement: Placement) -> float:
     """Seconds of the slowest stage or busiest link."""
     stages = max(_run_s(problem, run) for run in placement)
     return max([stages, *(float(problem.transfer_s[a, b, cut]) for a, b, cut in hops(problem, placement))])
+
+
+def pace_s(problem: Problem, placement: Placement) -> float:
+    """Seconds from one token to the next of a full pipeline (coordinator.planning.filled)."""
+    slowest = slowest_s(problem, placement)
+    if problem.streams is None:
+        return slowest
+    stages_s, hops_s = ring_s(problem, placement)
+    return max(slowest, stages_s / problem.groups(len(placement)) + hops_s / problem.streams)
 
 
 def fullest_share(problem: Problem, placement: Placement) -> float:
@@ -159,7 +184,7 @@ def fullest_share(problem: Problem, placement: Placement) -> float:
 def value_of(problem: Problem, placement: Placement, objective: Objective) -> float:
     if objective == "latency":
         return latency_s(problem, placement)
-    return slowest_s(problem, placement) if objective == "throughput" else fullest_share(problem, placement)
+    return pace_s(problem, placement) if objective == "throughput" else fullest_share(problem, placement)
 
 
 def costs_of(problem: Problem, objective: Objective, at_most: int) -> Costs:
@@ -192,7 +217,8 @@ def _run_s(problem: Problem, run: Run) -> float:
 def solve(
     problem: Problem, objective: Objective, at_least: int = 1, at_most: int | None = None, search: Search | None = None
 ) -> Solution | None:
-    """Give the best placement with `at_least` to `at_most` stages, or None if there is none."""
+    """Give the best placement with `at_least` to `at_most` stages, or None if there is none. For throughput the slowest
+    part counts, whoever fills the pipeline."""
     if not problem.devices:
         return None
     stages = min(len(problem.devices), problem.modules, at_most or len(problem.devices))
@@ -217,6 +243,7 @@ def solve(
         placement=placement,
         latency_s=latency_s(problem, placement),
         slowest_s=slowest_s(problem, placement),
+        pace_s=pace_s(problem, placement),
         value=value_of(problem, placement, objective),
         best_by_stages=best_by_stages,
         because="",

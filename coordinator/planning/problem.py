@@ -69,6 +69,7 @@ def make_problem(
         hop_s=hop,
         transfer_s=transfer,
         share=needs / np.maximum(limits, 1.0),
+        streams=workload.slots if graph.items is None else None,
     )
 
 

@@ -156,8 +156,8 @@ def alone_text(priced: Priced, solution: Solution) -> str:
     this = f"this plan {seconds_text(solution.latency_s)}"
     if solution.latency_s < alone_s:
         return f"{text}; {this}"
-    if priced.request.objective == "throughput" and solution.slowest_s < alone_s:
-        return f"{text}; {this}, but one every {seconds_text(solution.slowest_s)} when the pipeline is full"
+    if priced.request.objective == "throughput" and solution.pace_s < alone_s:
+        return f"{text}; {this}, but one every {seconds_text(solution.pace_s)} when the pipeline is full"
     if len(solution.placement) == 1:
         return f"{text}; {this}"
     return f"{text}; {this}: don't split unless the boards shall be shared or the split itself is wanted"
@@ -184,7 +184,7 @@ def plan_reason(priced: Priced, solution: Solution) -> str:
     elif request.boards_at_least >= stages and stages > 1:
         text = f"at least {request.boards_at_least} boards were asked for; {_sum_text(priced, solution)}"
     elif request.objective == "throughput":
-        text = f"a full pipeline gives a token every {seconds_text(solution.slowest_s)}; {alone[0].device} alone every "
+        text = f"a full pipeline gives a token every {seconds_text(solution.pace_s)}; {alone[0].device} alone every "
         text += seconds_text(alone[1])
     else:
         text = f"{_sum_text(priced, solution)}; {alone[0].device} alone takes {seconds_text(alone[1])}"
@@ -197,7 +197,7 @@ def _aim_reason(priced: Priced, solution: Solution) -> str:
     swiftest = solve_any(priced.problem, "latency", request.boards_at_least, request.boards_at_most)
     swift_s = solution.latency_s if swiftest is None else swiftest.latency_s
     if request.tokens_per_s is not None:
-        most = 1 / max(solution.slowest_s, 1e-9)
+        most = 1 / max(solution.pace_s, 1e-9)
         text = f"carries {request.tokens_per_s:g} tokens/s with its busiest part at most {BUSY_SHARE:.0%} busy (a full "
         text += f"pipeline gives {most:.3g}), on {boards}"
     else:

@@ -53,7 +53,7 @@ def sensitivity(question: Question, now: Answer) -> list[str]:
 
 
 def _figure_s(problem: Problem, placement: partition.Placement, objective: str) -> float:
-    figure = partition.latency_s if objective == "latency" else partition.slowest_s
+    figure = partition.latency_s if objective == "latency" else partition.pace_s
     return figure(problem, placement)
 
 

@@ -84,11 +84,13 @@ def _too_high_load(priced: Priced) -> Infeasible | None:
     best = solve_any(priced.problem, "throughput", request.boards_at_least, request.boards_at_most)
     if best is None:
         return None
-    most = BUSY_SHARE / best.slowest_s
+    most = BUSY_SHARE / best.pace_s
     slowest = max(best.placement, key=lambda run: priced.costs[run.device].stage_s(priced.modules(run)))
     cost = priced.costs[slowest.device]
     binding = f"compute on {cost.device} binds"
-    if cost.stage_s(priced.modules(slowest)) < best.slowest_s * (1 - TIE):
+    if best.pace_s > best.slowest_s * (1 + TIE):
+        binding = f"the time once round the boards, shared by {priced.request.slots} requests at once, binds"
+    elif cost.stage_s(priced.modules(slowest)) < best.slowest_s * (1 - TIE):
         binding = "a link binds"
     return Infeasible(
         f"{priced.graph.model}: {request.tokens_per_s:g} tokens/s are more than these boards carry: at most {most:.3g} "

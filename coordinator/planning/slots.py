@@ -47,7 +47,10 @@ def _said(plan: Plan, because: str) -> Plan:
 
 
 def _figure(plan: Plan) -> float:
-    """What more requests must not make much worse: memory is what they need, so there it is the time of a token."""
+    """What more requests must not make much worse: memory is what they need, so there it is the time of a token. And
+    fewer requests do not fill a pipeline, so there it is the slowest part."""
+    if plan.objective == "throughput" and plan.limits.tokens_per_s is None:
+        return plan.predicted_slowest_s
     return plan.predicted_token_s if plan.objective in ("memory", "weighted") else figure(plan)
 
 

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from coordinator.planning.aims import BUSY_SHARE
+from coordinator.planning.filled import NEARLY
 from coordinator.planning.mixed import Idle, Mix, Worst, solve_mixed
 from coordinator.planning.moving import moving_s
 from coordinator.planning.ordered import solve_any
@@ -20,6 +21,7 @@ from coordinator.planning.partition import (
     Solution,
     fullest_share,
     latency_s,
+    pace_s,
     slowest_s,
 )  # fmt: skip
 from coordinator.planning.plan import Objective
@@ -29,9 +31,6 @@ from wire.units import seconds_text
 
 WORTH_SAYING: Final = 1e-3
 """A gap below which a search is called exact: a tenth of a per cent."""
-
-NEARLY: Final = 0.10
-"""A plan over fewer boards may be worse by this share where profiles don't tell the two apart."""
 
 SIMPLE: Final[tuple[Objective, ...]] = ("latency", "throughput", "memory")
 
@@ -58,6 +57,7 @@ def solve(priced: Priced) -> Solution | None:
         placement=staying.placement,
         latency_s=latency_s(priced.problem, staying.placement),
         slowest_s=slowest_s(priced.problem, staying.placement),
+        pace_s=pace_s(priced.problem, staying.placement),
         value=value,
         because=f"{found.because}; {stays}" if found.because else stays,
     )
@@ -67,7 +67,7 @@ def _solve(priced: Priced, problem: Problem) -> Solution | None:
     request = priced.request
     least, most = request.boards_at_least, request.boards_at_most
     if request.tokens_per_s is not None:
-        return solve_any(problem.within(BUSY_SHARE / request.tokens_per_s), "latency", least, most)
+        return _carrying(problem, BUSY_SHARE / request.tokens_per_s, least, most)
     if request.objective in SIMPLE:
         return solve_any(problem, request.objective, least, most)
     if not problem.devices:
@@ -75,6 +75,20 @@ def _solve(priced: Priced, problem: Problem) -> Solution | None:
     if request.objective == "weighted":
         return _weighted(priced)
     return _solved(priced, _mix(priced, request.objective))
+
+
+def _carrying(problem: Problem, pace: float, least: int, most: int | None) -> Solution | None:
+    """The least latency at which a full pipeline makes a step in so many seconds."""
+    within = problem.within(pace)
+    found = solve_any(within, "latency", least, most)
+    if found is None or found.pace_s <= pace:
+        return found
+    # With more stages there are more groups under way, and each may be later.
+    counts = range(least, min(len(problem.devices), problem.modules, most or problem.modules) + 1)
+    each = [solve_any(within, "latency", count, count) for count in counts]
+    each.append(solve_any(problem, "throughput", least, most))
+    enough = [found for found in each if found is not None and found.pace_s <= pace]
+    return min(enough, key=lambda found: found.latency_s, default=None)
 
 
 def fewest_of_equals(priced: Priced, best: Solution) -> Solution:
@@ -103,7 +117,7 @@ def value_of(priced: Priced, placement: Placement, objective: Objective) -> floa
     if objective == "latency":
         return latency_s(problem, placement)
     if objective == "throughput":
-        return slowest_s(problem, placement)
+        return pace_s(problem, placement)
     if objective == "memory":
         return fullest_share(problem, placement)
     return _mix(priced, objective).cost(placement)
@@ -167,6 +181,7 @@ def _solved(priced: Priced, mix: Mix, known: tuple[Placement, ...] = ()) -> Solu
         placement=found.placement,
         latency_s=latency_s(problem, found.placement),
         slowest_s=slowest_s(problem, found.placement),
+        pace_s=pace_s(problem, found.placement),
         value=found.cost,
         best_by_stages={len(found.placement): found.cost},
         because=because,

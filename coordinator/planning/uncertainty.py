@@ -49,6 +49,9 @@ def slowest_error_s(priced: Priced, solution: Solution) -> float:
 
 def figure_error_s(priced: Priced, solution: Solution) -> float:
     """Of what the plan is made for, where that is seconds per token."""
+    error_s = token_error_s(priced, solution.placement)
     if priced.request.objective == "throughput" and priced.request.tokens_per_s is None:
-        return slowest_error_s(priced, solution)
-    return token_error_s(priced, solution.placement)
+        if solution.pace_s <= solution.slowest_s * (1 + TIE):
+            return slowest_error_s(priced, solution)
+        return error_s / priced.problem.groups(len(solution.placement))
+    return error_s

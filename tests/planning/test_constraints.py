@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.planning.aims import pace_s
 from coordinator.planning.cost import RESERVE_MIN_BYTES
+from coordinator.planning.filled import CLOSE
 from coordinator.planning.partition import Infeasible
 from coordinator.planning.planner import make_plan, placement_of
 from coordinator.planning.request import Candidate, price
@@ -67,9 +69,9 @@ def test_every_plan_keeps_pins_memory_and_number_of_boards_and_is_best_or_says_w
     assert most is None or len(made.stages) <= most
     assert all(stage.memory_bytes <= stage.memory_limit_bytes for stage in made.stages)
     best = min(value_of(priced, placement, objective) for placement in possible)
-    figures = {"latency": made.predicted_token_s, "throughput": made.predicted_slowest_s,
+    figures = {"latency": made.predicted_token_s, "throughput": pace_s(made),
                "memory": made.predicted_memory_share, "ttft": made.predicted_first_token_s}  # fmt: skip
-    assert figures[objective] == pytest.approx(best, rel=1e-4)
+    assert figures[objective] == pytest.approx(best, rel=2 * CLOSE)
 
 
 @settings(max_examples=60, deadline=None)

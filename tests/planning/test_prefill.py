@@ -40,7 +40,7 @@ def plan_with(*smaller: int, overhead_s: float = 2e-4, boards: int = 4):
     ]
     request = PlanRequest(
         deployment="tiny", context_tokens=2_048, boards_at_least=boards, boards_at_most=boards,
-        objective="throughput", smaller_chunks=smaller,
+        slots=8, objective="throughput", smaller_chunks=smaller,
     )  # fmt: skip
     return make_plan(graph(), candidates, request, address), candidates
 

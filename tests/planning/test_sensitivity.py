@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from coordinator.planning import sensitivity as module
+from coordinator.planning.aims import pace_s
 from coordinator.planning.explain import explain
 from coordinator.planning.planner import WORTH_MOVING, Candidate, figure, make_plan, repriced
 from coordinator.planning.slowed import Slowed
@@ -78,7 +79,7 @@ def test_better_links_are_solved_with_better_links() -> None:
 def test_one_more_board_is_planned_with() -> None:
     [line] = [line for line in changes(shelf(), objective="throughput") if "one more" in line]
     more = [*shelf(), board("orin2", 1.0, link_to_broker=ETHERNET)]
-    best_s = plan(more, objective="throughput").predicted_slowest_s
+    best_s = pace_s(plan(more, objective="throughput"))
     assert line.startswith("  with one more orin: ") and f"{best_s * 1e3:.1f} ms instead of" in line
     assert "one more board, like any of these, would not make a token faster" in "\n".join(changes(shelf()))
     limited = changes(shelf(), objective="throughput", boards_at_most=4)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.planning import aims
 from coordinator.planning.cost import DeviceCost, Workload, device_cost
 from coordinator.planning.explain import explain
 from coordinator.planning.plan import Plan
@@ -98,7 +99,7 @@ def test_noise_within_the_interval_moves_no_boundary(
 
 
 def figure(made: Plan) -> float:
-    return made.predicted_token_s if made.objective == "latency" else made.predicted_slowest_s
+    return aims.figure(made)
 
 
 def test_of_plans_that_profiles_cannot_tell_apart_the_one_over_fewer_boards_is_taken() -> None:
@@ -114,9 +115,12 @@ def test_of_plans_that_profiles_cannot_tell_apart_the_one_over_fewer_boards_is_t
 
 def test_a_gain_that_may_be_noise_moves_nothing() -> None:
     made = plan(shelf(0.0), objective="throughput")
-    other = plan(shelf(0.0), objective="latency", boards_at_least=2)
-    running = msgspec.structs.replace(other, objective="throughput", predicted_slowest_s=made.predicted_slowest_s * 1.2)
+    other = plan(
+        shelf(0.0), objective="latency", boards_at_least=2, slots=made.slots, context_tokens=made.context_tokens
+    )
+    running = msgspec.structs.replace(other, objective="throughput", predicted_slowest_s=aims.pace_s(made) * 1.2)
     assert worth_moving(running, made)
-    unsure = msgspec.structs.replace(running, slowest_error_s=made.predicted_slowest_s * 0.25)
+    error_s = aims.pace_s(running) - aims.pace_s(made)
+    unsure = msgspec.structs.replace(running, slowest_error_s=error_s, token_error_s=error_s * len(running.stages))
     assert not worth_moving(unsure, made)
     assert "no sharper than that" in worth_moving(unsure, made).because

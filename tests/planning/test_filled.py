@@ -1,0 +1,168 @@
+"""What a pipeline that few requests fill gives most of: against brute force, and by its properties."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.planning import aims
+from coordinator.planning.bounds import lower_bound
+from coordinator.planning.filled import CLOSE, solve
+from coordinator.planning.ordered import solve_any
+from coordinator.planning.partition import TIE, Infeasible, Placement, Problem, latency_s, pace_s, slowest_s
+from coordinator.planning.plan import Plan
+from coordinator.planning.planner import make_plan
+from tests.planning.boards import address, board, graph, link, request
+from tests.planning.test_partition import chain_of_equal_blocks, every_placement, made_problem
+
+NEAR = 1 + CLOSE + TIE
+
+
+def by_hand(problem: Problem, placement: Placement, requests: int) -> float:
+    """The pace from the sums and the worst of a placement, as the module's text says it."""
+    stages_s = [
+        problem.overhead_s[run.device] + problem.seconds[run.device, run.first : run.end].sum() for run in placement
+    ]
+    hops_s = latency_s(problem, placement) - sum(stages_s)
+    groups = min(requests, len(placement))
+    return float(max(slowest_s(problem, placement), sum(stages_s) / groups + hops_s / requests))
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3, 8])
+def test_the_plan_is_the_best_on_random_cases(requests: int) -> None:
+    rng = random.Random(requests)
+    differs = 0
+    for seed in range(120):
+        problem = made_problem(seed, rng.randint(1, 4), rng.randint(1, 7), whole_numbers=seed % 2 == 0)
+        least, most = rng.choice([(1, 4), (1, 4), (2, 3)])
+        filled = replace(problem, streams=requests)
+        solution = solve(filled, "throughput", least, most)
+        within = [placement for placement in every_placement(problem) if least <= len(placement) <= most]
+        assert (solution is None) == (not within), f"seed {seed}"
+        if solution is None:
+            continue
+        best = min(by_hand(problem, placement, requests) for placement in within)
+        assert solution.pace_s == pytest.approx(by_hand(problem, solution.placement, requests))
+        assert solution.pace_s == solution.value == pace_s(filled, solution.placement)
+        assert solution.value <= best * NEAR, f"seed {seed}"
+        fewest = min(len(p) for p in within if by_hand(problem, p, requests) <= best * (1 + TIE))
+        assert len(solution.placement) <= fewest, "of plans that are as good the one over the fewest boards"
+        for count, value in solution.best_by_stages.items():
+            if not least <= count <= most:
+                continue
+            assert value >= min(by_hand(problem, p, requests) for p in within if len(p) == count) * (1 - TIE)
+        plain = solve(problem, "throughput", least, most)
+        assert plain is not None
+        differs += solution.value < pace_s(filled, plain.placement) * (1 - CLOSE)
+    assert differs > 5, "the cases should contain such where the slowest part alone chooses badly"
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_one_request_alone_is_as_fast_as_a_stream(seed: int) -> None:
+    problem = replace(made_problem(seed, 4, 6), streams=1)
+    alone, stream = solve(problem, "throughput"), solve(problem, "latency")
+    assert (alone is None) == (stream is None)
+    if alone is not None and stream is not None:
+        assert alone.value == pytest.approx(stream.latency_s, rel=2 * CLOSE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), requests=st.integers(1, 16))
+def test_more_requests_never_make_a_token_later_and_no_bound_is_undercut(seed: int, requests: int) -> None:
+    problem = made_problem(seed, 4, 6)
+    few = solve(replace(problem, streams=requests), "throughput")
+    many, full = solve(replace(problem, streams=4 * requests), "throughput"), solve(problem, "throughput")
+    assert (few is None) == (many is None) == (full is None)
+    if few is None or many is None or full is None:
+        return
+    assert full.value / NEAR <= many.value <= few.value * NEAR
+    assert lower_bound(replace(problem, streams=requests), "throughput") <= few.value * (1 + 1e-6)
+
+
+def test_many_devices_are_planned_with_a_stated_gap() -> None:
+    problem = replace(chain_of_equal_blocks(20, 40), streams=8)
+    solution = solve_any(problem, "throughput")
+    assert solution is not None and "above a bound" in solution.because
+    assert solution.value >= lower_bound(problem, "throughput")
+    few = solve(problem.only(list(range(8))), "throughput")
+    assert few is not None and solution.value <= few.value * NEAR
+
+
+def test_80_blocks_over_8_devices_are_planned_within_seconds() -> None:
+    problem = replace(chain_of_equal_blocks(8, 80), streams=8)
+    started_s = time.process_time()
+    solution = solve_any(problem, "throughput")
+    assert solution is not None and solution.because == ""
+    assert time.process_time() - started_s < 20.0  # 1 s on a laptop; generous for slow machines
+
+
+def test_a_cut_that_closes_no_ring_in_time_is_left_to_others() -> None:
+    """No device may hold all, and the only way back is slow: still a plan."""
+    problem = replace(made_problem(462, 4, 6), streams=3)
+    slow = replace(problem, hop_s=np.where(problem.hop_s > 0, problem.hop_s + 50.0, 0.0))
+    solution = solve(slow, "throughput")
+    assert solution is not None and np.isfinite(solution.value)
+
+
+def shelf(delay_s: float) -> list[Any]:
+    """Four unequal boards on links of one delay."""
+    return [
+        board(name, slower, link_to_broker=link(delay_s, 25e6))
+        for name, slower in (("nuc", 1.0), ("pi5", 1.4), ("pi4", 2.5), ("old", 3.0))
+    ]
+
+
+def plan(delay_s: float, **changes: Any) -> Plan:
+    return make_plan(graph(), shelf(delay_s), request(objective="throughput", **changes), address)
+
+
+def test_a_plan_promises_what_its_requests_can_fill() -> None:
+    for slots in (1, 4, 8):
+        made = plan(4e-3, slots=slots)
+        stages_s = sum(stage.compute_s for stage in made.stages)
+        hops_s = made.predicted_token_s - stages_s
+        groups = min(slots, len(made.stages))
+        assert aims.figure(made) == aims.pace_s(made)
+        assert aims.pace_s(made) == pytest.approx(max(made.predicted_slowest_s, stages_s / groups + hops_s / slots))
+    paces = [aims.pace_s(plan(4e-3, slots=slots)) for slots in (1, 2, 4, 8, 64)]
+    assert paces == sorted(paces, reverse=True)
+
+
+def test_slow_links_are_worth_fewer_boards_where_few_requests_share_them() -> None:
+    assert len(plan(20e-3, slots=2).stages) < len(plan(20e-3, slots=16).stages)
+
+
+def test_unequal_shares_leave_less_to_wait_for() -> None:
+    """Equal steps are not the best where the ring binds: the fast board takes more than its step would say."""
+    made = plan(1e-3, slots=4)
+    assert aims.pace_s(made) < 0.99 * aims.pace_s(plan_of_equal_steps())
+
+
+def plan_of_equal_steps() -> Plan:
+    """The plan for so many requests that the slowest part alone counts, with four."""
+    many = plan(1e-3, slots=64)
+    pins = {}
+    for stage in many.stages:
+        if stage.embedding:
+            pins["embedding"] = stage.device
+        pins |= {f"block.{number}": stage.device for number in range(stage.first_block, stage.end_block)}
+        if stage.head:
+            pins["head"] = stage.device
+    return plan(1e-3, slots=4, pins=pins)
+
+
+def test_a_load_counts_the_ring_too() -> None:
+    most = aims.BUSY_SHARE / aims.pace_s(plan(4e-3, slots=4))
+    carried = plan(4e-3, slots=4, tokens_per_s=0.98 * most)
+    assert aims.pace_s(carried) <= aims.BUSY_SHARE / (0.98 * most)
+    with pytest.raises(Infeasible, match="more than these boards carry") as refused:
+        plan(4e-3, slots=4, tokens_per_s=1.1 * most)
+    assert "at most" in str(refused.value)
