@@ -188,8 +188,9 @@ def _binding(now: Answer) -> str:
         slowest = max(stage_s, key=lambda device: stage_s[device])
         if now.solution.pace_s > now.solution.slowest_s * (1 + WORTH_SAYING):
             ring, pace = seconds_text(now.solution.latency_s), seconds_text(now.solution.pace_s)
-            requests = now.priced.request.slots
-            return f"the time once round the boards binds: {ring} for {requests} requests at once, {pace} per token"
+            slots = now.priced.request.slots
+            count = f"{slots} requests at once" if slots != 1 else "one request at a time"
+            return f"the time once round the boards binds: {ring} for {count}, {pace} per token"
         if stage_s[slowest] >= now.solution.slowest_s * (1 - WORTH_SAYING):
             return f"compute on {slowest} binds: {seconds_text(stage_s[slowest])} per token"
         return f"a link binds: {seconds_text(now.solution.slowest_s)} per token"

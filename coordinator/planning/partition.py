@@ -44,6 +44,10 @@ class Infeasible(Refused):
     """No placement keeps all limits; the text names what is missing."""
 
 
+class Overloaded(Infeasible):
+    """What keeps a plan from being is the load that is asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """N devices, L modules. Cut i lies before module i; cut L is the way from the head back to the first stage.

@@ -15,7 +15,7 @@ import numpy as np
 from coordinator.planning.aims import BUSY_SHARE
 from coordinator.planning.cost import stage_memory
 from coordinator.planning.ordered import solve_any
-from coordinator.planning.partition import TIE, Infeasible
+from coordinator.planning.partition import TIE, Infeasible, Overloaded
 from coordinator.planning.problem import make_problem
 from coordinator.planning.reasons import count_blocks
 from coordinator.planning.request import Priced
@@ -88,11 +88,12 @@ def _too_high_load(priced: Priced) -> Infeasible | None:
     slowest = max(best.placement, key=lambda run: priced.costs[run.device].stage_s(priced.modules(run)))
     cost = priced.costs[slowest.device]
     binding = f"compute on {cost.device} binds"
+    counted = f"{request.slots} request{'s' * (request.slots != 1)}"
     if best.pace_s > best.slowest_s * (1 + TIE):
-        binding = f"the time once round the boards, shared by {priced.request.slots} requests at once, binds"
+        binding = f"the time once round the boards, shared by {counted} at once, binds"
     elif cost.stage_s(priced.modules(slowest)) < best.slowest_s * (1 - TIE):
         binding = "a link binds"
-    return Infeasible(
+    return Overloaded(
         f"{priced.graph.model}: {request.tokens_per_s:g} tokens/s are more than these boards carry: at most {most:.3g} "
         f"with the busiest part {BUSY_SHARE:.0%} busy ({binding})",
         try_=f"a load of at most {most:.3g}, or one more board",

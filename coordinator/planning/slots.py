@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from coordinator.planning.aims import figure
-from coordinator.planning.partition import Infeasible
+from coordinator.planning.partition import Infeasible, Overloaded
 from coordinator.planning.plan import Plan
 
 USUAL_SLOTS: Final = 8
@@ -25,7 +25,10 @@ def plan_with_slots(make: Callable[[int], Plan], asked: int | None) -> Plan:
     """
     if asked is not None:
         return make(asked)
-    alone = make(1)
+    try:
+        alone = make(1)
+    except Overloaded:  # more requests may carry what one can't
+        return _carrying(make)
     because = ""
     slots = USUAL_SLOTS
     while slots > 1:
@@ -40,6 +43,23 @@ def plan_with_slots(make: Callable[[int], Plan], asked: int | None) -> Plan:
             because = f"with room for {slots} the model would have to be spread so that it is {slower:.0%} slower"
         slots //= 2
     return _said(alone, because)
+
+
+def _carrying(make: Callable[[int], Plan]) -> Plan:
+    """The plan for the most requests that there is room for, of a load that one request does not carry."""
+    overload: Overloaded | None = None
+    because, slots = "", USUAL_SLOTS
+    while slots > 1:
+        try:
+            return _said(make(slots), because)
+        except Overloaded as error:
+            overload = overload or error
+        except Infeasible:
+            because = f"the keys and values of {slots} requests do not fit on these boards"
+        slots //= 2
+    if overload is not None:
+        raise overload
+    return make(1)  # says what is missing
 
 
 def _said(plan: Plan, because: str) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.planning.partition import Infeasible
+from coordinator.planning.partition import Infeasible, Overloaded
 from coordinator.planning.plan import Plan
 from coordinator.planning.planner import Candidate
 from coordinator.planning.slots import USUAL_SLOTS, plan_with_slots, slots_text
@@ -42,6 +42,20 @@ def test_room_for_many_is_not_bought_with_slow_answers() -> None:
     assert made.slots < USUAL_SLOTS and "slower" in made.slots_because
     assert [stage.device for stage in made.stages] == ["near"]
     assert "slower" in slots_text(made.slots, made.slots_because)
+
+
+def test_a_load_that_one_request_does_not_carry_is_planned_for_more() -> None:
+    boards = [board("a"), board("b"), board("c")]
+    alone = 1 / plan(boards, objective="throughput", slots=1).predicted_token_s
+    made = planned(boards, objective="throughput", tokens_per_s=1.5 * alone)
+    assert (made.slots, made.slots_because) == (USUAL_SLOTS, "") and len(made.stages) > 1
+    small = [board(name, 1.0, 175 * MB) for name in "abcdef"]
+    fewer = planned(small, objective="throughput", context_tokens=2_048, tokens_per_s=1.1 * alone)
+    assert 1 < fewer.slots < USUAL_SLOTS and "do not fit" in fewer.slots_because
+    with pytest.raises(Overloaded, match="more than these boards carry"):
+        planned(boards, objective="throughput", tokens_per_s=100 * alone)
+    with pytest.raises(Infeasible, match=r"missing|fits on no board"):
+        planned([board("a", 1.0, 150 * MB)], objective="throughput", tokens_per_s=100 * alone)
 
 
 def test_what_is_asked_for_is_kept_or_refused() -> None:
