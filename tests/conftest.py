@@ -21,7 +21,16 @@ import pytest
 LONG = ("tests/e2e/test_recovery.py", "tests/e2e/", "tests/testbed/")
 """Where tests start processes and wait for them; the longest first."""
 
-REAL = ("tests/e2e/", "tests/testbed/", "tests/install/", "tests/agent/", "tests/wire/")
+REAL = (
+    "tests/e2e/",
+    "tests/testbed/",
+    "tests/install/",
+    *(f"tests/agent/test_{name}.py" for name in ("ahead", "databroker", "inference", "measuring_memory", "processes")),
+    *(
+        f"tests/wire/test_{name}.py"
+        for name in ("broker", "discovery", "lane", "light", "mqtt", "several", "transport")
+    ),
+)
 """Where processes, brokers and links are real, and so is the clock."""
 
 # As models.engine does for the programs: some tests import onnxruntime by itself.

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from typing import Any
@@ -78,13 +77,6 @@ def test_twenty_answers_survive_a_loss_at_any_moment_and_go_on_soon(
     record_property("figures", figures(fault, trials))
 
 
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """All at once; what one of them raises is raised here."""
-    with ThreadPoolExecutor(count) as pool:
-        for done in [pool.submit(work, number) for number in range(count)]:
-            done.result()
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_exact_answer_with_guesses_goes_on_with_the_tokens_of_steps_of_two_rows(
     losing_site: Site, model: Model, number: int
@@ -111,31 +103,44 @@ def test_an_exact_answer_with_guesses_goes_on_with_the_tokens_of_steps_of_two_ro
 
 def test_all_answers_of_a_deployment_go_on_after_one_plan(losing_site: Site, model: Model) -> None:
     site = losing_site
-    plan_anew(site)
-    answer(site, model, sampling_of(0), lambda: None, 1)  # deployed and warm
-    epoch, victim = plan_of(site)["epoch"], plan_of(site)["stages"][0]["device"]
-    once, outcomes = threading.Lock(), dict[int, Outcome]()
-
-    def strike() -> None:
-        if once.acquire(blocking=False):
-            site.boards.kill(victim)
-
-    def ask(number: int) -> None:
-        outcomes[number] = answer(site, model, sampling_of(number), strike, 10, exact=number == 1)
-
-    try:
-        in_threads(3, ask)
-    finally:
-        site.boards.start(victim)
-    for number in range(3):
-        check(outcomes[number], model, sampling_of(number), exact=True if number == 1 else None)
-    ends = [outcomes[number].end for number in range(3)]
+    # On a busy machine one of them may have got its last word before the board is gone.
+    tries = (lose_one_under_three(site, model) for _ in range(3))
+    tried = next((found for found in tries if all(outcome.end["pauses"] for outcome in found[2])), None)
+    assert tried is not None, "not every answer was interrupted"
+    epoch, victim, outcomes = tried
+    for number, outcome in enumerate(outcomes):
+        check(outcome, model, sampling_of(number), exact=True if number == 1 else None)
+    ends = [outcome.end for outcome in outcomes]
     assert [len(end["pauses"]) for end in ends] == [1, 1, 1]
     assert {end["epoch"] for end in ends} == {plan_of(site)["epoch"]}
-    resumed = [event for outcome in outcomes.values() for event in outcome.events if event["event"] == "resume"]
+    resumed = [event for outcome in outcomes for event in outcome.events if event["event"] == "resume"]
     assert all(victim not in event["boards"] and event["epoch"] > epoch for event in resumed)
     assert len({event["epoch"] for event in resumed}) == 1, "one plan for all of them"
     await_nothing_left(site)
+
+
+def lose_one_under_three(site: Site, model: Model) -> tuple[int, str, list[Outcome]]:
+    """Three answers at once, and when all have begun, the board of the first stage is killed: the epoch before, the
+    board, the answers."""
+    plan_anew(site)
+    answer(site, model, sampling_of(0), lambda: None, 1)  # deployed and warm
+    epoch, victim = plan_of(site)["epoch"], plan_of(site)["stages"][0]["device"]
+    begun, outcomes = threading.Semaphore(0), dict[int, Outcome]()
+
+    def ask(number: int) -> None:
+        outcomes[number] = answer(site, model, sampling_of(number), begun.release, 10, exact=number == 1)
+
+    def strike() -> None:
+        if all(begun.acquire(timeout=60) for _ in range(3)):
+            site.boards.kill(victim)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(strike), *(pool.submit(ask, number) for number in range(3))]:
+                done.result()
+    finally:
+        site.boards.start(victim)
+    return epoch, victim, [outcomes[number] for number in range(3)]
 
 
 def test_without_recoveries_a_loss_is_an_error_at_once(losing_site: Site, model: Model) -> None:
