@@ -584,10 +584,6 @@ class Service:
         self._control.wake()
 
 
-def _phases(applied: Applied) -> list[tuple[object, ...]]:
-    return [(r.deployment, r.stage, r.epoch, r.phase, r.detail, r.restarts) for r in applied.stages]
-
-
 _DO: Final[dict[Action, Callable[[Service], None]]] = {
     Action.DIAL: Service._dial,
     Action.CLAIM: Service._ask_who_is_there,

@@ -34,7 +34,7 @@ from agent.workers.stretch import Stretch
 from agent.workers.throttle import Throttle
 from hwprofiles.energy import INTERVAL_S, Work, measure_energy
 from hwprofiles.link import measure_link, measure_round_trip
-from hwprofiles.measure import DECODE_CONTEXTS, StopRule, measure_module, plan_for, resident_bytes
+from hwprofiles.measure import BATCH, DECODE_CONTEXTS, StopRule, measure_module, plan_for, resident_bytes
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Phase
 from hwprofiles.reading import Absent, Failed
 from hwprofiles.sampler import Sampler
@@ -229,6 +229,10 @@ class ModuleBench:
         self._load = load
         self._cold = cold
         self._loaded: dict[int, tuple[StageEngine, int]] = {}
+        self._others: dict[int, list[int]] = {}
+        """Slots of further requests, by the depth of the stage."""
+        self._held_bytes = 0
+        """By an engine with one request, at most."""
         self.engine_name = ""
 
     def measure(self, base_bytes: int) -> ModuleMeasurement:
@@ -244,8 +248,7 @@ class ModuleBench:
 
     def _of_gpu(self, found: ModuleMeasurement) -> ModuleMeasurement:
         """The kernel doesn't count to a process what a GPU holds for it."""
-        held_bytes = max((engine.held_bytes for engine, _ in self._loaded.values()), default=0)
-        return msgspec.structs.replace(found, resident_bytes=max(found.resident_bytes, held_bytes))
+        return msgspec.structs.replace(found, resident_bytes=max(found.resident_bytes, self._held_bytes))
 
     def _with_work(self, found: ModuleMeasurement, deepest: int) -> ModuleMeasurement:
         """What it reads and computes, to be held against what the processor gives at best."""
@@ -272,11 +275,14 @@ class ModuleBench:
     def _run(self, phase: Phase, tokens: int, context: int, stack: int, pause: bool = True) -> Callable[[], float]:
         """A step over `tokens` rows behind `context` rows; it can be repeated, since an engine may rewind."""
         engine, slot = self._stage(stack)
-        position = 0
-        if context:
-            engine.step(slot, self._rows(context), 0)
-            position = context
-        rows = self._rows(tokens)
+        slots = [slot]
+        if phase == "decode" and tokens > 1:
+            others = self._others.setdefault(stack, [])
+            others += [engine.open() for _ in range(tokens - 1 - len(others))]
+            slots += others[: tokens - 1]
+        for one in slots if context else ():
+            engine.step(one, self._rows(context), 0)
+        rows, positions = self._rows(tokens), [context] * len(slots)
         stretch = Stretch(self._speed, self._threads)
         stretch.throttle(self._throttle.share())
         self._polite()
@@ -287,7 +293,10 @@ class ModuleBench:
             elif phase == "decode":
                 self._cold()
             stretch.begin()
-            engine.step(slot, rows, position)
+            if len(slots) == 1:
+                engine.step(slot, rows, context)
+            else:
+                engine.step_many(slots, rows, positions)
             return stretch.end()
 
         return step
@@ -297,6 +306,7 @@ class ModuleBench:
             engine = self._load(self._path(stack), self._spec(stack), SEED)
             self.engine_name = engine.name
             self._loaded[stack] = (engine, engine.open())
+            self._held_bytes = max(self._held_bytes, engine.held_bytes - engine.idle_bytes)
             give_back_memory()  # as a worker does with its stage
         return self._loaded[stack]
 
@@ -314,7 +324,7 @@ class ModuleBench:
             vocabulary=module.vocabulary,
             wire_dtype=module.wire_dtype,
             context_tokens=CONTEXT_TOKENS,
-            slots=1,
+            slots=BATCH,
             threads=self._threads,
         )
 

@@ -1,12 +1,12 @@
 """Predictions beside what is measured, over deployments at random.
 
 A shelf of five boards of random speed measures itself once. Then links are drawn and measured, and deployments over
-two to five of the boards: for latency one stream, for throughput as many streams as stages, so that each of the ring's
-groups has one row. The cut is the planner's own. Answers follow a prompt of as many tokens as steps are priced at.
+two to five of the boards: for latency one stream, for throughput as many streams as stages or twice as many, so that
+steps have one row or two. The cut is the planner's own. Answers follow a prompt of as many tokens as steps are priced
+at.
 
     latency       seconds per token of one stream, against predicted_token_s
-    throughput    tokens per second of all streams, against the least of streams / predicted_token_s and
-                  1 / predicted_slowest_s
+    throughput    tokens per second of all streams, against the plan's pace (coordinator.planning.aims)
     memory        what the workers hold, against the plan's memory_bytes
 
 Models that are no language models answer items (benchmarks.parts.predicted_items): seconds per item are held against
@@ -29,6 +29,8 @@ from benchmarks.parts.random_shelves import fetched_everywhere, random_boards, r
 from benchmarks.parts.sites import MODEL, Site, whole_site
 from benchmarks.report import Figure, at_most
 from coordinator.inference.requests import GenerateRequest
+from coordinator.planning.aims import filled_s, pace_s
+from coordinator.planning.plan import Plan
 from models.codecs import usual_text
 from testbed.links import LinkSpec
 
@@ -94,7 +96,7 @@ def _case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], precisi
     count = rng.randint(2, len(names))
     chosen = rng.sample(names, count)
     objective = rng.choice(("latency", "throughput"))
-    streams = 1 if objective == "latency" else count
+    streams = 1 if objective == "latency" else count * rng.choice((1, 2))
 
     def request(number: int, rows: int, tokens: int) -> GenerateRequest:
         return GenerateRequest(
@@ -154,27 +156,30 @@ def case_of(
     links: str,
 ) -> Case:
     """What one deployment's answers say."""
-    if plan["objective"] == "latency":
+    planned = msgspec.convert(plan, Plan)
+    if planned.objective == "latency":
         [one] = streams
         predicted_s, measured_s = plan["predicted_token_s"], one.end["token_s"]
     else:
-        predicted_s = max(plan["predicted_slowest_s"], plan["predicted_token_s"] / len(streams))
+        predicted_s = pace_s(planned)
         measured_s = 1 / load.steady_rate(streams)
 
     def step_s(stage: int) -> float:
         rows = after[stage]["decode_rows"] - before[stage]["decode_rows"]
         return (after[stage]["decode_busy_s"] - before[stage]["decode_busy_s"]) / rows
 
-    stages = plan["stages"]
     return Case(
         model=plan["model"],
         objective=plan["objective"],
-        boards=len(stages),
+        boards=len(planned.stages),
         cut=_cut_text(plan),
         links=links,
         predicted_s=predicted_s,
         measured_s=measured_s,
-        compute_s=(sum(stage["compute_s"] for stage in stages), sum(step_s(stage["stage"]) for stage in stages)),
+        compute_s=(
+            sum(filled_s(planned, stage) for stage in planned.stages),
+            sum(step_s(stage.stage) for stage in planned.stages),
+        ),
         first_token_s=(plan["predicted_first_token_s"] or float("nan"), median(one.first_s for one in streams)),
         memory_ratios=_memory_ratios(plan, after),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple, get_args
 
-from coordinator.planning.plan import Objective, Plan
+from coordinator.planning.plan import Objective, Plan, PlannedStage
 from wire.errors import UsageError
 from wire.units import seconds_text
 
@@ -65,13 +65,21 @@ def groups_of(plan: Plan) -> int:
     return max(1, min(len(plan.stages), plan.slots))
 
 
+def filled_s(plan: Plan, stage: PlannedStage) -> float:
+    """Predicted seconds of a stage for each token of a full pipeline, whose steps have the rows of a group."""
+    if plan.runs == "items" or stage.row_s is None:
+        return stage.compute_s
+    rows = max(1.0, plan.slots / groups_of(plan))
+    return (stage.compute_s + (rows - 1) * stage.row_s) / rows
+
+
 def pace_s(plan: Plan) -> float:
     """Predicted seconds from one token to the next of a full pipeline (coordinator.planning.filled). Of items as many
     are under way as it takes."""
     if plan.runs == "items":
         return plan.predicted_slowest_s
-    stages_s = sum(stage.compute_s for stage in plan.stages)
-    hops_s = max(0.0, plan.predicted_token_s - stages_s)
+    hops_s = max(0.0, plan.predicted_token_s - sum(stage.compute_s for stage in plan.stages))
+    stages_s = sum(filled_s(plan, stage) for stage in plan.stages)
     return max(plan.predicted_slowest_s, stages_s / groups_of(plan) + hops_s / max(1, plan.slots))
 
 

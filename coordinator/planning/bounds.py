@@ -31,7 +31,7 @@ def lower_bound(problem: Problem, objective: Objective, at_least: int = 1) -> fl
         return max(least, _slots_s(problem, at_least))
     if objective != "throughput":
         return least
-    return max(least, _pipeline_s(problem) if problem.streams is None else _filled_s(problem, at_least))
+    return max(least, _pipeline_s(problem.filled(1)) if problem.streams is None else _filled_s(problem, at_least))
 
 
 def _filled_s(problem: Problem, at_least: int) -> float:
@@ -42,10 +42,10 @@ def _filled_s(problem: Problem, at_least: int) -> float:
         return np.inf
     least = np.inf
     for count in range(fewest, min(len(problem.devices), problem.modules) + 1):
-        groups = problem.groups(count)
-        shared = _slots_s(replace(problem, hop_s=problem.hop_s * groups / streams), count) / groups
+        groups, filled = problem.groups(count), problem.filled(count)
+        shared = _slots_s(replace(filled, hop_s=filled.hop_s * groups / streams), count) / groups
         if shared < least:
-            least = min(least, max(shared, _pipeline_s(problem, count)))
+            least = min(least, max(shared, _pipeline_s(filled, count)))
         elif count >= streams:
             break  # more stages mean more hops, and no more groups
     return least

@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from coordinator.planning.aims import filled_s
 from coordinator.planning.cost import LinkCost
 from coordinator.planning.plan import Plan, PlannedStage
 from coordinator.planning.prefill import pipelined_s
@@ -96,7 +97,7 @@ class Answer:
     def _gains(self, number: int, codec: CodecName) -> bool:
         if self._plan.objective == "throughput":
             busy_s = self.message_bytes(AS_IS, 1) * self._hops[number].busy_s
-            return busy_s > max(stage.compute_s for stage in self._plan.stages)
+            return busy_s > max(filled_s(self._plan, stage) for stage in self._plan.stages)
         return self.hop_s(number, codec) < self.hop_s(number, AS_IS)
 
     def hop_s(self, number: int, codec: CodecName, rows: int = 1) -> float:
@@ -135,7 +136,7 @@ class Answer:
         """Each stage's seconds for a message, its part of coding included."""
         found = []
         for number, stage in enumerate(self._plan.stages):
-            stage_s = stage.compute_s if rows == 1 else stage.prefill_chunk_s
+            stage_s = filled_s(self._plan, stage) if rows == 1 else stage.prefill_chunk_s
             if stage_s is None:
                 return None
             beside = [*choice[max(0, number - 1) : number], *choice[number : number + 1]]

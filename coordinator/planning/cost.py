@@ -4,6 +4,10 @@ Compute. A stage that runs n equal blocks takes `overhead_s + n * block_s` per s
 stacks of different depth (hwprofiles.measure.estimate). Embedding and head are timed alone, so their time holds one
 overhead, which is taken out again: a stage pays it once.
 
+A step of several requests, one row of each, takes `overhead_s + n * block_s` and, for each further row, a part of that
+which is measured with BATCH rows; a longer context takes as much longer for each row. Where it was not measured a row
+takes what the first one does.
+
 Hop, central topology. A device's link is measured by sending to itself through the broker: the round trip of P bytes
 crosses the link twice and the broker once. Half of the sender's and half of the receiver's round trip therefore are
 one crossing of each link and the broker once. Bytes beyond P are sent at each link's rate (hwprofiles.link), one link
@@ -92,6 +96,13 @@ class StepCost(Struct, frozen=True, kw_only=True):
     overhead_error_s: float = 0.0
 
 
+class RowCost(Struct, frozen=True, kw_only=True):
+    """Seconds that each further row of a decode step takes in one module, and in a step whatever it holds."""
+
+    module_s: float
+    overhead_s: float
+
+
 class Power(Struct, frozen=True, kw_only=True):
     """Watts of a whole board, as measured: while it computes, and while it waits. `covers`: what the meter sees."""
 
@@ -116,6 +127,9 @@ class DeviceCost(Struct, frozen=True, kw_only=True):
     held_ratio: Mapping[str, float]
     """Bytes the engine holds per byte of weights, at least 1: kernels may keep a packed copy. Less for an embedding: of
     its table it holds the pages that were looked up, which are the file's own."""
+    row_s: Mapping[str, float]
+    """Seconds of one module of that key for each further row of a decode step, and `row_overhead_s` of a step."""
+    row_overhead_s: float
     link: LinkCost | None
     link_because: str
     """Why `link` is missing: such a device can only hold the whole model."""
@@ -139,6 +153,10 @@ class DeviceCost(Struct, frozen=True, kw_only=True):
     def stage_s(self, modules: Iterable[Module]) -> float:
         """Seconds per decoded token of a stage of these modules."""
         return self.overhead_s + sum(self.decode_s[module.profile_key] for module in modules)
+
+    def stage_row_s(self, modules: Iterable[Module]) -> float:
+        """Seconds of each further row of a decode step."""
+        return self.row_overhead_s + sum(self.row_s[module.profile_key] for module in modules)
 
     def busy_j(self, seconds: float | None) -> float | None:
         """Joules for so much work of whatever phase; None when seconds or power were not measured."""
@@ -228,6 +246,7 @@ def device_cost(
             return LeftOut(device=device, because=f"could not measure {names} of {graph.model}: {'; '.join(reasons)}")
         return LeftOut(device=device, because=f"has not measured {names} of {graph.model} on {workload.engine}")
     decode: dict[str, StepCost] = {}
+    rows: dict[str, RowCost] = {}
     prefill: dict[str, StepCost] = {}
     notes: list[str] = []
     items = graph.items
@@ -243,6 +262,7 @@ def device_cost(
         if isinstance(step, str):
             return LeftOut(device=device, because=f"{module.kind}, decode: {step}")
         decode[key] = step
+        rows[key] = row_cost(measured[key], step)
         notes.extend(f"{module.kind}, decode: {note}" for note in step.notes)
         chunk = step_cost(measured[key], "prefill", workload.prefill_chunk_tokens, workload)
         if isinstance(chunk, str):
@@ -252,6 +272,8 @@ def device_cost(
     blocks = {key for key, module in wanted.items() if module.kind == "block"}
     held = {key: _held(measured[key], module, items is not None) for key, module in wanted.items()}
     overhead_s, decode_s = _share_overhead(decode, blocks)
+    row_overhead_s, row_s = _share_overhead(rows or decode, blocks)
+    row_s = {key: min(seconds, decode_s[key]) for key, seconds in row_s.items()}
     prefill_overhead_s, prefill_s = _share_overhead(prefill, blocks)
     link, link_because = link_cost(profile)
     if link is not None and link_because:
@@ -263,6 +285,8 @@ def device_cost(
         worker_base_bytes=max(measured[key].base_bytes for key in wanted),
         overhead_s=overhead_s,
         decode_s=decode_s,
+        row_s=row_s,
+        row_overhead_s=row_overhead_s,
         prefill_overhead_s=prefill_overhead_s,
         prefill_s=prefill_s,
         held_ratio={key: ratio for key, (ratio, _) in held.items()},
@@ -276,7 +300,9 @@ def device_cost(
     )
 
 
-def _share_overhead(steps: Mapping[str, StepCost], blocks: set[str]) -> tuple[float, dict[str, float]]:
+def _share_overhead(
+    steps: Mapping[str, StepCost] | Mapping[str, RowCost], blocks: set[str]
+) -> tuple[float, dict[str, float]]:
     """Give the overhead of one step and the marginal seconds of each key. What was timed alone holds an overhead."""
     overhead_s = max((step.overhead_s for key, step in steps.items() if key in blocks), default=0.0)
     marginal = {
@@ -305,7 +331,10 @@ def _held(measurement: ModuleMeasurement, module: Module, of_items: bool) -> tup
 
 def step_cost(measurement: ModuleMeasurement, phase: Phase, tokens: int, workload: Workload) -> StepCost | str:
     """Give the cost of a module and of a step, at the workload's context; or say why it is not known."""
-    offered = [step for step in estimate(measurement).steps if step.phase == phase]
+    # What several requests take together says nothing of one (see row_cost).
+    offered = [
+        step for step in estimate(measurement).steps if step.phase == phase and (phase == "prefill" or step.tokens == 1)
+    ]
     if not offered:
         return "not measured"
     taken = [step for step in offered if step.valid]
@@ -328,6 +357,24 @@ def step_cost(measurement: ModuleMeasurement, phase: Phase, tokens: int, workloa
         notes=(*notes, *said),
         module_error_s=max(0.0, module_error_s),
         overhead_error_s=max(0.0, high_s),
+    )
+
+
+def row_cost(measurement: ModuleMeasurement, step: StepCost) -> RowCost:
+    """What each further row of a decode step takes, given what the first one does at the workload's context."""
+    valid = [found for found in estimate(measurement).steps if found.valid and found.phase == "decode"]
+    several = max((found for found in valid if found.tokens > 1), key=lambda found: found.tokens, default=None)
+    alone = [found for found in valid if found.tokens == 1]
+    if several is None or not alone:
+        return RowCost(module_s=step.module_s, overhead_s=step.overhead_s)
+
+    def further(of_several: float, figure: Callable[[StepEstimate], float], now: float) -> float:
+        first = interpolated({found.context: figure(found) for found in alone}, several.context)
+        return min(now, max(0.0, (of_several - first) / (several.tokens - 1) + now - first))
+
+    return RowCost(
+        module_s=further(several.block_s, lambda found: found.block_s, step.module_s),
+        overhead_s=further(several.overhead_s, lambda found: found.overhead_s, step.overhead_s),
     )
 
 

@@ -16,7 +16,7 @@ from coordinator.planning.aims import AIMS, figure, figure_text, pace_error_s, p
 from coordinator.planning.cost import RESERVE_FRACTION, RESERVE_MIN_BYTES, stage_memory
 from coordinator.planning.guessing import guessing_of
 from coordinator.planning.hopped import hop_lines
-from coordinator.planning.partition import Run, hops
+from coordinator.planning.partition import hops
 from coordinator.planning.plan import Plan
 from coordinator.planning.planner import request_of
 from coordinator.planning.questions import WORTH_SAYING, Answer, Question, better, instead
@@ -184,7 +184,8 @@ def _binding(now: Answer) -> str:
     """Which resource the time goes to."""
     problem, placement = now.priced.problem, now.solution.placement
     if now.priced.request.objective == "throughput":
-        stage_s = {now.priced.costs[r.device].device: _stage_s(now, r) for r in placement}
+        filled = problem.filled(len(placement))
+        stage_s = {now.priced.costs[r.device].device: filled.run_s(r) for r in placement}
         slowest = max(stage_s, key=lambda device: stage_s[device])
         if now.solution.pace_s > now.solution.slowest_s * (1 + WORTH_SAYING):
             ring, pace = seconds_text(now.solution.latency_s), seconds_text(now.solution.pace_s)
@@ -199,10 +200,6 @@ def _binding(now: Answer) -> str:
     if share > 0.5:
         return f"the links bind: {share:.0%} of a token's time is spent in hops"
     return f"compute binds: {1 - share:.0%} of a token's time, {share:.0%} is spent in hops"
-
-
-def _stage_s(now: Answer, run: Run) -> float:
-    return now.priced.costs[run.device].stage_s(now.priced.modules(run))
 
 
 def _with_memory(question: Question, now: Answer, device: str) -> str:

@@ -1,15 +1,15 @@
 """The placement with which a pipeline that is filled by few requests gives most. Pure.
 
-n requests go round in g = min(n, stages) groups. A stage makes one step of a group's rows, which takes longer by the
-row; over a hop they go in one message. So the n tokens of a round take as long as the slowest part takes for n of them,
-or else as the ring takes for n / g rows; per token:
+n requests go round in g = min(n, stages) groups. A stage makes one step of a group's n / g rows, each of which takes so
+much of it (Problem.filled); over a hop they go in one message. So the n tokens of a round take as long as the slowest
+part takes for n of them, or else as the ring takes for n / g rows; per token:
 
     pace = max(slowest part, sum of stages / g + sum of hops / n)
 
-(A board that makes several rows in the time of one does better than this says.) The search for the slowest part knows
-nothing of the ring. So the programme for sums is asked several times, as for mixed costs (coordinator.planning.mixed):
-with so many stages, and no part slower than so much, what is the least time round the ring? That says whether a pace
-can be reached; the best is found by halving. Where devices are too many for that, a few limits are tried.
+The search for the slowest part knows nothing of the ring. So the programme for sums is asked several times, as for
+mixed costs (coordinator.planning.mixed): with so many stages, and no part slower than so much, what is the least time
+round the ring? That says whether a pace can be reached; the best is found by halving. Where devices are too many for
+that, a few limits are tried.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from coordinator.planning import partition
 from coordinator.planning.partition import (
     TIE,
     Costs,
+    Floats,
     Placement,
     Problem,
     Search,
@@ -69,7 +70,7 @@ class _Filled:
     def __init__(self, problem: Problem, at_least: int, at_most: int | None, find: Search, plain: Solution) -> None:
         self._problem, self._find, self._plain, self._at_least = problem, find, plain, at_least
         self._most = most = min(len(problem.devices), problem.modules, at_most or len(problem.devices))
-        self._stage = problem.stage_s()
+        self._stages: dict[int, Floats] = {}
         self._seen: dict[int, tuple[float, Placement]] = {}
         self._least = {count: least for count, least in plain.best_by_stages.items() if at_least <= count <= most}
         self._new = set(self._least)
@@ -94,7 +95,7 @@ class _Filled:
 
     def tried(self) -> Solution:
         """By a search that finds something good for each number of stages that it finds."""
-        stage = self._stage
+        stage = self._stage_s(self._problem.streams or 1)
         for limit in np.geomspace(max(self._plain.slowest_s, 1e-12), self._found, LIMITS_OF_MANY):
             hop = np.where(self._problem.transfer_s <= limit, self._problem.hop_s, np.inf)
             found = self._find(Costs(np.where(stage <= limit, stage, np.inf), hop, np.add, self._most))
@@ -143,9 +144,9 @@ class _Filled:
 
     def _ask(self, count: int, pace: float) -> None:
         """What `count` stages take at least for a token of each group, with no part slower than `pace`."""
-        problem = self._problem
+        problem, stage_s = self._problem, self._stage_s(count)
         groups, streams = problem.groups(count), problem.streams or 1
-        stage = np.where(self._stage <= pace, self._stage / groups, np.inf)
+        stage = np.where(stage_s <= pace, stage_s / groups, np.inf)
         hop = np.where(problem.transfer_s <= pace, problem.hop_s / streams, np.inf)
         found = self._find(Costs(stage, hop, np.add, count))
         shared = found.best_by_stages.get(count, np.inf)
@@ -153,6 +154,13 @@ class _Filled:
         self._least[count] = max(self._least[count], min(shared, pace))
         if shared < np.inf:
             self._offer(found.trace(count))
+
+    def _stage_s(self, count: int) -> Floats:
+        """Seconds per token of stages where there are so many."""
+        groups = self._problem.groups(count)
+        if groups not in self._stages:
+            self._stages[groups] = self._problem.filled(groups).stage_s()
+        return self._stages[groups]
 
     def _offer(self, placement: Placement) -> None:
         value, count = pace_s(self._problem, placement), len(placement)

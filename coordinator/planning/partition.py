@@ -67,6 +67,10 @@ class Problem:
     """[N, L + 1, L + 1] what modules i to j - 1 take of what device d may give; None where nobody asks for it."""
     streams: int | None = None
     """How many requests go round at once, in as many groups as there are stages at most; None: as many as it takes."""
+    row_seconds: Floats | None = None
+    """[N, L] what a module takes longer for each further row of a step, and `row_overhead_s` [N] a step itself. None:
+    as long as for the first one."""
+    row_overhead_s: Floats | None = None
 
     @property
     def modules(self) -> int:
@@ -79,6 +83,10 @@ class Problem:
         i, j = np.indices(stage.shape[1:])
         return np.where(self.fits & (j > i)[None], stage, np.inf)
 
+    def run_s(self, run: Run) -> float:
+        """Seconds of these modules on this device."""
+        return float(self.overhead_s[run.device] + self.seconds[run.device, run.first : run.end].sum())
+
     def only(self, chosen: list[int]) -> Problem:
         """The same problem with these devices alone."""
         return Problem(
@@ -90,16 +98,45 @@ class Problem:
             transfer_s=self.transfer_s[np.ix_(chosen, chosen)],
             share=None if self.share is None else self.share[chosen],
             streams=self.streams,
+            row_seconds=None if self.row_seconds is None else self.row_seconds[chosen],
+            row_overhead_s=None if self.row_overhead_s is None else self.row_overhead_s[chosen],
         )
 
     def groups(self, stages: int) -> int:
         """How many steps are under way at once in a full pipeline."""
         return stages if self.streams is None else max(1, min(stages, self.streams))
 
-    def within(self, seconds: float) -> Problem:
-        """The same problem without stages and hops that take longer for one token of a full pipeline."""
+    def filled(self, stages: int) -> Problem:
+        """The same problem with seconds per token of steps as a full pipeline over so many stages makes them: of all
+        rows of a group. With fewer stages there are more rows in a group, and no token takes longer."""
+        if self.row_seconds is None or self.row_overhead_s is None:
+            return self
+        rows = 1.0 if self.streams is None else self.streams / self.groups(stages)
+        return replace(
+            self,
+            seconds=(self.seconds + (rows - 1) * self.row_seconds) / rows,
+            overhead_s=(self.overhead_s + (rows - 1) * self.row_overhead_s) / rows,
+            row_seconds=None,
+            row_overhead_s=None,
+        )
+
+    def slower(self, seconds: Floats, times: Floats | None = None) -> Problem:
+        """The same problem where modules [N, L] take so many seconds more for each token, whatever the step, and before
+        that boards [N] take so many times as long for everything."""
+        by = np.ones(len(self.devices)) if times is None else times
+        return replace(
+            self,
+            seconds=self.seconds * by[:, None] + seconds,
+            overhead_s=self.overhead_s * by,
+            row_seconds=None if self.row_seconds is None else self.row_seconds * by[:, None] + seconds,
+            row_overhead_s=None if self.row_overhead_s is None else self.row_overhead_s * by,
+        )
+
+    def within(self, seconds: float, stages: int = 1) -> Problem:
+        """The same problem without stages and hops that take longer for one token of a full pipeline over so many
+        stages (or more: then some may be left that do)."""
         hop_s = np.where(self.transfer_s <= seconds, self.hop_s, np.inf)
-        return replace(self, fits=self.fits & (self.stage_s() <= seconds), hop_s=hop_s)
+        return replace(self, fits=self.fits & (self.filled(stages).stage_s() <= seconds), hop_s=hop_s)
 
 
 class Run(NamedTuple):
@@ -161,13 +198,14 @@ def latency_s(problem: Problem, placement: Placement) -> float:
 
 def ring_s(problem: Problem, placement: Placement) -> tuple[float, float]:
     """Seconds of all stages, and of all hops."""
-    stages = sum(_run_s(problem, run) for run in placement)
+    stages = sum(problem.run_s(run) for run in placement)
     return stages, sum(float(problem.hop_s[a, b, cut]) for a, b, cut in hops(problem, placement))
 
 
 def slowest_s(problem: Problem, placement: Placement) -> float:
-    """Seconds of the slowest stage or busiest link."""
-    stages = max(_run_s(problem, run) for run in placement)
+    """Seconds of the slowest stage or busiest link for a token of a full pipeline."""
+    filled = problem.filled(len(placement))
+    stages = max(filled.run_s(run) for run in placement)
     return max([stages, *(float(problem.transfer_s[a, b, cut]) for a, b, cut in hops(problem, placement))])
 
 
@@ -176,7 +214,7 @@ def pace_s(problem: Problem, placement: Placement) -> float:
     slowest = slowest_s(problem, placement)
     if problem.streams is None:
         return slowest
-    stages_s, hops_s = ring_s(problem, placement)
+    stages_s, hops_s = ring_s(problem.filled(len(placement)), placement)
     return max(slowest, stages_s / problem.groups(len(placement)) + hops_s / problem.streams)
 
 
@@ -193,7 +231,8 @@ def value_of(problem: Problem, placement: Placement, objective: Objective) -> fl
 
 def costs_of(problem: Problem, objective: Objective, at_most: int) -> Costs:
     """What is minimised for one of the three objectives."""
-    stage = problem.stage_s()
+    # Of one token for what is a sum; where the slowest part counts, of the largest groups: more stages take no less.
+    stage = (problem.filled(1) if objective == "throughput" else problem).stage_s()
     if objective == "latency":
         return Costs(stage, problem.hop_s, np.add, at_most)
     if objective == "throughput":
@@ -212,10 +251,6 @@ def hops(problem: Problem, placement: Placement) -> list[tuple[int, int, int]]:
         return [alone] if problem.hop_s[alone] > 0 else []
     onward = [(run.device, after.device, run.end) for run, after in pairwise(placement)]
     return [*onward, (placement[-1].device, placement[0].device, problem.modules)]
-
-
-def _run_s(problem: Problem, run: Run) -> float:
-    return float(problem.overhead_s[run.device] + problem.seconds[run.device, run.first : run.end].sum())
 
 
 def solve(

@@ -34,6 +34,8 @@ class PlannedStage(Struct, frozen=True, kw_only=True):
     """Payload bytes of the message that crosses, header included."""
     inbox: InboxAddress
     because: str
+    row_s: float | None = None
+    """For each further row of a step of several requests; None: as long as for the first."""
     prefill_chunk_s: float | None = None
     """Time per prefill chunk; None when the device has not measured prefill."""
     transfer_s: float = 0.0
@@ -123,7 +125,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Of a prompt of `prompt_tokens`, through an idle pipeline; None where a board has not measured prefill."""
     prompt_tokens: int = 0
     predicted_slowest_s: float
-    """The slowest stage or hop: the bound on throughput of a full pipeline."""
+    """The slowest stage or hop for a token of a full pipeline, whose steps have the rows of a group: the bound on its
+    throughput."""
     token_error_s: float = 0.0
     """Half the 95 % interval of `predicted_token_s`, from the spread of what was measured; `slowest_error_s` that of
     `predicted_slowest_s`."""

@@ -52,6 +52,7 @@ def make_problem(
     """Put the devices' costs into arrays; `pins` (module -> device) become places where a stage may not be. `direct`
     are the ways between them that were measured: each is taken where it is the shorter one."""
     seconds = [[cost.decode_s[module.profile_key] for module in graph.modules] for cost in costs]
+    further = [[cost.row_s[module.profile_key] for module in graph.modules] for cost in costs]
     payloads = hop_bytes(graph)
     hop, transfer = _links(costs, payloads)
     _shorten(hop, transfer, costs, payloads, direct)
@@ -70,6 +71,8 @@ def make_problem(
         transfer_s=transfer,
         share=needs / np.maximum(limits, 1.0),
         streams=workload.slots if graph.items is None else None,
+        row_seconds=np.array(further, dtype=np.float64).reshape(len(costs), len(graph.modules)),
+        row_overhead_s=np.array([cost.row_overhead_s for cost in costs], dtype=np.float64),
     )
 
 
@@ -94,6 +97,8 @@ def make_prefill_problem(
         fits=problem.fits & measured[:, None, None],
         hop_s=hop,
         transfer_s=transfer,
+        row_seconds=None,
+        row_overhead_s=None,
     )
 
 

@@ -135,9 +135,11 @@ def _limit_text(cost: DeviceCost) -> str:
     return f"stages may take {bytes_text(cost.memory_limit_bytes)} of {bytes_text(cost.usable_bytes)}"
 
 
-def best_alone(priced: Priced) -> tuple[DeviceCost, float] | None:
-    """The fastest device that can hold the whole model (pins count), and its seconds per token."""
-    whole = priced.problem.stage_s()[:, 0, -1] if priced.costs else np.array([])
+def best_alone(priced: Priced, full: bool = False) -> tuple[DeviceCost, float] | None:
+    """The fastest device that can hold the whole model (pins count), and its seconds per token: of one stream, or where
+    all streams make their steps together."""
+    problem = priced.problem.filled(1) if full else priced.problem
+    whole = problem.stage_s()[:, 0, -1] if priced.costs else np.array([])
     if not np.isfinite(whole).any():
         return None
     best = int(np.argmin(whole))
@@ -156,7 +158,8 @@ def alone_text(priced: Priced, solution: Solution) -> str:
     this = f"this plan {seconds_text(solution.latency_s)}"
     if solution.latency_s < alone_s:
         return f"{text}; {this}"
-    if priced.request.objective == "throughput" and solution.pace_s < alone_s:
+    full = best_alone(priced, full=True)
+    if priced.request.objective == "throughput" and full is not None and solution.pace_s < full[1]:
         return f"{text}; {this}, but one every {seconds_text(solution.pace_s)} when the pipeline is full"
     if len(solution.placement) == 1:
         return f"{text}; {this}"
@@ -184,8 +187,9 @@ def plan_reason(priced: Priced, solution: Solution) -> str:
     elif request.boards_at_least >= stages and stages > 1:
         text = f"at least {request.boards_at_least} boards were asked for; {_sum_text(priced, solution)}"
     elif request.objective == "throughput":
-        text = f"a full pipeline gives a token every {seconds_text(solution.pace_s)}; {alone[0].device} alone every "
-        text += seconds_text(alone[1])
+        single, single_s = best_alone(priced, full=True) or alone
+        text = f"a full pipeline gives a token every {seconds_text(solution.pace_s)}; {single.device} alone every "
+        text += seconds_text(single_s)
     else:
         text = f"{_sum_text(priced, solution)}; {alone[0].device} alone takes {seconds_text(alone[1])}"
     return f"{text}. {solution.because}" if solution.because else text

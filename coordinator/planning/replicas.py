@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from coordinator.measured import blocks_text
+from coordinator.planning.aims import filled_s
 from coordinator.planning.cost import DeviceCost, LinkCost, stage_memory, stage_modules
 from coordinator.planning.partition import Infeasible
 from coordinator.planning.plan import LeftOut, Plan, PlannedStage, Standby
@@ -117,7 +118,7 @@ def taken_over(
     stages = _joined(stages, taking, way)
     by_device: dict[str, float] = {}
     for stage in stages:
-        by_device[stage.device] = by_device.get(stage.device, 0.0) + stage.compute_s
+        by_device[stage.device] = by_device.get(stage.device, 0.0) + filled_s(plan, stage)
     before_s = sum(stage.compute_s + stage.hop_s for stage in plan.stages)
     after_s = sum(stage.compute_s + stage.hop_s for stage in stages)
     moves = [f"stage {number} goes on on {found.device}" for number, found in sorted(taking.items())]
@@ -262,6 +263,7 @@ def _moved(stage: PlannedStage, standby: Standby) -> PlannedStage:
         memory_bytes=standby.memory_bytes,
         memory_limit_bytes=standby.memory_limit_bytes,
         compute_s=standby.compute_s,
+        row_s=None if stage.row_s is None else stage.row_s * standby.compute_s / max(stage.compute_s, 1e-12),
         prefill_chunk_s=standby.prefill_chunk_s,
         engine=standby.engine,
         because=f"{standby.device}: had a copy of stage {stage.stage}, which was on {stage.device}",

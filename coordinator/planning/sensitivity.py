@@ -72,9 +72,7 @@ def _with_speed(problem: Problem, device: int, times: float) -> Problem:
     """A board whose steps take so many times as long."""
     factors = np.ones(len(problem.devices))
     factors[device] = times
-    return dataclasses.replace(
-        problem, seconds=problem.seconds * factors[:, None], overhead_s=problem.overhead_s * factors
-    )
+    return problem.slower(np.zeros_like(problem.seconds), factors)
 
 
 def _speeds(now: Answer) -> list[str]:

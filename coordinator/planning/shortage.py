@@ -85,13 +85,14 @@ def _too_high_load(priced: Priced) -> Infeasible | None:
     if best is None:
         return None
     most = BUSY_SHARE / best.pace_s
-    slowest = max(best.placement, key=lambda run: priced.costs[run.device].stage_s(priced.modules(run)))
+    filled = priced.problem.filled(len(best.placement))
+    slowest = max(best.placement, key=filled.run_s)
     cost = priced.costs[slowest.device]
     binding = f"compute on {cost.device} binds"
     counted = f"{request.slots} request{'s' * (request.slots != 1)}"
     if best.pace_s > best.slowest_s * (1 + TIE):
         binding = f"the time once round the boards, shared by {counted} at once, binds"
-    elif cost.stage_s(priced.modules(slowest)) < best.slowest_s * (1 - TIE):
+    elif filled.run_s(slowest) < best.slowest_s * (1 - TIE):
         binding = "a link binds"
     return Overloaded(
         f"{priced.graph.model}: {request.tokens_per_s:g} tokens/s are more than these boards carry: at most {most:.3g} "

@@ -24,6 +24,8 @@ def slowed(cost: DeviceCost, by: Slowed | None) -> DeviceCost:
         cost,
         overhead_s=cost.overhead_s * by.times,
         decode_s={key: seconds * by.times for key, seconds in cost.decode_s.items()},
+        row_overhead_s=cost.row_overhead_s * by.times,
+        row_s={key: seconds * by.times for key, seconds in cost.row_s.items()},
         prefill_overhead_s=cost.prefill_overhead_s * by.times,
         prefill_s={key: seconds * by.times for key, seconds in cost.prefill_s.items()},
         overhead_error_s=cost.overhead_error_s * by.times,

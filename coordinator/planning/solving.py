@@ -42,9 +42,7 @@ def solve(priced: Priced) -> Solution | None:
     found = _solve(priced, priced.problem)
     if found is None or not request.held or request.objective not in ("latency", "throughput"):
         return found
-    moving = replace(
-        priced.problem, seconds=priced.problem.seconds + moving_s(priced.graph, priced.costs, request.held)
-    )
+    moving = priced.problem.slower(moving_s(priced.graph, priced.costs, request.held))
     staying = _solve(priced, moving)
     if staying is None or staying.placement == found.placement:
         return found
@@ -67,7 +65,7 @@ def _solve(priced: Priced, problem: Problem) -> Solution | None:
     request = priced.request
     least, most = request.boards_at_least, request.boards_at_most
     if request.tokens_per_s is not None:
-        return _carrying(problem, BUSY_SHARE / request.tokens_per_s, least, most)
+        return carrying(problem, BUSY_SHARE / request.tokens_per_s, least, most)
     if request.objective in SIMPLE:
         return solve_any(problem, request.objective, least, most)
     if not problem.devices:
@@ -77,7 +75,7 @@ def _solve(priced: Priced, problem: Problem) -> Solution | None:
     return _solved(priced, _mix(priced, request.objective))
 
 
-def _carrying(problem: Problem, pace: float, least: int, most: int | None) -> Solution | None:
+def carrying(problem: Problem, pace: float, least: int, most: int | None) -> Solution | None:
     """The least latency at which a full pipeline makes a step in so many seconds."""
     within = problem.within(pace)
     found = solve_any(within, "latency", least, most)
@@ -85,7 +83,7 @@ def _carrying(problem: Problem, pace: float, least: int, most: int | None) -> So
         return found
     # With more stages there are more groups under way, and each may be later.
     counts = range(least, min(len(problem.devices), problem.modules, most or problem.modules) + 1)
-    each = [solve_any(within, "latency", count, count) for count in counts]
+    each = [solve_any(problem.within(pace, count), "latency", count, count) for count in counts]
     each.append(solve_any(problem, "throughput", least, most))
     enough = [found for found in each if found is not None and found.pace_s <= pace]
     return min(enough, key=lambda found: found.latency_s, default=None)

@@ -38,10 +38,13 @@ def token_error_s(priced: Priced, placement: Placement) -> float:
 def slowest_error_s(priced: Priced, solution: Solution) -> float:
     """Half the interval of the slowest part: of the stage that it is; 0 where it is a link, whose rate has none."""
     bound = solution.slowest_s * (1 - TIE)
+    filled = priced.problem.filled(len(solution.placement))
+    taken_s = [filled.run_s(run) for run in solution.placement]
+    # A step of several rows is as uncertain as one of a single row, by the share of what it takes.
     errors = [
-        stage_error_s(priced.costs[run.device], priced.modules(run))
-        for run in solution.placement
-        if priced.costs[run.device].stage_s(priced.modules(run)) >= bound
+        stage_error_s(priced.costs[run.device], priced.modules(run)) * stage_s / max(priced.problem.run_s(run), 1e-12)
+        for run, stage_s in zip(solution.placement, taken_s, strict=True)
+        if stage_s >= bound
     ]
     busy = any(priced.problem.transfer_s[hop] >= bound for hop in hops(priced.problem, solution.placement))
     return 0.0 if busy else max(errors, default=0.0)

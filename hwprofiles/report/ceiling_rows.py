@@ -11,7 +11,7 @@ from hwprofiles.disk import RULE as DISK_RULE
 from hwprofiles.plain import clean
 from hwprofiles.profile import NOT_MEASURED, Profile
 from hwprofiles.report.plots import NoPlot, Plot, Point, Series
-from hwprofiles.report.rows import ITEMS, Column, Table, said, verdict
+from hwprofiles.report.rows import ITEMS, Column, Table, said, step_name, verdict
 from hwprofiles.samples import Ceilings, Codings, DiskMeasurement, Rate
 from hwprofiles.stats import median, median_interval
 from wire.units import bytes_text, seconds_text
@@ -66,7 +66,7 @@ def _achieved(profile: Profile) -> tuple[Table, ...]:
     lines = [
         (
             clean(one.key),
-            f"{one.phase} {one.tokens}",
+            step_name(one.phase, one.tokens),
             gigabytes(one.bytes_per_s),
             _share(one.memory_share),
             operations(one.operations_per_s),

@@ -16,7 +16,7 @@ from hwprofiles import stats
 from hwprofiles.conditions import LONG_QUOTA_PERIOD_S
 from hwprofiles.measure import StepEstimate, StopRule, estimate
 from hwprofiles.plain import clean
-from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, PairMeasurement, Profile, Samples
+from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, PairMeasurement, Phase, Profile, Samples
 from hwprofiles.reading import Absent, Failed, Reading
 from hwprofiles.report.verdict import RUN_RULE, in_all, run_because, sections
 from hwprofiles.report.ways import COLUMNS, way_line
@@ -255,10 +255,15 @@ def _titled(module: ModuleMeasurement, what: str) -> str:
     return clean(f"{module.kind.capitalize()} {module.key}, {module.engine}, {threads}: {what}")
 
 
+def step_name(phase: Phase, tokens: int) -> str:
+    """'decode 1', 'decode 4 requests', 'prefill 32'."""
+    return f"{phase} {tokens}{' requests' * (phase == 'decode' and tokens > 1)}"
+
+
 def _timings(module: ModuleMeasurement) -> Table:
     lines = [
         (
-            f"{timing.phase} {timing.tokens}",
+            step_name(timing.phase, timing.tokens),
             str(timing.context),
             str(timing.stack),
             *_figures(timing.samples),
@@ -291,7 +296,7 @@ def _costs(module: ModuleMeasurement) -> Table:
 
 
 def _cost(step: StepEstimate) -> tuple[str, ...]:
-    name = f"{step.phase} {step.tokens}"
+    name = step_name(step.phase, step.tokens)
     if step.block_s <= 0:
         return name, str(step.context), "-", "-", "-", f"INVALID: {clean(step.because)}"
     return (

@@ -72,6 +72,10 @@ class StageEngine(Protocol):
     def held_bytes(self) -> int:
         """Weights, KV buffers and scratch that this stage accounts for."""
 
+    @property
+    def idle_bytes(self) -> int:
+        """What of `held_bytes` is kept for slots that are free."""
+
     def open(self) -> int:
         """Take a free slot for a new request and give its number; raise NoSlot."""
 

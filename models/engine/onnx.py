@@ -84,6 +84,11 @@ class OnnxStage:
         """Weights, rope tables, KV buffers of the slots in use (in full), buffers of rows."""
         return self._weights.size_bytes + self._places.used_bytes + self._bound.size_bytes
 
+    @property
+    def idle_bytes(self) -> int:
+        """Nothing: a place that nobody uses has no pages."""
+        return 0
+
     def open(self) -> int:
         return self._places.open().number
 

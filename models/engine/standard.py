@@ -81,6 +81,10 @@ class StandardStage:
         """All memory that was taken, whoever uses it."""
         return self._executor.held_bytes + self._taken_bytes
 
+    @property
+    def idle_bytes(self) -> int:
+        return self._rows.count(None) * len(self._tensors) * self._slot_bytes
+
     def open(self) -> int:
         if None not in self._rows:
             raise NoSlot(f"all {len(self._rows)} slots are taken", try_="try again when a request has ended")

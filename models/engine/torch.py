@@ -78,6 +78,11 @@ class TorchStage:
                 held += [*slot.keys, *slot.values]
         return sum(tensor.nbytes for tensor in held)
 
+    @property
+    def idle_bytes(self) -> int:
+        """Nothing: a slot's tensors come when it is opened."""
+        return 0
+
     def open(self) -> int:
         for number, slot in enumerate(self._slots):
             if slot is None:

@@ -80,6 +80,7 @@ class FakeEngine:
 
     name = "fake 1.0"
     held_bytes = 1000
+    idle_bytes = 0
 
     def __init__(self, order: StageOrder, *, fail_at: int = -1) -> None:
         self.order = order

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hwprofiles.measure import BATCH
+
 DEEP = 24
 """Blocks of the stage; six at the most are measured."""
 
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from agent.workers import measuring
 from agent.workers.pipe import MeasureModule, MeasureTask
+from hwprofiles import stats
 from hwprofiles.measure import resident_bytes
 from models.build.stage import build_stage_graph
 from models.engine.base import StageSpec
@@ -44,7 +47,12 @@ if what == "measure":
     item = MeasureModule(module=kit, graph_paths=tuple((n, str(graph(n))) for n in (1, 6)))
     task = MeasureTask(modules=(item,), threads=1, budget_s=0.05, site="s", device="d", login=None, speed=1.0)
     [found] = measuring.measure(task, type("Parent", (), {"say": lambda self, note: None})()).modules
-    print(json.dumps({"base": found.base_bytes, "growth": found.resident_bytes}))
+    several = [t for t in found.timings if t.phase == "decode" and t.tokens > 1]
+    steps = {t.stack: stats.median(t.samples.samples_s) for t in several}
+    alone = {t.stack: stats.median(t.samples.samples_s) for t in found.timings
+             if (t.phase, t.tokens, t.context) == ("decode", 1, several[0].context)}
+    print(json.dumps({"base": found.base_bytes, "growth": found.resident_bytes, "rows": several[0].tokens,
+                      "several_by_alone": steps[6] / alone[6]}))
 else:
     engine = OnnxStage.load_synthetic(graph(24), spec(24), 1)
     slot = engine.open()
@@ -55,12 +63,12 @@ else:
 """
 
 
-def told(folder: Path, what: str) -> dict[str, int]:
+def told(folder: Path, what: str) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder), what], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -71,3 +79,5 @@ def test_a_deep_stage_takes_what_a_shallow_one_was_measured_to(tmp_path: Path) -
     predicted = measured["base"] + DEEP * measured["growth"] / 6 + rows_bytes
     assert predicted == pytest.approx(stage["resident"], rel=0.15)
     assert measured["growth"] / 6 < 2 * stage["weights"] / DEEP
+    assert measured["rows"] == BATCH
+    assert 1.0 < measured["several_by_alone"] < 1.5 * BATCH, "rows of several requests were run, in one step"

@@ -7,6 +7,7 @@ from itertools import pairwise
 from msgspec import Struct
 
 from coordinator.planning.planner import Candidate, PlanRequest
+from hwprofiles.measure import BATCH
 from hwprofiles.profile import (
     Conditions,
     Cores,
@@ -90,14 +91,24 @@ def timing(phase: Phase, tokens: int, context: int, stack: int, seconds: float, 
 
 
 def block_measurement(
-    block_s: float, overhead_s: float, *, per_context_s: float = 0.0, valid: bool = True, held: float = 1.0
+    block_s: float,
+    overhead_s: float,
+    *,
+    per_context_s: float = 0.0,
+    valid: bool = True,
+    held: float = 1.0,
+    row_share: float | None = None,
 ) -> ModuleMeasurement:
-    """A block that takes block_s + context * per_context_s per token, in stacks of 1 and 6."""
+    """A block that takes block_s + context * per_context_s per token, in stacks of 1 and 6; and where a further row of
+    a step takes a share of the first one, in steps of BATCH rows, too."""
 
     def at(tokens: int, context: int, stack: int) -> float:
         return overhead_s + stack * tokens * (block_s + context * per_context_s)
 
     timings = [timing("decode", 1, c, stack, at(1, c, stack), valid=valid) for c in (16, 256) for stack in (1, 6)]
+    if row_share is not None:
+        times = 1 + (BATCH - 1) * row_share
+        timings += [timing("decode", BATCH, 256, stack, at(1, 256, stack) * times, valid=valid) for stack in (1, 6)]
     timings += [
         timing("prefill", rows, c, stack, at(rows, c, stack), valid=valid)
         for rows in (32, 128)
@@ -115,10 +126,12 @@ def block_measurement(
     )
 
 
-def single_measurement(kind: str, seconds: float) -> ModuleMeasurement:
+def single_measurement(kind: str, seconds: float, row_share: float | None = None) -> ModuleMeasurement:
     """Embedding or head: one row decoded, or the same for a chunk of any size."""
+    several = [] if row_share is None else [timing("decode", BATCH, 0, 1, seconds * (1 + (BATCH - 1) * row_share))]
     rows = [
         timing("decode", 1, 0, 1, seconds),
+        *several,
         timing("prefill", 32, 0, 1, seconds),
         timing("prefill", 128, 0, 1, seconds),
     ]
@@ -156,6 +169,7 @@ def profile(
     link_to_broker: LinkMeasurement | Absent | None = None,
     valid: bool = True,
     held: float = 1.0,
+    row_share: float | None = None,
     usable_bytes: int = 4_096 * MB,
 ) -> Profile:
     none = Absent("not on this board")
@@ -175,8 +189,10 @@ def profile(
         engines={},
         modules=(
             single_measurement("embedding", embedding_s),
-            block_measurement(block_s, overhead_s, per_context_s=per_context_s, valid=valid, held=held),
-            single_measurement("head", head_s),
+            block_measurement(
+                block_s, overhead_s, per_context_s=per_context_s, valid=valid, held=held, row_share=row_share
+            ),
+            single_measurement("head", head_s, row_share),
         ),
         link=link_to_broker if link_to_broker is not None else link(0.5e-3, 100e6 / 8),
     )

@@ -51,6 +51,37 @@ def test_decode_is_priced_at_the_expected_context() -> None:
         assert priced(made, workload).decode_s["tiny/block"] == pytest.approx(1e-3 + expected_tokens * 1e-6)
 
 
+@pytest.mark.parametrize("context", [16, 128, 256, 1_000])
+def test_further_rows_of_a_step_are_priced_as_measured_with_several(context: int) -> None:
+    """At the context that was measured it is a share of the first row; a longer one is longer for each row alike."""
+    workload = msgspec.structs.replace(WORKLOAD, expected_tokens=context)
+    cost = priced(profile("pi5", block_s=1e-3, overhead_s=2e-4, per_context_s=1e-6, row_share=0.3), workload)
+    there = 1e-3 + 256e-6
+    assert cost.row_s["tiny/block"] == pytest.approx(0.3 * there + (context - 256) * 1e-6)
+    assert cost.row_overhead_s == pytest.approx(0.3 * 2e-4)
+    assert cost.row_s["tiny/head"] == pytest.approx(0.3 * 4e-3 - 0.3 * 2e-4), "a step's own cost is counted once"
+    assert cost.row_s["tiny/embedding"] == cost.decode_s["tiny/embedding"], "nobody measured that"
+
+
+def test_where_steps_of_several_rows_were_not_measured_a_further_row_takes_what_the_first_one_does() -> None:
+    cost = priced(profile("pi5", per_context_s=1e-6))
+    assert cost.row_s == cost.decode_s and cost.row_overhead_s == cost.overhead_s
+    worse = priced(profile("pi5", row_share=1.5))
+    assert worse.row_s == worse.decode_s, "rows could be run one by one"
+
+
+def test_steps_of_several_rows_say_nothing_of_one() -> None:
+    made = profile("pi5", row_share=0.3)
+    modules = tuple(
+        msgspec.structs.replace(
+            module, timings=tuple(t for t in module.timings if (t.phase, t.tokens) != ("decode", 1))
+        )
+        for module in made.modules
+    )
+    left = device_cost(graph(), "pi5", msgspec.structs.replace(made, modules=modules), 4_096 * MB, WORKLOAD)
+    assert isinstance(left, LeftOut) and "decode: not measured" in left.because
+
+
 def test_a_context_beyond_the_measured_ones_is_extrapolated_and_said() -> None:
     workload = msgspec.structs.replace(WORKLOAD, expected_tokens=1_000)
     cost = priced(profile("pi5", block_s=1e-3, per_context_s=1e-6), workload)
