@@ -32,9 +32,13 @@ from wire.errors import Refused
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
 
 EXACT_DEVICES: Final = 8
 """2**8 used sets of 8 devices and 80 blocks take about half a second; each further device more than doubles it."""
+
+AT_ONCE: Final = 1 << 16
+"""Numbers that are compared at once: half a megabyte."""
 
 TIE: Final = 1e-9
 """Relative difference below which two costs are equal: rounding of sums taken in different order."""
@@ -290,25 +294,40 @@ def solve(
 
 
 def exact(costs: Costs) -> Found:
-    """Search all placements by dynamic programming over used sets."""
+    """Search all placements by dynamic programming over used sets: all sets of one size at once, in as many pieces as
+    keep what is computed in the cache."""
     devices, length = costs.stage.shape[0], costs.stage.shape[1] - 1
     best: dict[int, Floats] = {}
-    for used in sorted(range(1, 1 << devices), key=lambda mask: (mask.bit_count(), mask)):
-        if used.bit_count() > costs.at_most:
-            break
-        table = np.full((devices, devices, length + 1), np.inf)
+    for d in range(devices):
+        best[1 << d] = table = np.full((devices, devices, length + 1), np.inf)
+        table[d] = costs.join(costs.stage[d][None, :, length], costs.hop[d, :, length][:, None])
+        table[d, d, 0] = costs.join(costs.stage[d, 0, length], costs.hop[d, d, length])
+    for count in range(2, min(costs.at_most, devices) + 1):
+        sets = [used for used in range(1 << devices) if used.bit_count() == count]
+        tables = np.full((len(sets), devices, devices, length + 1), np.inf)
+        at_once = max(1, AT_ONCE // (max(1, devices - count) * (length + 1) ** 2))
         for d in range(devices):
-            if not used >> d & 1:
-                continue
-            rest = used & ~(1 << d)
-            if rest:
-                onward = costs.join(costs.hop[d][:, None, :], best[rest]).min(axis=0)
-                table[d] = costs.join(costs.stage[d][None, :, :], onward[:, None, :]).min(axis=2)
-            else:
-                table[d] = costs.join(costs.stage[d][None, :, length], costs.hop[d, :, length][:, None])
-                table[d, d, 0] = costs.join(costs.stage[d, 0, length], costs.hop[d, d, length])
-        best[used] = table
+            with_d = [number for number, used in enumerate(sets) if used >> d & 1]
+            for start in range(0, len(with_d), at_once):
+                part = with_d[start : start + at_once]
+                _extend(costs, d, [sets[number] for number in part], best, np.array(part), tables)
+        best.update(zip(sets, tables, strict=True))
     return _ExactFound(costs, best)
+
+
+def _extend(costs: Costs, d: int, sets: list[int], best: dict[int, Floats], part: Indices, tables: Floats) -> None:
+    """Put `d` in front of what is best over the rest of each of these sets, into their parts of `tables`."""
+    devices = costs.stage.shape[0]
+    rests = np.stack([best[used & ~(1 << d)] for used in sets])
+    onward = costs.join(costs.hop[d][None, :, None, :], rests).min(axis=1)
+    # The ring began on d itself, and is whole; or on a device that is still to come.
+    tables[part, d, d, 0] = costs.join(costs.stage[d, 0][None, :], onward[:, d]).min(axis=1)
+    others = np.array([[f for f in range(devices) if not used >> f & 1] for used in sets], dtype=np.int64)
+    if not others.size:
+        return
+    from_others = np.ascontiguousarray(onward[np.arange(len(sets))[:, None], others].transpose(2, 0, 1))
+    reached = costs.join(costs.stage[d].T[:, None, None, :], from_others[..., None]).min(axis=0)
+    tables[part[:, None], d, others] = reached
 
 
 class _ExactFound:
@@ -318,10 +337,11 @@ class _ExactFound:
         self._costs = costs
         self._best = best
         self._whole = {
-            (used, d): float(table[d, d, 0])
+            (used, d): whole
             for used, table in best.items()
-            for d in range(table.shape[0])
-            if np.isfinite(table[d, d, 0]) and (costs.allowed is None or costs.allowed[used])
+            if costs.allowed is None or costs.allowed[used]
+            for d, whole in enumerate(np.einsum("ddi->di", table)[:, 0].tolist())
+            if whole < np.inf
         }
 
     @property
