@@ -28,9 +28,9 @@ Clock = Callable[[], float]
 
 DECODE_CONTEXTS: Final = (16, 256)
 """KV rows at which blocks are timed: a short and a long chat turn; the planner interpolates between them."""
-BATCH: Final = 4
-"""Requests whose rows make one step, at the longer context: what a step costs, and what each further row costs, are the
-same line from one row to eight (1.3 and 3.1 times one row by four's 1.9; measured 1.4 and 3.2)."""
+BATCHES: Final = (2, 8)
+"""Requests whose rows make one step, at the shorter context. A second row costs more than a third: kernels take
+another way from two rows on, and from there to eight a step grows evenly (1.4, 1.9, 3.2 times one row with 2, 4, 8)."""
 PREFILL_TOKENS: Final = (32, 128)
 """Rows at once in prefill: a chunk as it travels, and one large enough to show the asymptotic cost per row."""
 STACKS: Final = (1, 6)
@@ -160,7 +160,7 @@ def plan_for(kind: Kind, stacks: tuple[int, ...] = (1,), rule: StopRule | None =
     contexts = DECODE_CONTEXTS if kind == "block" else (0,)
     points = [Point("decode", 1, context) for context in contexts]
     if kind != "embedding":
-        points.append(Point("decode", BATCH, contexts[-1]))
+        points += [Point("decode", batch, contexts[0]) for batch in BATCHES]
     points += [Point("prefill", tokens, context) for tokens in PREFILL_TOKENS for context in contexts]
     return MeasurePlan(points=tuple(points), stacks=tuple(sorted(set(stacks))), rule=rule or StopRule())
 

@@ -34,7 +34,7 @@ from agent.workers.stretch import Stretch
 from agent.workers.throttle import Throttle
 from hwprofiles.energy import INTERVAL_S, Work, measure_energy
 from hwprofiles.link import measure_link, measure_round_trip
-from hwprofiles.measure import BATCH, DECODE_CONTEXTS, StopRule, measure_module, plan_for, resident_bytes
+from hwprofiles.measure import BATCHES, DECODE_CONTEXTS, StopRule, measure_module, plan_for, resident_bytes
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Phase
 from hwprofiles.reading import Absent, Failed
 from hwprofiles.sampler import Sampler
@@ -324,7 +324,7 @@ class ModuleBench:
             vocabulary=module.vocabulary,
             wire_dtype=module.wire_dtype,
             context_tokens=CONTEXT_TOKENS,
-            slots=BATCH,
+            slots=max(BATCHES),
             threads=self._threads,
         )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple, get_args
 
+from coordinator.planning.partition import between
 from coordinator.planning.plan import Objective, Plan, PlannedStage
 from wire.errors import UsageError
 from wire.units import seconds_text
@@ -67,10 +68,12 @@ def groups_of(plan: Plan) -> int:
 
 def filled_s(plan: Plan, stage: PlannedStage) -> float:
     """Predicted seconds of a stage for each token of a full pipeline, whose steps have the rows of a group."""
-    if plan.runs == "items" or stage.row_s is None:
+    if plan.runs == "items" or not stage.batches_s:
         return stage.compute_s
     rows = max(1.0, plan.slots / groups_of(plan))
-    return (stage.compute_s + (rows - 1) * stage.row_s) / rows
+    low, high, share = between(rows, [count for count, _ in stage.batches_s])
+    steps_s = (stage.compute_s, *(step_s for _, step_s in stage.batches_s))
+    return (steps_s[low] + share * (steps_s[high] - steps_s[low])) / rows
 
 
 def pace_s(plan: Plan) -> float:

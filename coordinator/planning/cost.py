@@ -4,9 +4,8 @@ Compute. A stage that runs n equal blocks takes `overhead_s + n * block_s` per s
 stacks of different depth (hwprofiles.measure.estimate). Embedding and head are timed alone, so their time holds one
 overhead, which is taken out again: a stage pays it once.
 
-A step of several requests, one row of each, takes `overhead_s + n * block_s` and, for each further row, a part of that
-which is measured with BATCH rows; a longer context takes as much longer for each row. Where it was not measured a row
-takes what the first one does.
+A step of several requests, one row of each, was timed with as many as BATCHES says; between these it is a straight
+line, and a longer context takes as much longer for each row. Where it was not measured a row takes what one alone does.
 
 Hop, central topology. A device's link is measured by sending to itself through the broker: the round trip of P bytes
 crosses the link twice and the broker once. Half of the sender's and half of the receiver's round trip therefore are
@@ -31,7 +30,7 @@ from msgspec import Struct
 
 from coordinator.planning.plan import LeftOut, PlannedStage
 from hwprofiles.link import bytes_per_s, one_way_s
-from hwprofiles.measure import StepEstimate, estimate
+from hwprofiles.measure import BATCHES, StepEstimate, estimate
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Phase, Profile, Samples
 from hwprofiles.stats import median_interval
 from models.graph import Graph, Module
@@ -96,11 +95,12 @@ class StepCost(Struct, frozen=True, kw_only=True):
     overhead_error_s: float = 0.0
 
 
-class RowCost(Struct, frozen=True, kw_only=True):
-    """Seconds that each further row of a decode step takes in one module, and in a step whatever it holds."""
+class Batch(Struct, frozen=True, kw_only=True):
+    """A decode step of one row of each of several requests, as DeviceCost has it of one."""
 
-    module_s: float
+    rows: int
     overhead_s: float
+    decode_s: Mapping[str, float]
 
 
 class Power(Struct, frozen=True, kw_only=True):
@@ -127,9 +127,8 @@ class DeviceCost(Struct, frozen=True, kw_only=True):
     held_ratio: Mapping[str, float]
     """Bytes the engine holds per byte of weights, at least 1: kernels may keep a packed copy. Less for an embedding: of
     its table it holds the pages that were looked up, which are the file's own."""
-    row_s: Mapping[str, float]
-    """Seconds of one module of that key for each further row of a decode step, and `row_overhead_s` of a step."""
-    row_overhead_s: float
+    batches: tuple[Batch, ...]
+    """Decode steps of several requests, by rising number; no row takes longer than with fewer."""
     link: LinkCost | None
     link_because: str
     """Why `link` is missing: such a device can only hold the whole model."""
@@ -154,9 +153,12 @@ class DeviceCost(Struct, frozen=True, kw_only=True):
         """Seconds per decoded token of a stage of these modules."""
         return self.overhead_s + sum(self.decode_s[module.profile_key] for module in modules)
 
-    def stage_row_s(self, modules: Iterable[Module]) -> float:
-        """Seconds of each further row of a decode step."""
-        return self.row_overhead_s + sum(self.row_s[module.profile_key] for module in modules)
+    def stage_batches_s(self, modules: Sequence[Module]) -> tuple[tuple[int, float], ...]:
+        """(requests, seconds of a decode step of a stage of these modules, one row of each)."""
+        return tuple(
+            (batch.rows, batch.overhead_s + sum(batch.decode_s[module.profile_key] for module in modules))
+            for batch in self.batches
+        )
 
     def busy_j(self, seconds: float | None) -> float | None:
         """Joules for so much work of whatever phase; None when seconds or power were not measured."""
@@ -246,7 +248,7 @@ def device_cost(
             return LeftOut(device=device, because=f"could not measure {names} of {graph.model}: {'; '.join(reasons)}")
         return LeftOut(device=device, because=f"has not measured {names} of {graph.model} on {workload.engine}")
     decode: dict[str, StepCost] = {}
-    rows: dict[str, RowCost] = {}
+    several: dict[int, dict[str, StepCost]] = {rows: {} for rows in BATCHES}
     prefill: dict[str, StepCost] = {}
     notes: list[str] = []
     items = graph.items
@@ -262,7 +264,8 @@ def device_cost(
         if isinstance(step, str):
             return LeftOut(device=device, because=f"{module.kind}, decode: {step}")
         decode[key] = step
-        rows[key] = row_cost(measured[key], step)
+        for rows, steps in several.items():
+            steps[key] = rows_cost(measured[key], step, rows)
         notes.extend(f"{module.kind}, decode: {note}" for note in step.notes)
         chunk = step_cost(measured[key], "prefill", workload.prefill_chunk_tokens, workload)
         if isinstance(chunk, str):
@@ -272,8 +275,7 @@ def device_cost(
     blocks = {key for key, module in wanted.items() if module.kind == "block"}
     held = {key: _held(measured[key], module, items is not None) for key, module in wanted.items()}
     overhead_s, decode_s = _share_overhead(decode, blocks)
-    row_overhead_s, row_s = _share_overhead(rows or decode, blocks)
-    row_s = {key: min(seconds, decode_s[key]) for key, seconds in row_s.items()}
+    batches = () if items is not None else _batches(overhead_s, decode_s, several, blocks)
     prefill_overhead_s, prefill_s = _share_overhead(prefill, blocks)
     link, link_because = link_cost(profile)
     if link is not None and link_because:
@@ -285,8 +287,7 @@ def device_cost(
         worker_base_bytes=max(measured[key].base_bytes for key in wanted),
         overhead_s=overhead_s,
         decode_s=decode_s,
-        row_s=row_s,
-        row_overhead_s=row_overhead_s,
+        batches=batches,
         prefill_overhead_s=prefill_overhead_s,
         prefill_s=prefill_s,
         held_ratio={key: ratio for key, (ratio, _) in held.items()},
@@ -300,9 +301,28 @@ def device_cost(
     )
 
 
-def _share_overhead(
-    steps: Mapping[str, StepCost] | Mapping[str, RowCost], blocks: set[str]
-) -> tuple[float, dict[str, float]]:
+def _batches(
+    overhead_s: float, decode_s: Mapping[str, float], several: Mapping[int, Mapping[str, StepCost]], blocks: set[str]
+) -> tuple[Batch, ...]:
+    """Steps of so many rows; none takes longer by the row than one of fewer, nor less in all."""
+    found: list[Batch] = []
+    before = Batch(rows=1, overhead_s=overhead_s, decode_s=decode_s)
+    for rows, steps in sorted(several.items()):
+        once_s, each_s = _share_overhead(steps, blocks)
+        times = rows / before.rows
+        before = Batch(
+            rows=rows,
+            overhead_s=min(max(once_s, before.overhead_s), times * before.overhead_s),
+            decode_s={
+                key: min(max(seconds, before.decode_s[key]), times * before.decode_s[key])
+                for key, seconds in each_s.items()
+            },
+        )
+        found.append(before)
+    return tuple(found)
+
+
+def _share_overhead(steps: Mapping[str, StepCost], blocks: set[str]) -> tuple[float, dict[str, float]]:
     """Give the overhead of one step and the marginal seconds of each key. What was timed alone holds an overhead."""
     overhead_s = max((step.overhead_s for key, step in steps.items() if key in blocks), default=0.0)
     marginal = {
@@ -360,22 +380,23 @@ def step_cost(measurement: ModuleMeasurement, phase: Phase, tokens: int, workloa
     )
 
 
-def row_cost(measurement: ModuleMeasurement, step: StepCost) -> RowCost:
-    """What each further row of a decode step takes, given what the first one does at the workload's context."""
+def rows_cost(measurement: ModuleMeasurement, step: StepCost, rows: int) -> StepCost:
+    """What a decode step of so many requests takes, one row of each, given what one of a single row does at the
+    workload's context. No more than as many steps; a longer context is as much longer for each row."""
     valid = [found for found in estimate(measurement).steps if found.valid and found.phase == "decode"]
-    several = max((found for found in valid if found.tokens > 1), key=lambda found: found.tokens, default=None)
+    several = [found for found in valid if found.tokens > 1]
     alone = [found for found in valid if found.tokens == 1]
-    if several is None or not alone:
-        return RowCost(module_s=step.module_s, overhead_s=step.overhead_s)
 
-    def further(of_several: float, figure: Callable[[StepEstimate], float], now: float) -> float:
-        first = interpolated({found.context: figure(found) for found in alone}, several.context)
-        return min(now, max(0.0, (of_several - first) / (several.tokens - 1) + now - first))
+    def at(figure: Callable[[StepEstimate], float], now: float) -> float:
+        if not several or not alone:
+            return rows * now
+        context = several[0].context
+        there = interpolated({found.context: figure(found) for found in alone}, context)
+        points = {1: there, **{found.tokens: figure(found) for found in several if found.context == context}}
+        return interpolated(points, rows) + rows * (now - there)
 
-    return RowCost(
-        module_s=further(several.block_s, lambda found: found.block_s, step.module_s),
-        overhead_s=further(several.overhead_s, lambda found: found.overhead_s, step.overhead_s),
-    )
+    module_s, overhead_s = at(lambda found: found.block_s, step.module_s), at(lambda f: f.overhead_s, step.overhead_s)
+    return StepCost(module_s=max(0.0, module_s), overhead_s=max(0.0, overhead_s))
 
 
 def _at(

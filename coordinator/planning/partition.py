@@ -19,7 +19,7 @@ Above EXACT_DEVICES devices the used set is given up for fixed orders of the dev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, NamedTuple, Protocol
@@ -52,6 +52,22 @@ class Overloaded(Infeasible):
     """What keeps a plan from being is the load that is asked for."""
 
 
+class BatchSteps(NamedTuple):
+    """Seconds of modules [N, L], and of a step [N], where a step has one row of each of so many requests."""
+
+    rows: int
+    seconds: Floats
+    overhead_s: Floats
+
+
+def between(rows: float, batches: Sequence[int]) -> tuple[int, int, float]:
+    """Among 1 and these numbers of rows, the two to take, by their places, and how far from one to the other `rows` is:
+    beyond the last one further on the same line."""
+    known = (1, *batches)
+    high = next((place for place, count in enumerate(known) if place and count >= rows), len(known) - 1)
+    return high - 1, high, (rows - known[high - 1]) / (known[high] - known[high - 1])
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """N devices, L modules. Cut i lies before module i; cut L is the way from the head back to the first stage.
@@ -71,10 +87,8 @@ class Problem:
     """[N, L + 1, L + 1] what modules i to j - 1 take of what device d may give; None where nobody asks for it."""
     streams: int | None = None
     """How many requests go round at once, in as many groups as there are stages at most; None: as many as it takes."""
-    row_seconds: Floats | None = None
-    """[N, L] what a module takes longer for each further row of a step, and `row_overhead_s` [N] a step itself. None:
-    as long as for the first one."""
-    row_overhead_s: Floats | None = None
+    batches: tuple[BatchSteps, ...] = ()
+    """Steps of several requests, by rising number of rows. None of them: each row takes what one alone does."""
 
     @property
     def modules(self) -> int:
@@ -102,8 +116,9 @@ class Problem:
             transfer_s=self.transfer_s[np.ix_(chosen, chosen)],
             share=None if self.share is None else self.share[chosen],
             streams=self.streams,
-            row_seconds=None if self.row_seconds is None else self.row_seconds[chosen],
-            row_overhead_s=None if self.row_overhead_s is None else self.row_overhead_s[chosen],
+            batches=tuple(
+                BatchSteps(batch.rows, batch.seconds[chosen], batch.overhead_s[chosen]) for batch in self.batches
+            ),
         )
 
     def groups(self, stages: int) -> int:
@@ -113,16 +128,14 @@ class Problem:
     def filled(self, stages: int) -> Problem:
         """The same problem with seconds per token of steps as a full pipeline over so many stages makes them: of all
         rows of a group. With fewer stages there are more rows in a group, and no token takes longer."""
-        if self.row_seconds is None or self.row_overhead_s is None:
+        if not self.batches:
             return self
         rows = 1.0 if self.streams is None else self.streams / self.groups(stages)
-        return replace(
-            self,
-            seconds=(self.seconds + (rows - 1) * self.row_seconds) / rows,
-            overhead_s=(self.overhead_s + (rows - 1) * self.row_overhead_s) / rows,
-            row_seconds=None,
-            row_overhead_s=None,
-        )
+        low, high, share = between(rows, tuple(batch.rows for batch in self.batches))
+        steps = (BatchSteps(1, self.seconds, self.overhead_s), *self.batches)
+        seconds = steps[low].seconds + share * (steps[high].seconds - steps[low].seconds)
+        overhead_s = steps[low].overhead_s + share * (steps[high].overhead_s - steps[low].overhead_s)
+        return replace(self, seconds=seconds / rows, overhead_s=overhead_s / rows, batches=())
 
     def slower(self, seconds: Floats, times: Floats | None = None) -> Problem:
         """The same problem where modules [N, L] take so many seconds more for each token, whatever the step, and before
@@ -132,8 +145,10 @@ class Problem:
             self,
             seconds=self.seconds * by[:, None] + seconds,
             overhead_s=self.overhead_s * by,
-            row_seconds=None if self.row_seconds is None else self.row_seconds * by[:, None] + seconds,
-            row_overhead_s=None if self.row_overhead_s is None else self.row_overhead_s * by,
+            batches=tuple(
+                BatchSteps(batch.rows, batch.seconds * by[:, None] + batch.rows * seconds, batch.overhead_s * by)
+                for batch in self.batches
+            ),
         )
 
     def within(self, seconds: float, stages: int = 1) -> Problem:

@@ -34,8 +34,8 @@ class PlannedStage(Struct, frozen=True, kw_only=True):
     """Payload bytes of the message that crosses, header included."""
     inbox: InboxAddress
     because: str
-    row_s: float | None = None
-    """For each further row of a step of several requests; None: as long as for the first."""
+    batches_s: tuple[tuple[int, float], ...] = ()
+    """(requests, seconds) of a step of one row of each, by rising number; none: each row takes what one alone does."""
     prefill_chunk_s: float | None = None
     """Time per prefill chunk; None when the device has not measured prefill."""
     transfer_s: float = 0.0

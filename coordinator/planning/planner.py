@@ -153,7 +153,7 @@ def _stage(priced: Priced, solution: Solution, number: int, inbox: InboxAddress)
         hop_bytes=priced.hop_bytes[cut] if ring else 0,
         inbox=inbox,
         because=stage_reason(priced, run),
-        row_s=cost.stage_row_s(modules) if priced.graph.items is None else None,
+        batches_s=cost.stage_batches_s(modules),
         prefill_chunk_s=cost.stage_prefill_s(modules),
         compute_j=cost.busy_j(cost.stage_s(modules)),
         prefill_chunk_j=cost.busy_j(cost.stage_prefill_s(modules)),

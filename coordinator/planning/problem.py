@@ -15,7 +15,7 @@ import numpy as np
 
 from coordinator.planning.cost import DeviceCost, Workload
 from coordinator.planning.pairs import Direct
-from coordinator.planning.partition import Flags, Floats, Problem
+from coordinator.planning.partition import BatchSteps, Flags, Floats, Problem
 from coordinator.planning.room import run_needs
 from coordinator.planning.topology import shorter
 from models.graph import Graph, Items
@@ -52,7 +52,6 @@ def make_problem(
     """Put the devices' costs into arrays; `pins` (module -> device) become places where a stage may not be. `direct`
     are the ways between them that were measured: each is taken where it is the shorter one."""
     seconds = [[cost.decode_s[module.profile_key] for module in graph.modules] for cost in costs]
-    further = [[cost.row_s[module.profile_key] for module in graph.modules] for cost in costs]
     payloads = hop_bytes(graph)
     hop, transfer = _links(costs, payloads)
     _shorten(hop, transfer, costs, payloads, direct)
@@ -71,8 +70,7 @@ def make_problem(
         transfer_s=transfer,
         share=needs / np.maximum(limits, 1.0),
         streams=workload.slots if graph.items is None else None,
-        row_seconds=np.array(further, dtype=np.float64).reshape(len(costs), len(graph.modules)),
-        row_overhead_s=np.array([cost.row_overhead_s for cost in costs], dtype=np.float64),
+        batches=_batches(graph, costs),
     )
 
 
@@ -97,8 +95,19 @@ def make_prefill_problem(
         fits=problem.fits & measured[:, None, None],
         hop_s=hop,
         transfer_s=transfer,
-        row_seconds=None,
-        row_overhead_s=None,
+        batches=(),
+    )
+
+
+def _batches(graph: Graph, costs: Sequence[DeviceCost]) -> tuple[BatchSteps, ...]:
+    """The same with several rows to a step, for the numbers of rows that all boards are priced with."""
+    return tuple(
+        BatchSteps(
+            many[0].rows,
+            np.array([[one.decode_s[module.profile_key] for module in graph.modules] for one in many]),
+            np.array([one.overhead_s for one in many]),
+        )
+        for many in zip(*(cost.batches for cost in costs), strict=True)
     )
 
 

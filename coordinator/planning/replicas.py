@@ -256,6 +256,7 @@ class _Search:
 
 
 def _moved(stage: PlannedStage, standby: Standby) -> PlannedStage:
+    times = standby.compute_s / max(stage.compute_s, 1e-12)
     return msgspec.structs.replace(
         stage,
         device=standby.device,
@@ -263,7 +264,7 @@ def _moved(stage: PlannedStage, standby: Standby) -> PlannedStage:
         memory_bytes=standby.memory_bytes,
         memory_limit_bytes=standby.memory_limit_bytes,
         compute_s=standby.compute_s,
-        row_s=None if stage.row_s is None else stage.row_s * standby.compute_s / max(stage.compute_s, 1e-12),
+        batches_s=tuple((rows, step_s * times) for rows, step_s in stage.batches_s),
         prefill_chunk_s=standby.prefill_chunk_s,
         engine=standby.engine,
         because=f"{standby.device}: had a copy of stage {stage.stage}, which was on {stage.device}",

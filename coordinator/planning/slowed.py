@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from coordinator.planning.cost import DeviceCost
+from coordinator.planning.cost import Batch, DeviceCost
 
 
 class Slowed(Struct, frozen=True, kw_only=True):
@@ -24,8 +24,14 @@ def slowed(cost: DeviceCost, by: Slowed | None) -> DeviceCost:
         cost,
         overhead_s=cost.overhead_s * by.times,
         decode_s={key: seconds * by.times for key, seconds in cost.decode_s.items()},
-        row_overhead_s=cost.row_overhead_s * by.times,
-        row_s={key: seconds * by.times for key, seconds in cost.row_s.items()},
+        batches=tuple(
+            Batch(
+                rows=batch.rows,
+                overhead_s=batch.overhead_s * by.times,
+                decode_s={key: seconds * by.times for key, seconds in batch.decode_s.items()},
+            )
+            for batch in cost.batches
+        ),
         prefill_overhead_s=cost.prefill_overhead_s * by.times,
         prefill_s={key: seconds * by.times for key, seconds in cost.prefill_s.items()},
         overhead_error_s=cost.overhead_error_s * by.times,

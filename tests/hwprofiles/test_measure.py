@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hwprofiles import measure, stats
 from hwprofiles.measure import (
-    BATCH,
+    BATCHES,
     MeasurePlan,
     Point,
     StepEstimate,
@@ -141,9 +141,13 @@ def test_plan_has_two_contexts_for_blocks_and_none_for_what_has_no_cache() -> No
     assert {point.context for point in plan_for("block", (6, 1)).points} == {16, 256}
     assert plan_for("block", (6, 1)).stacks == (1, 6)
     chunks = (Point("prefill", 32, 0), Point("prefill", 128, 0))
-    assert plan_for("head").points == (Point("decode", 1, 0), Point("decode", BATCH, 0), *chunks)
+    assert plan_for("head").points == (
+        Point("decode", 1, 0),
+        *(Point("decode", batch, 0) for batch in BATCHES),
+        *chunks,
+    )
     assert plan_for("embedding").points == (Point("decode", 1, 0), *chunks)
-    assert Point("decode", BATCH, 256) in plan_for("block").points
+    assert {Point("decode", batch, 16) for batch in BATCHES} < set(plan_for("block").points)
     with pytest.raises(ValueError, match="stack"):
         plan_for("block", ())
 
@@ -167,9 +171,9 @@ def measured(block_s: float, overhead_s: float, retries: int = 1) -> tuple[Modul
 
 def test_module_is_timed_at_every_point_and_depth_shallow_and_deep_in_turn() -> None:
     found, asked = measured(0.001, 0.0005)
-    assert len(asked) == len(found.timings) == 14
+    assert len(asked) == len(found.timings) == 16
     assert asked[::2] == asked[1::2] == list(plan_for("block").points)
-    assert [timing.stack for timing in found.timings] == [1, 6] * 7
+    assert [timing.stack for timing in found.timings] == [1, 6] * 8
     assert (found.key, found.kind, found.engine, found.threads, found.base_bytes) == ("key", "block", "engine", 2, 5)
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from msgspec import Struct
 
 from coordinator.planning.planner import Candidate, PlanRequest
-from hwprofiles.measure import BATCH
+from hwprofiles.measure import BATCHES
 from hwprofiles.profile import (
     Conditions,
     Cores,
@@ -100,15 +100,18 @@ def block_measurement(
     row_share: float | None = None,
 ) -> ModuleMeasurement:
     """A block that takes block_s + context * per_context_s per token, in stacks of 1 and 6; and where a further row of
-    a step takes a share of the first one, in steps of BATCH rows, too."""
+    a step takes a share of the first one, in steps of several rows, too."""
 
     def at(tokens: int, context: int, stack: int) -> float:
         return overhead_s + stack * tokens * (block_s + context * per_context_s)
 
     timings = [timing("decode", 1, c, stack, at(1, c, stack), valid=valid) for c in (16, 256) for stack in (1, 6)]
     if row_share is not None:
-        times = 1 + (BATCH - 1) * row_share
-        timings += [timing("decode", BATCH, 256, stack, at(1, 256, stack) * times, valid=valid) for stack in (1, 6)]
+        timings += [
+            timing("decode", rows, 16, stack, at(1, 16, stack) * (1 + (rows - 1) * row_share), valid=valid)
+            for rows in BATCHES
+            for stack in (1, 6)
+        ]
     timings += [
         timing("prefill", rows, c, stack, at(rows, c, stack), valid=valid)
         for rows in (32, 128)
@@ -128,7 +131,8 @@ def block_measurement(
 
 def single_measurement(kind: str, seconds: float, row_share: float | None = None) -> ModuleMeasurement:
     """Embedding or head: one row decoded, or the same for a chunk of any size."""
-    several = [] if row_share is None else [timing("decode", BATCH, 0, 1, seconds * (1 + (BATCH - 1) * row_share))]
+    batches = BATCHES if row_share is not None else ()
+    several = [timing("decode", rows, 0, 1, seconds * (1 + (rows - 1) * (row_share or 0.0))) for rows in batches]
     rows = [
         timing("decode", 1, 0, 1, seconds),
         *several,

@@ -52,22 +52,34 @@ def test_decode_is_priced_at_the_expected_context() -> None:
 
 
 @pytest.mark.parametrize("context", [16, 128, 256, 1_000])
-def test_further_rows_of_a_step_are_priced_as_measured_with_several(context: int) -> None:
-    """At the context that was measured it is a share of the first row; a longer one is longer for each row alike."""
+def test_steps_of_several_rows_are_priced_as_measured(context: int) -> None:
+    """Where it was measured a further row is a share of the first; a longer context is longer for each row alike."""
     workload = msgspec.structs.replace(WORKLOAD, expected_tokens=context)
     cost = priced(profile("pi5", block_s=1e-3, overhead_s=2e-4, per_context_s=1e-6, row_share=0.3), workload)
-    there = 1e-3 + 256e-6
-    assert cost.row_s["tiny/block"] == pytest.approx(0.3 * there + (context - 256) * 1e-6)
-    assert cost.row_overhead_s == pytest.approx(0.3 * 2e-4)
-    assert cost.row_s["tiny/head"] == pytest.approx(0.3 * 4e-3 - 0.3 * 2e-4), "a step's own cost is counted once"
-    assert cost.row_s["tiny/embedding"] == cost.decode_s["tiny/embedding"], "nobody measured that"
+    assert [batch.rows for batch in cost.batches] == [2, 8]
+    for batch in cost.batches:
+        times = 1 + 0.3 * (batch.rows - 1)
+        longer_s = batch.rows * (context - 16) * 1e-6
+        assert batch.decode_s["tiny/block"] == pytest.approx(times * (1e-3 + 16e-6) + longer_s)
+        assert batch.overhead_s == pytest.approx(times * 2e-4)
+        assert batch.decode_s["tiny/head"] == pytest.approx(times * (4e-3 - 2e-4)), "a step's own cost is counted once"
+        assert batch.decode_s["tiny/embedding"] == batch.rows * cost.decode_s["tiny/embedding"], "nobody measured that"
 
 
-def test_where_steps_of_several_rows_were_not_measured_a_further_row_takes_what_the_first_one_does() -> None:
-    cost = priced(profile("pi5", per_context_s=1e-6))
-    assert cost.row_s == cost.decode_s and cost.row_overhead_s == cost.overhead_s
-    worse = priced(profile("pi5", row_share=1.5))
-    assert worse.row_s == worse.decode_s, "rows could be run one by one"
+def test_where_steps_of_several_rows_were_not_measured_each_row_takes_what_one_alone_does() -> None:
+    for made in (profile("pi5", per_context_s=1e-6), profile("pi5", row_share=1.5)):
+        cost = priced(made)
+        for batch in cost.batches:
+            assert batch.overhead_s == pytest.approx(batch.rows * cost.overhead_s), "rows could be run one by one"
+            for key in ("tiny/block", "tiny/head"):
+                assert batch.decode_s[key] == pytest.approx(batch.rows * cost.decode_s[key])
+
+
+def test_no_step_of_more_rows_takes_less() -> None:
+    cost = priced(profile("pi5", row_share=-0.1))
+    for batch in cost.batches:
+        assert batch.overhead_s == cost.overhead_s
+        assert all(batch.decode_s[key] == cost.decode_s[key] for key in ("tiny/block", "tiny/head"))
 
 
 def test_steps_of_several_rows_say_nothing_of_one() -> None:

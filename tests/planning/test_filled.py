@@ -18,6 +18,7 @@ from coordinator.planning.filled import CLOSE, solve
 from coordinator.planning.ordered import solve_any
 from coordinator.planning.partition import (
     TIE,
+    BatchSteps,
     Infeasible,
     Placement,
     Problem,
@@ -43,11 +44,15 @@ def by_hand(problem: Problem, placement: Placement, requests: int) -> float:
     rows = requests / groups
 
     def step_s(run: Run) -> float:
-        first = problem.overhead_s[run.device] + problem.seconds[run.device, run.first : run.end].sum()
-        further = first
-        if problem.row_seconds is not None and problem.row_overhead_s is not None:
-            further = problem.row_overhead_s[run.device] + problem.row_seconds[run.device, run.first : run.end].sum()
-        return float(first + (rows - 1) * further)
+        known = [(1, problem.seconds, problem.overhead_s), *problem.batches]
+        steps = [
+            overhead_s[run.device] + seconds[run.device, run.first : run.end].sum() for _, seconds, overhead_s in known
+        ]
+        if len(known) == 1:
+            return float(rows * steps[0])
+        if rows > known[-1][0]:
+            return float(steps[-1] + (rows - 8) * (steps[-1] - steps[-2]) / 6)
+        return float(np.interp(rows, [count for count, _, _ in known], steps))
 
     ring = hops(problem, placement)
     steps_s = [step_s(run) for run in placement]
@@ -57,9 +62,16 @@ def by_hand(problem: Problem, placement: Placement, requests: int) -> float:
 
 
 def with_rows(problem: Problem, seed: int) -> Problem:
-    """Further rows that take a share of the first one, another for each module and device."""
-    shares = np.random.default_rng(seed).uniform(0.05, 1.0, problem.seconds.shape)
-    return replace(problem, row_seconds=problem.seconds * shares, row_overhead_s=problem.overhead_s * shares[:, 0])
+    """Steps of two and of eight rows that take less by the row, another share for each module and device."""
+    draw = np.random.default_rng(seed)
+    two, eight = draw.uniform(1.0, 2.0, problem.seconds.shape), draw.uniform(1.0, 4.0, problem.seconds.shape)
+    return replace(
+        problem,
+        batches=(
+            BatchSteps(2, problem.seconds * two, problem.overhead_s * two[:, 0]),
+            BatchSteps(8, problem.seconds * two * eight, problem.overhead_s * two[:, 0] * eight[:, 0]),
+        ),
+    )
 
 
 @pytest.mark.parametrize("rows", [False, True])

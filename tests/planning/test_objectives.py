@@ -105,7 +105,7 @@ def example(limits: tuple[int, int, int], **changes: Any) -> Priced:
         costs.append(
             DeviceCost(
                 device=problem.devices[d], usable_bytes=0, memory_limit_bytes=limits[d], worker_base_bytes=0,
-                overhead_s=0.0, decode_s=seconds, row_s=seconds, row_overhead_s=0.0, prefill_overhead_s=0.0,
+                overhead_s=0.0, decode_s=seconds, batches=(), prefill_overhead_s=0.0,
                 prefill_s={key: 10 * value for key, value in seconds.items()}, held_ratio={},
                 link=LinkCost(one_way_s=0.0, probe_bytes=0, bytes_per_s=1.0), link_because="", power=POWERS[d],
             )
