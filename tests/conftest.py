@@ -7,7 +7,7 @@ And the longest files come first: workers that share the tests out by files are 
 
 A test of real processes on a real clock that fails is run once more: such a test waits for something with patience, and
 a machine that others use can be without time for longer. The summary names each; `.ci/run` fails at the third of a
-level, and so does a test that fails twice. Tests of code alone have one go.
+level, and so does a test that fails twice. Tests of code alone have one go; no case of theirs fails for its time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 LONG = ("tests/e2e/test_recovery.py", "tests/e2e/", "tests/testbed/")
 """Where tests start processes and wait for them; the longest first."""
@@ -32,6 +33,9 @@ REAL = (
     ),
 )
 """Where processes, brokers and links are real, and so is the clock."""
+
+settings.register_profile("edgelam", deadline=None)
+settings.load_profile("edgelam")
 
 # As models.engine does for the programs: some tests import onnxruntime by itself.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from benchmarks.parts import changed, chosen, load, predicted, random_shelves
+from coordinator.planning.plan import Objective
 from coordinator.planning.planner import placement_of
 from tests.planning.boards import board
 from tests.planning.test_planner import ETHERNET, plan
@@ -23,17 +25,24 @@ def test_random_boards_and_links_keep_their_bounds_and_their_seed() -> None:
         assert 5e6 / 8 <= link.rate_bytes_per_s <= 200e6 / 8 and 0 <= link.delay_s <= 0.010
 
 
-def stage(number: int, **changes: Any) -> dict[str, Any]:
-    return {"stage": number, "device": f"b{number}", "first_block": 0, "end_block": 3, "compute_s": 0.010,
-            "memory_bytes": 110_000_000, **changes}  # fmt: skip
-
-
-def case(objective: str, streams: int, token_s: float) -> predicted.Case:
+def case(objective: Objective, streams: int, token_s: float) -> predicted.Case:
     """Two stages of 10 ms, hops of 5 ms: 30 ms per token of one stream, 15 of two."""
-    made = {
-        "model": "m", "objective": objective, "predicted_token_s": 0.030, "predicted_slowest_s": 0.010,
-        "predicted_first_token_s": 0.5, "stages": [stage(0), stage(1)],
-    }  # fmt: skip
+    candidates = [board(name, 1.0, link_to_broker=ETHERNET) for name in ("b0", "b1")]
+    base = plan(candidates, boards_at_least=2, objective=objective, slots=streams)
+    stages = tuple(
+        replace(stage, compute_s=0.010, batches_s=(), memory_bytes=110_000_000, device=f"b{stage.stage}")
+        for stage in base.stages
+    )
+    made = to_builtins(
+        replace(
+            base,
+            model="m",
+            stages=stages,
+            predicted_token_s=0.030,
+            predicted_slowest_s=0.010,
+            predicted_first_token_s=0.5,
+        )
+    )
     gap_s = token_s * streams
     found = [
         load.Stream(asked_s=0.0, tokens_s=[1.0 + gap_s * n for n in range(21)], end={"token_s": gap_s})
@@ -56,7 +65,7 @@ def test_one_stream_is_held_against_the_time_of_a_token() -> None:
 def test_several_streams_are_held_against_the_ring_or_its_slowest_part() -> None:
     assert case("throughput", 2, 0.015).predicted_s == pytest.approx(0.015), "two streams do not fill this ring"
     assert case("throughput", 2, 0.015).error == pytest.approx(0.0)
-    assert case("throughput", 5, 0.010).predicted_s == pytest.approx(0.010)
+    assert case("throughput", 8, 0.010).predicted_s == pytest.approx(0.01125), "two groups share two hops among eight"
 
 
 def test_errors_are_told_by_model_and_objective() -> None:
