@@ -38,10 +38,12 @@ def slow_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One of its own: nobody has measured its codecs."""
-    return str(write_tiny_model(tmp_path_factory.mktemp("models"), seed=int.from_bytes(np.random.bytes(4), "little")))
+def unmeasured_model(folder: Path) -> str:
+    """Another one for each try: nobody has measured its codecs."""
+    seed = int.from_bytes(np.random.bytes(4), "little")
+    place = folder / f"{seed:08x}"
+    place.mkdir()
+    return str(write_tiny_model(place, seed=seed))
 
 
 def in_one_process(model: str, plan: dict[str, Any], prompt: list[int], folder: Path) -> list[int]:
@@ -68,8 +70,9 @@ def in_one_process(model: str, plan: dict[str, Any], prompt: list[int], folder: 
 
 
 def test_coded_cuts_are_measured_first_then_planned_run_as_planned_and_never_exact(
-    slow_site: Site, model: str, tmp_path: Path
+    slow_site: Site, tmp_path: Path
 ) -> None:
+    model = unmeasured_model(tmp_path)
     with pytest.raises(Refused, match="not measured") as refused:
         slow_site.run(model, 3, error_budget_percent=BUDGET_PERCENT)
     assert refused.value.try_ == f"edgelam model codecs {model} --precision int4"
