@@ -171,7 +171,7 @@ class StepAhead:
         except EngineFailed as error:
             self._work.made_ahead(Made(live=step.live, position=step.position, error=error))
             return
-        busy_s, ended_s = self._stretch.end(), clock()
+        busy_s, ended_s = self._stretch.end("ahead", 1, step.position), clock()
         sent_bytes = self._send(step, token, output)
         error_after = self._settled(step) if output is not None and self._encoder is None else None
         self.steps += 1

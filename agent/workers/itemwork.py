@@ -155,7 +155,7 @@ class ItemWork:
             self._stretch.end()
             self._fail(meta, parcel.request, "engine", error.message)
             return
-        busy_s = self._stretch.end()
+        busy_s = self._stretch.end("item", meta.rows)
         self.tally.prefill_steps += 1
         self.tally.prefill_tokens += meta.rows
         self.tally.prefill_busy_s += busy_s

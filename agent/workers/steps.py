@@ -97,7 +97,8 @@ class Steps:
             for index in good:
                 live = units[index].live
                 tokens.append((live, (self._draw(result[index], live.sampling, live.run + 1),)))
-        busy_s, ended_s = self._stretch.end(), clock()
+        contexts = sum(unit.live.run for unit in units)
+        busy_s, ended_s = self._stretch.end("rows", len(units), contexts // len(units)), clock()
         for index, error in failed.items():
             self._held.fail_step(units[index].live, error)
         if not good:
@@ -121,7 +122,8 @@ class Steps:
                 return Made(live=live, position=live.run, error=error)
         except (ContextFull, EngineFailed) as error:
             return Made(live=live, position=live.run, error=error)
-        busy_s = self._stretch.end()
+        kind = "drafts" if unit.drafts else "last" if unit.final else "chunk"
+        busy_s = self._stretch.end(kind, unit.count, live.run)
         return Made(live=live, position=live.run, busy_s=busy_s, result=result, tokens=tokens, ended_s=clock())
 
     def _count(self, units: Sequence[Unit], count: int, busy_s: float, ended_s: float, now_s: float) -> None:

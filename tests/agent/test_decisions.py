@@ -332,11 +332,11 @@ class Time:
         self.slept.append(seconds)
         self.wall_s += seconds + 0.0001  # as sleeps are: a little late
 
-    def step(self, stretch: Stretch, busy_s: float, waited_s: float = 0.0) -> float:
+    def step(self, stretch: Stretch, busy_s: float, waited_s: float = 0.0, kind: str = "", context: int = 0) -> float:
         stretch.begin()
         self.busy_s += busy_s
         self.wall_s += busy_s + waited_s
-        return stretch.end()
+        return stretch.end(kind, 1, context)
 
 
 def stretched(speed: float, threads: int = 1) -> tuple[Time, Stretch]:
@@ -374,6 +374,33 @@ def test_a_throttle_is_a_share_whatever_the_file_holds(text: str, share: float, 
     assert Throttle("").share() == Throttle(str(path)).share() == 1.0
     path.write_bytes(text.encode("latin-1"))
     assert Throttle(str(path)).share() == share
+
+
+def test_steps_that_neighbours_disturb_are_not_stretched_for_it() -> None:
+    now, stretch = stretched(0.25)
+    took = [now.step(stretch, busy, kind="chunk") for busy in (0.010, 0.013, 0.010, 0.014, 0.013, 0.012)]
+    assert took == pytest.approx([0.040] * 6, abs=0.0002)
+    # What it computed it did compute, and without a kind nothing is known.
+    assert now.step(stretch, 0.060, kind="chunk") == pytest.approx(0.120, abs=0.0002)
+    assert now.step(stretch, 0.014) == pytest.approx(0.056, abs=0.0002)
+    assert now.step(stretch, 0.014, kind="last") == pytest.approx(0.056, abs=0.0002)
+    assert now.step(stretch, 0.014, kind="chunk", context=64) == pytest.approx(0.056, abs=0.0002)
+
+
+def test_a_processor_that_really_gets_slower_is_believed_soon() -> None:
+    now, stretch = stretched(0.5)
+    for _ in range(100):
+        now.step(stretch, 0.010, kind="chunk")
+    took = [now.step(stretch, 0.015, kind="chunk") for _ in range(40)]
+    assert took[0] == pytest.approx(0.020, abs=0.0003)
+    assert took[28:] == pytest.approx([0.030] * 12, abs=0.0003)
+
+
+def test_kinds_of_steps_that_are_remembered_are_few() -> None:
+    now, stretch = stretched(0.5)
+    for number in range(3000):
+        now.step(stretch, 0.001, kind="chunk", context=64 * number)
+    assert len(stretch._lately) <= 1024
 
 
 def test_full_speed_never_sleeps() -> None:

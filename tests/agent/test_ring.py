@@ -40,7 +40,7 @@ class EverySecond(Stretch):
     def __init__(self) -> None:
         super().__init__(1.0, 1)
 
-    def end(self) -> float:
+    def end(self, kind: str = "", rows: int = 0, context: int = 0) -> float:
         return 1.0
 
 
@@ -517,7 +517,7 @@ class BusyRows(Stretch):
         super().__init__(1.0, 1)
         self._ring, self._row_s, self._step_s = ring, row_s, step_s
 
-    def end(self) -> float:
+    def end(self, kind: str = "", rows: int = 0, context: int = 0) -> float:
         _, _, rows = self._ring[0].engines[0].steps[-1]
         return self._step_s if rows == 1 else rows * self._row_s
 
