@@ -72,7 +72,7 @@ class ItemBench:
                 self._cold()
                 stretch.begin()
                 stage.run(item, rows)
-                return stretch.end()
+                return stretch.end("item", rows)
 
             return step
 

@@ -297,7 +297,7 @@ class ModuleBench:
                 engine.step(slot, rows, context)
             else:
                 engine.step_many(slots, rows, positions)
-            return stretch.end()
+            return stretch.end(phase, tokens, context)
 
         return step
 

@@ -68,8 +68,8 @@ class Stretch:
     def end(self, kind: str = "", rows: int = 0, context: int = 0) -> float:
         """Sleep what a slower processor would still compute, and give the seconds that the step took in all.
 
-        Steps of one `kind` over as many `rows` behind about as many of `context` are taken to need the same time;
-        without a kind, as where the measuring workers of a machine take turns, a step's own time is what counts.
+        Steps of one `kind` over as many `rows` behind about as many of `context` are taken to need the same time.
+        Measuring workers have their steps judged alike: what a profile says of an emulated board is what it then does.
         """
         wall_s = self._wall_s() - self._began_wall_s
         if not self._stretched:
