@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -83,6 +85,33 @@ def counters(url: str) -> dict[int, dict[str, float]]:
     with Client(url) as there:
         devices = there.get("/v1/devices")["devices"]
     return {stage["stage"]: stage for device in devices for stage in device["counters"]}
+
+
+PeakKey = tuple[str, int, int]
+"""Deployment, epoch and stage."""
+
+
+@contextmanager
+def resident_peaks(url: str) -> Iterator[dict[PeakKey, float]]:
+    """The most bytes that each stage's worker was told to hold, by heartbeats within the block."""
+    peaks: dict[PeakKey, float] = {}
+    ended = threading.Event()
+
+    def look() -> None:
+        with Client(url) as there:
+            while not ended.wait(0.5):
+                for device in there.get("/v1/devices")["devices"]:
+                    for stage in device["counters"]:
+                        key = (stage["deployment"], stage["epoch"], stage["stage"])
+                        peaks[key] = max(peaks.get(key, 0), stage["resident_bytes"])
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            yield peaks
+        finally:
+            ended.set()
+        looking.result()
 
 
 def settled_counters(url: str) -> dict[int, dict[str, float]]:

@@ -7,7 +7,7 @@ at.
 
     latency       seconds per token of one stream, against predicted_token_s
     throughput    tokens per second of all streams, against the plan's pace (coordinator.planning.aims)
-    memory        what the workers hold, against the plan's memory_bytes
+    memory        the most that workers held while all slots filled, against the plan's memory_bytes
 
 Models that are no language models answer items (benchmarks.parts.predicted_items): seconds per item are held against
 the same figures.
@@ -42,8 +42,10 @@ CONTEXT_TOKENS: Final = 256
 PROMPT_TOKENS: Final = 104
 """With 48 tokens behind it, a step sees 128 rows on the average: half of the context, as it is priced."""
 TOKENS: Final = 48
-FULL_TEXT: Final = 900
-"""Letters of the prompts before, which touch what a plan reserves: 200 rows or so of each slot, words of all kinds."""
+FULL_TEXT: Final = 400
+FULL_TOKENS: Final = 130
+"""Letters of the prompts before, words of all kinds, and tokens behind each: together they touch what a plan reserves,
+230 rows or so of each slot, all slots at once."""
 
 
 class Case(Struct, frozen=True, kw_only=True):
@@ -108,15 +110,22 @@ def _case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], precisi
 
     words = usual_text().words
     fill = [
-        msgspec.structs.replace(request(number, 1, 8), prompt=words[number * FULL_TEXT :][:FULL_TEXT])
+        msgspec.structs.replace(request(number, 1, FULL_TOKENS), prompt=words[number * FULL_TEXT :][:FULL_TEXT])
         for number in range(streams)
     ]
-    load.together(site.there.url, fill)
+    with load.resident_peaks(site.there.url) as peaks:
+        load.together(site.there.url, fill)
     before = load.settled_counters(site.there.url)
     found = load.together(site.there.url, [request(number, PROMPT_TOKENS, TOKENS) for number in range(streams)])
     after = load.settled_counters(site.there.url)
     [deployment] = site.there.get("/v1/status")["deployments"]
-    return case_of(deployment["plan"], found, before, after, _links_text(links, deployment["plan"]))
+    plan = deployment["plan"]
+    held = {
+        stage: most
+        for (name, epoch, stage), most in peaks.items()
+        if (name, epoch) == (plan["deployment"], plan["epoch"])
+    }
+    return case_of(plan, found, before, after, held, _links_text(links, plan))
 
 
 def _item_case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], model: str) -> Case:
@@ -132,7 +141,7 @@ def _item_case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], mo
         measured_s=found.measured_s,
         compute_s=found.compute_s,
         first_token_s=None,
-        memory_ratios=_memory_ratios(plan, found.counters),
+        memory_ratios=_memory_ratios(plan, {stage: one["resident_bytes"] for stage, one in found.counters.items()}),
     )
 
 
@@ -140,8 +149,8 @@ def _cut_text(plan: Mapping[str, Any]) -> str:
     return " ".join(f"{stage['device']}:{stage['end_block'] - stage['first_block']}" for stage in plan["stages"])
 
 
-def _memory_ratios(plan: Mapping[str, Any], counters: Mapping[int, Mapping[str, float]]) -> tuple[float, ...]:
-    return tuple(stage["memory_bytes"] / counters[stage["stage"]]["resident_bytes"] for stage in plan["stages"])
+def _memory_ratios(plan: Mapping[str, Any], resident_bytes: Mapping[int, float]) -> tuple[float, ...]:
+    return tuple(stage["memory_bytes"] / resident_bytes[stage["stage"]] for stage in plan["stages"])
 
 
 def _links_text(links: Mapping[str, LinkSpec], plan: Mapping[str, Any]) -> str:
@@ -153,6 +162,7 @@ def case_of(
     streams: Sequence[load.Stream],
     before: Mapping[int, Mapping[str, float]],
     after: Mapping[int, Mapping[str, float]],
+    resident_bytes: Mapping[int, float],
     links: str,
 ) -> Case:
     """What one deployment's answers say."""
@@ -181,7 +191,7 @@ def case_of(
             sum(step_s(stage.stage) for stage in planned.stages),
         ),
         first_token_s=(plan["predicted_first_token_s"] or float("nan"), median(one.first_s for one in streams)),
-        memory_ratios=_memory_ratios(plan, after),
+        memory_ratios=_memory_ratios(plan, resident_bytes),
     )
 
 

@@ -48,9 +48,10 @@ def case(objective: Objective, streams: int, token_s: float) -> predicted.Case:
         load.Stream(asked_s=0.0, tokens_s=[1.0 + gap_s * n for n in range(21)], end={"token_s": gap_s})
         for _ in range(streams)
     ]
-    nothing = {"decode_rows": 0, "decode_busy_s": 0.0, "resident_bytes": 100e6}
-    after = {"decode_rows": 100, "decode_busy_s": 0.8, "resident_bytes": 100e6}
-    return predicted.case_of(made, found, {0: nothing, 1: nothing}, {0: after, 1: after}, "links")
+    nothing = {"decode_rows": 0, "decode_busy_s": 0.0}
+    after = {"decode_rows": 100, "decode_busy_s": 0.8}
+    held = {0: 100e6, 1: 100e6}
+    return predicted.case_of(made, found, {0: nothing, 1: nothing}, {0: after, 1: after}, held, "links")
 
 
 def test_one_stream_is_held_against_the_time_of_a_token() -> None:
