@@ -31,13 +31,14 @@ class ItemBench:
         task: MeasureTask,
         cold: Callable[[], None],
         polite: Callable[[], None] = lambda: None,
+        calm: Callable[[], None] = lambda: None,
     ) -> None:
         self._item = item
         self._threads = task.threads
         self._speed = task.speed
         self._throttle = Throttle(task.throttle_path)
         self._rule = StopRule(time_budget_s=task.budget_s)
-        self._cold, self._polite = cold, polite
+        self._cold, self._polite, self._calm = cold, polite, calm
         self.engine_name = ""
 
     def step_once(self) -> None:
@@ -69,6 +70,7 @@ class ItemBench:
             stretch = Stretch(self._speed * self._throttle.share(), self._threads)
 
             def step() -> float:
+                self._calm()
                 self._cold()
                 stretch.begin()
                 stage.run(item, rows)

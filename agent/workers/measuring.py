@@ -22,6 +22,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from agent.workers.calm import Calm
 from agent.workers.child import Parent, become_worker
 from agent.workers.cold import Cold, sweep_bytes
 from agent.workers.dataplane import data_connection
@@ -145,6 +146,8 @@ def measure(task: MeasureTask, parent: Parent) -> Measured:
         start_engine(task)
     except EdgelamError as error:
         return msgspec.structs.replace(NOTHING, failed={item.module.key: str(error) for item in task.modules})
+    calm = Calm(task.speed < 1.0)
+    calm()  # what its probes take for good is no module's
     base_bytes = resident_bytes()
     cold, polite = Cold(sweep_bytes()), Polite(task.yields)
     found: list[ModuleMeasurement] = []
@@ -156,9 +159,9 @@ def measure(task: MeasureTask, parent: Parent) -> Measured:
         give_back_memory()  # or the next one would grow into what the last one left, and seem to need nothing
         parent.say(MeasureNote(note=f"{item.module.kind}, {number + 1} of {len(task.modules)}"))
         bench: ModuleBench | ItemBench = (
-            ItemBench(item, task, cold, polite)
+            ItemBench(item, task, cold, polite, calm)
             if item.module.runs == "items"
-            else ModuleBench(item, task, loader(item, task), cold, polite)
+            else ModuleBench(item, task, loader(item, task), cold, polite, calm)
         )
         try:
             found.append(bench.measure(base_bytes))
@@ -218,13 +221,14 @@ class ModuleBench:
         load: Callable[[Path, StageSpec, int], StageEngine],
         cold: Callable[[], None],
         polite: Callable[[], None] = lambda: None,
+        calm: Callable[[], None] = lambda: None,
     ) -> None:
         self._item = item
         self._threads = task.threads
         self._engine = task.engine
         self._speed = task.speed
         self._throttle = Throttle(task.throttle_path)
-        self._polite = polite
+        self._polite, self._calm = polite, calm
         self._rule = StopRule(time_budget_s=task.budget_s)
         self._load = load
         self._cold = cold
@@ -288,9 +292,11 @@ class ModuleBench:
         self._polite()
 
         def step() -> float:
-            if not pause:
+            if pause:
+                self._calm()
+            else:
                 stretch.throttle(self._throttle.share())
-            elif phase == "decode":
+            if pause and phase == "decode":
                 self._cold()
             stretch.begin()
             if len(slots) == 1:

@@ -22,11 +22,11 @@ from agent.workers.clock import REAL, Clocks
 SHORTEST_SLEEP_S: Final = 150e-6
 """The kernel wakes a sleeper some 60 us late: shorter rests are waited out awake."""
 
-REMEMBERED: Final = 32
+REMEMBERED: Final = 64
 """So many steps of a kind are looked back on: a processor that really gets slower is believed within as many steps."""
 
-FREE_SHARE: Final = 0.2
-"""Of the steps of a kind, those that nobody is thought to have disturbed: some are, also between busy neighbours."""
+FREE_SHARE: Final = 0.05
+"""Of the steps of a kind, those that nobody is thought to have disturbed: a few are, also between busy neighbours."""
 
 MOST_DISTURBED: Final = 2.0
 """Times as long may a step take for its neighbours' sake; what is beyond is its own."""

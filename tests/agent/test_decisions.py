@@ -391,9 +391,9 @@ def test_a_processor_that_really_gets_slower_is_believed_soon() -> None:
     now, stretch = stretched(0.5)
     for _ in range(100):
         now.step(stretch, 0.010, kind="chunk")
-    took = [now.step(stretch, 0.015, kind="chunk") for _ in range(40)]
+    took = [now.step(stretch, 0.015, kind="chunk") for _ in range(80)]
     assert took[0] == pytest.approx(0.020, abs=0.0003)
-    assert took[28:] == pytest.approx([0.030] * 12, abs=0.0003)
+    assert took[64:] == pytest.approx([0.030] * 16, abs=0.0003)
 
 
 def test_kinds_of_steps_that_are_remembered_are_few() -> None:
