@@ -31,6 +31,7 @@ from hwprofiles.samples import Codings
 from models.codecs import CodecReport
 from wire.codecs import AS_IS, payload_bytes
 from wire.frames import header_bytes
+from wire.limits import CHUNK_BYTES_DEFAULT
 from wire.messages import CodecName
 from wire.units import seconds_text
 
@@ -103,9 +104,13 @@ class Answer:
     def hop_s(self, number: int, codec: CodecName, rows: int = 1) -> float:
         """Of so many rows in one message, coding and decoding included."""
         stage = self._plan.stages[number]
-        more = self.message_bytes(codec, rows) - stage.hop_bytes
+        size, hop = self.message_bytes(codec, rows), self._hops[number]
+        first = min(
+            size, max(stage.hop_bytes, CHUNK_BYTES_DEFAULT)
+        )  # what is beyond a chunk crosses both links at once
+        more_s = (first - stage.hop_bytes) * hop.way_s + (size - first) * hop.busy_s
         # A message below the measured one is not free: what it leaves out is taken off, but never all.
-        return max(stage.hop_s / 2, stage.hop_s + more * self._hops[number].way_s) + self._coding_s(number, codec, rows)
+        return max(stage.hop_s / 2, stage.hop_s + more_s) + self._coding_s(number, codec, rows)
 
     def message_bytes(self, codec: CodecName, rows: int) -> int:
         return header_bytes(2) + payload_bytes(codec, self._plan.wire_dtype, self._hidden, rows)

@@ -10,9 +10,12 @@ line, and a longer context takes as much longer for each row. Where it was not m
 Hop, central topology. A device's link is measured by sending to itself through the broker: the round trip of P bytes
 crosses the link twice and the broker once. Half of the sender's and half of the receiver's round trip therefore are
 one crossing of each link and the broker once. Bytes beyond P are sent at each link's rate (hwprofiles.link), one link
-after the other: the broker stores and forwards. A smaller payload is priced as P, which is about one hidden state.
+after the other: the broker stores and forwards. It does so chunk by chunk: of what is longer than a chunk of C bytes,
+one crosses the receiver's link while the next crosses the sender's. A smaller payload is priced as P, which is about
+one hidden state.
 
-    hop_s(d -> e, b)      = rtt_d / 2 + rtt_e / 2 + max(0, b - P_d) / rate_d + max(0, b - P_e) / rate_e
+    hop_s(d -> e, b <= C) = rtt_d / 2 + rtt_e / 2 + max(0, b - P_d) / rate_d + max(0, b - P_e) / rate_e
+    hop_s(d -> e, b)      = hop_s(d -> e, C) + (b - C) / min(rate_d, rate_e)
     transfer_s(d -> e, b) = max(b / rate_d, b / rate_e)      how long one message occupies the busier link
 
 A latency is paid by every token; it does not bound how many tokens a full pipeline moves. Occupancy does.
@@ -34,7 +37,7 @@ from hwprofiles.measure import BATCHES, StepEstimate, estimate
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Phase, Profile, Samples
 from hwprofiles.stats import median_interval
 from models.graph import Graph, Module
-from wire.limits import CREDIT_WINDOW_BYTES
+from wire.limits import CHUNK_BYTES_DEFAULT, CREDIT_WINDOW_BYTES
 from wire.messages import EngineName
 
 RESERVE_FRACTION: Final = 0.10
@@ -82,6 +85,13 @@ class LinkCost(Struct, frozen=True, kw_only=True):
     def crossing_s(self, payload_bytes: int) -> float:
         """Seconds for one crossing of this link by so many bytes, with half of the broker."""
         return self.one_way_s + max(0, payload_bytes - self.probe_bytes) / self.bytes_per_s
+
+
+def central_s(sender: LinkCost, receiver: LinkCost, payload_bytes: int) -> float:
+    """Seconds for so many bytes over the one link, the broker and the other link."""
+    first_bytes = min(payload_bytes, CHUNK_BYTES_DEFAULT)
+    slower = min(sender.bytes_per_s, receiver.bytes_per_s)
+    return sender.crossing_s(first_bytes) + receiver.crossing_s(first_bytes) + (payload_bytes - first_bytes) / slower
 
 
 class StepCost(Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.planning.aims import figure, figure_error
-from coordinator.planning.cost import stage_memory
+from coordinator.planning.cost import central_s, stage_memory
 from coordinator.planning.partition import Infeasible, Solution, fullest_share, hops
 from coordinator.planning.plan import Limits, Plan, PlannedStage
 from coordinator.planning.prefill import WORTH_CHUNKING, choose_chunk
@@ -169,7 +169,7 @@ def central_hop_s(priced: Priced, sender: int, receiver: int, cut: int) -> float
         return 0.0  # answers go to who asked
     if (one.device, other.device) not in priced.direct or one.link is None or other.link is None:
         return 0.0
-    return one.link.crossing_s(priced.hop_bytes[cut]) + other.link.crossing_s(priced.hop_bytes[cut])
+    return central_s(one.link, other.link, priced.hop_bytes[cut])
 
 
 def request_of(plan: Plan) -> PlanRequest:

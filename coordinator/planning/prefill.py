@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from coordinator.planning.cost import LinkCost
+from coordinator.planning.cost import central_s
 from coordinator.planning.partition import Solution
 from coordinator.planning.request import PROMPT_TOKENS as PROMPT_TOKENS
 from coordinator.planning.request import Candidate, PlanRequest, Priced, price
@@ -59,21 +59,17 @@ def first_token_s(priced: Priced, solution: Solution, prompt_tokens: int) -> flo
             return None
         stages_s.append(stage_s)
         if number + 1 < len(solution.placement):
-            links = [cost.link, priced.costs[solution.placement[number + 1].device].link]
-            if None in links:
+            one, other = cost.link, priced.costs[solution.placement[number + 1].device].link
+            if one is None or other is None:
                 return None
-            central_s = sum(link.crossing_s(chunk_bytes) for link in links if link is not None)
-            busiest_s = max(chunk_bytes / link.bytes_per_s for link in links if link is not None)
+            through_s = central_s(one, other, chunk_bytes)
+            busiest_s = chunk_bytes / min(one.bytes_per_s, other.bytes_per_s)
             way = priced.direct.get((cost.device, priced.costs[solution.placement[number + 1].device].device))
             # The way is chosen by what rows of answers take.
-            straight = way is not None and shorter(way.hop_s(row_bytes), _row_s(links, row_bytes))
-            hops_s.append(way.hop_s(chunk_bytes) if way is not None and straight else central_s)
+            straight = way is not None and shorter(way.hop_s(row_bytes), central_s(one, other, row_bytes))
+            hops_s.append(way.hop_s(chunk_bytes) if way is not None and straight else through_s)
             busy_s.append(way.transfer_s(chunk_bytes) if way is not None and straight else busiest_s)
     return pipelined_s(stages_s, hops_s, busy_s, max(1, ceil(prompt_tokens / chunk)))
-
-
-def _row_s(links: Sequence[LinkCost | None], row_bytes: int) -> float:
-    return sum(link.crossing_s(row_bytes) for link in links if link is not None)
 
 
 def choose_chunk(

@@ -21,6 +21,7 @@ from coordinator.planning.topology import shorter
 from models.graph import Graph, Items
 from wire.errors import Refused
 from wire.frames import header_bytes
+from wire.limits import CHUNK_BYTES_DEFAULT
 
 NOTHING: Final[Direct] = {}
 
@@ -137,8 +138,8 @@ def _in_and_out(costs: Sequence[DeviceCost], output_bytes: int, items: Items) ->
     other. Both cross the broker's side once and the board's link once. So they do where one board does it all: they are
     on the diagonal, and nothing where its link was not measured."""
     input_bytes = items.input_bytes + header_bytes(1) + ITEM_META_BYTES
-    out = np.array([cost.link.crossing_s(output_bytes) if cost.link else np.inf for cost in costs])
-    into = np.array([cost.link.crossing_s(input_bytes) if cost.link else np.inf for cost in costs])
+    out = np.array([_whole_s(cost, output_bytes) for cost in costs])
+    into = np.array([_whole_s(cost, input_bytes) for cost in costs])
     busy_out = np.array([output_bytes / cost.link.bytes_per_s if cost.link else np.inf for cost in costs])
     busy_into = np.array([input_bytes / cost.link.bytes_per_s if cost.link else np.inf for cost in costs])
     hop = out[:, None] + into[None, :]
@@ -148,16 +149,26 @@ def _in_and_out(costs: Sequence[DeviceCost], output_bytes: int, items: Items) ->
     return hop, transfer
 
 
+def _whole_s(cost: DeviceCost, size: int) -> float:
+    """To or from who is on the broker's side."""
+    return cost.link.crossing_s(size) if cost.link else np.inf
+
+
 def _links(costs: Sequence[DeviceCost], payloads: Sequence[int]) -> tuple[Floats, Floats]:
     """Latency and occupancy [N, N, L + 1]; 0 on the diagonal, infinite where a link was not measured."""
-    crossing = np.array(
-        [[cost.link.crossing_s(size) if cost.link else np.inf for size in payloads] for cost in costs], dtype=np.float64
-    ).reshape(len(costs), len(payloads))
+    first = [min(size, CHUNK_BYTES_DEFAULT) for size in payloads]
+    crossing = np.array([[_whole_s(cost, size) for size in first] for cost in costs], dtype=np.float64).reshape(
+        len(costs), len(payloads)
+    )
+    beyond = np.array(payloads, dtype=np.float64) - first
+    pace = np.array([1 / cost.link.bytes_per_s if cost.link else 0.0 for cost in costs], dtype=np.float64)
+    slower = np.maximum(pace[:, None], pace[None, :])[:, :, None]
     busy = np.array(
         [[size / cost.link.bytes_per_s if cost.link else np.inf for size in payloads] for cost in costs],
         dtype=np.float64,
     ).reshape(len(costs), len(payloads))
-    hop = crossing[:, None, :] + crossing[None, :, :]
+    # As central_s has it.
+    hop = crossing[:, None, :] + crossing[None, :, :] + beyond * slower
     transfer = np.maximum(busy[:, None, :], busy[None, :, :])
     same = np.arange(len(costs))
     hop[same, same], transfer[same, same] = 0.0, 0.0

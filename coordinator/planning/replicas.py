@@ -17,7 +17,7 @@ import msgspec
 
 from coordinator.measured import blocks_text
 from coordinator.planning.aims import filled_s
-from coordinator.planning.cost import DeviceCost, LinkCost, stage_memory, stage_modules
+from coordinator.planning.cost import DeviceCost, LinkCost, central_s, stage_memory, stage_modules
 from coordinator.planning.partition import Infeasible
 from coordinator.planning.plan import LeftOut, Plan, PlannedStage, Standby
 from coordinator.planning.planner import request_of
@@ -204,7 +204,7 @@ def _offer(
 def _hop(one: LinkCost, other: LinkCost, size: int) -> _Hop:
     """A message between two boards through the site's broker, whoever sends it."""
     busy_s = max(size / one.bytes_per_s, size / other.bytes_per_s)
-    return _Hop(one.crossing_s(size) + other.crossing_s(size), busy_s)
+    return _Hop(central_s(one, other, size), busy_s)
 
 
 class _Search:

@@ -7,7 +7,9 @@ import pytest
 
 from coordinator.planning.cost import (
     DeviceCost,
+    LinkCost,
     Workload,
+    central_s,
     device_cost,
     interpolated,
     memory_limit_bytes,
@@ -174,6 +176,23 @@ def test_a_hop_is_half_of_both_round_trips_and_the_rest_at_each_rate() -> None:
     assert problem.hop_s[0, 1, -1] == pytest.approx(crossing), "a token id is smaller than the probe"
     assert problem.transfer_s[0, 1, 1] == pytest.approx(small / 2.5e6, rel=1e-6)
     assert problem.hop_s[0, 0, 1] == 0.0
+
+
+def test_chunks_of_a_long_message_cross_both_links_at_once() -> None:
+    fast, slow = (
+        LinkCost(one_way_s=way, probe_bytes=1000, bytes_per_s=rate) for way, rate in ((1e-3, 12.5e6), (5e-3, 2.5e6))
+    )
+    chunk = 65_536
+    for sender, receiver in ((fast, slow), (slow, fast)):
+        # Chunk by chunk: when each has left the sender's link, and then the receiver's.
+        sent = arrived = 0.0
+        for _ in range(5):
+            sent += chunk / sender.bytes_per_s
+            arrived = max(arrived, sent) + chunk / receiver.bytes_per_s
+        free = fast.one_way_s + slow.one_way_s - 1000 / fast.bytes_per_s - 1000 / slow.bytes_per_s
+        assert central_s(sender, receiver, 5 * chunk) == pytest.approx(free + arrived)
+    short = fast.crossing_s(5000) + slow.crossing_s(5000)
+    assert central_s(fast, slow, 5000) == pytest.approx(short)
 
 
 def test_the_token_on_the_way_back_is_four_bytes_and_a_header() -> None:
