@@ -105,9 +105,8 @@ class Answer:
         """Of so many rows in one message, coding and decoding included."""
         stage = self._plan.stages[number]
         size, hop = self.message_bytes(codec, rows), self._hops[number]
-        first = min(
-            size, max(stage.hop_bytes, CHUNK_BYTES_DEFAULT)
-        )  # what is beyond a chunk crosses both links at once
+        # What is beyond a chunk crosses both links at once (coordinator.planning.cost).
+        first = min(size, max(stage.hop_bytes, CHUNK_BYTES_DEFAULT))
         more_s = (first - stage.hop_bytes) * hop.way_s + (size - first) * hop.busy_s
         # A message below the measured one is not free: what it leaves out is taken off, but never all.
         return max(stage.hop_s / 2, stage.hop_s + more_s) + self._coding_s(number, codec, rows)
