@@ -19,12 +19,12 @@ DISTURBED: Final = 1.2
 """Times as long as at best takes a probe on a processor that somebody shares."""
 
 PERIOD_S: Final = 0.004
-FIRST_LOOKS: Final = 50
+FIRST_LOOKS: Final = 25
 """So that one of them finds the processor free."""
 
-STEP_PATIENCE_S: Final = 0.3
-PATIENCE_S: Final = 15.0
-"""For one step, and for all of a task."""
+STEP_PATIENCE_S: Final = 0.1
+PATIENCE_S: Final = 2.0
+"""For one step, and for all of a task: boards of one machine take turns, and others wait for this one."""
 
 _SIDE: Final = 64
 _TIMES: Final = 4

@@ -45,7 +45,7 @@ def test_a_shared_one_is_waited_for_until_it_is_free() -> None:
     machine = Machine()
     wait = machine.calm()
     wait()
-    free_s = machine.now_s + 0.2
+    free_s = machine.now_s + 0.08
     machine.shared = [(machine.now_s, free_s)]
     wait()
     assert free_s <= machine.now_s < free_s + 0.02
