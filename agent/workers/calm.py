@@ -23,7 +23,7 @@ FIRST_LOOKS: Final = 25
 """So that one of them finds the processor free."""
 
 STEP_PATIENCE_S: Final = 0.1
-PATIENCE_S: Final = 2.0
+PATIENCE_S: Final = 1.0
 """For one step, and for all of a task: boards of one machine take turns, and others wait for this one."""
 
 _SIDE: Final = 64
