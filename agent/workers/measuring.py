@@ -294,10 +294,10 @@ class ModuleBench:
         def step() -> float:
             if pause:
                 self._calm()
+                if phase == "decode":
+                    self._cold()
             else:
                 stretch.throttle(self._throttle.share())
-            if pause and phase == "decode":
-                self._cold()
             stretch.begin()
             if len(slots) == 1:
                 engine.step(slot, rows, context)

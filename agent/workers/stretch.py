@@ -4,8 +4,8 @@ What is stretched is processor time where one thread computes: a step that waite
 was not slower for our sake, and virtual boards that share a machine must not slow each other twice. With several
 threads wall time is stretched, since their processor times overlap.
 
-Processor time itself grows, by up to a half, while a neighbour computes on the same core's other thread or empties its
-caches; on boards of their own it would not. So a step is not charged more than what others of its kind took lately
+Processor time itself grows, by two thirds or so, while a neighbour computes on the same core's other thread or empties
+its caches; on boards of their own it would not. So a step is not charged more than what others of its kind took lately
 when they took little (`FREE_SHARE`), as long as that explains the difference.
 """
 

@@ -138,8 +138,8 @@ def _in_and_out(costs: Sequence[DeviceCost], output_bytes: int, items: Items) ->
     other. Both cross the broker's side once and the board's link once. So they do where one board does it all: they are
     on the diagonal, and nothing where its link was not measured."""
     input_bytes = items.input_bytes + header_bytes(1) + ITEM_META_BYTES
-    out = np.array([_whole_s(cost, output_bytes) for cost in costs])
-    into = np.array([_whole_s(cost, input_bytes) for cost in costs])
+    out = np.array([_crossing_s(cost, output_bytes) for cost in costs])
+    into = np.array([_crossing_s(cost, input_bytes) for cost in costs])
     busy_out = np.array([output_bytes / cost.link.bytes_per_s if cost.link else np.inf for cost in costs])
     busy_into = np.array([input_bytes / cost.link.bytes_per_s if cost.link else np.inf for cost in costs])
     hop = out[:, None] + into[None, :]
@@ -149,15 +149,15 @@ def _in_and_out(costs: Sequence[DeviceCost], output_bytes: int, items: Items) ->
     return hop, transfer
 
 
-def _whole_s(cost: DeviceCost, size: int) -> float:
-    """To or from who is on the broker's side."""
+def _crossing_s(cost: DeviceCost, size: int) -> float:
+    """Of its own link; infinite where that was not measured."""
     return cost.link.crossing_s(size) if cost.link else np.inf
 
 
 def _links(costs: Sequence[DeviceCost], payloads: Sequence[int]) -> tuple[Floats, Floats]:
     """Latency and occupancy [N, N, L + 1]; 0 on the diagonal, infinite where a link was not measured."""
     first = [min(size, CHUNK_BYTES_DEFAULT) for size in payloads]
-    crossing = np.array([[_whole_s(cost, size) for size in first] for cost in costs], dtype=np.float64).reshape(
+    crossing = np.array([[_crossing_s(cost, size) for size in first] for cost in costs], dtype=np.float64).reshape(
         len(costs), len(payloads)
     )
     beyond = np.array(payloads, dtype=np.float64) - first

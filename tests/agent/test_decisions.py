@@ -22,7 +22,7 @@ from agent.restarts import Deaths
 from agent.telemetry import Pulse
 from agent.workers.clock import Clocks
 from agent.workers.deaths import oom_kills, words_for
-from agent.workers.stretch import Stretch
+from agent.workers.stretch import MAX_KINDS, Stretch
 from agent.workers.throttle import LEAST_SHARE, Throttle
 from hwprofiles.profile import Interface
 from hwprofiles.reading import Absent
@@ -400,7 +400,7 @@ def test_kinds_of_steps_that_are_remembered_are_few() -> None:
     now, stretch = stretched(0.5)
     for number in range(3000):
         now.step(stretch, 0.001, kind="chunk", context=64 * number)
-    assert len(stretch._lately) <= 1024
+    assert len(stretch._lately) <= MAX_KINDS
 
 
 def test_full_speed_never_sleeps() -> None:

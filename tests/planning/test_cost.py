@@ -16,7 +16,7 @@ from coordinator.planning.cost import (
     stage_memory,
 )
 from coordinator.planning.plan import LeftOut
-from coordinator.planning.problem import hop_bytes, make_problem
+from coordinator.planning.problem import _links, hop_bytes, make_problem
 from coordinator.planning.room import run_needs
 from hwprofiles.profile import Profile
 from hwprofiles.reading import Absent, Failed
@@ -191,6 +191,13 @@ def test_chunks_of_a_long_message_cross_both_links_at_once() -> None:
             arrived = max(arrived, sent) + chunk / receiver.bytes_per_s
         free = fast.one_way_s + slow.one_way_s - 1000 / fast.bytes_per_s - 1000 / slow.bytes_per_s
         assert central_s(sender, receiver, 5 * chunk) == pytest.approx(free + arrived)
+        # The planner's tables are the same figures for all pairs at once.
+        costs = [
+            msgspec.structs.replace(priced(profile(name)), link=link_of)
+            for name, link_of in (("a", sender), ("b", receiver))
+        ]
+        table, _ = _links(costs, [5000, 5 * chunk])
+        assert list(table[0, 1]) == pytest.approx([central_s(sender, receiver, size) for size in (5000, 5 * chunk)])
     short = fast.crossing_s(5000) + slow.crossing_s(5000)
     assert central_s(fast, slow, 5000) == pytest.approx(short)
 
