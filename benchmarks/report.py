@@ -11,9 +11,12 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from benchmarks.quiet import Watch
 from wire.version import VERSION
+
+_WATCH: Final = Watch()
 
 
 class Figure(NamedTuple):
@@ -50,7 +53,9 @@ def emit(
     benchmark: str, conditions: Mapping[str, object], figures: Sequence[Figure], shown: Sequence[Figure] = ()
 ) -> bool:
     """Print the report; give whether every target holds. `shown` are in the document only: a table of another form
-    has shown them."""
+    has shown them. `lost_share`, the part of this machine that its host gave to others since the benchmark began, is
+    among its conditions."""
+    conditions = {**conditions, "lost_share": round(_WATCH.lost_share(), 4)}
     rows = [("figure", "value", "unit", "target", "holds")]
     rows += [
         (

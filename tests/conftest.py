@@ -6,7 +6,7 @@ it) is a failure, and so is a run in which no test of that level was found.
 And the longest files come first: workers that share the tests out by files are then done at about the same time.
 
 A test of real processes on a real clock that fails is run once more: such a test waits for something with patience, and
-a machine that others use can be without time for longer. The summary names each; `.ci/run` fails at the third of a
+a machine that others use can be without time for longer. The summary names each; `.ci/run` fails at the fifth of a
 level, and so does a test that fails twice. Tests of code alone have one go; no case of theirs fails for its time.
 """
 
@@ -26,7 +26,23 @@ REAL = (
     "tests/e2e/",
     "tests/testbed/",
     "tests/install/",
-    *(f"tests/agent/test_{name}.py" for name in ("ahead", "databroker", "inference", "measuring_memory", "processes")),
+    *(
+        f"tests/agent/test_{name}.py"
+        for name in (
+            "ahead",
+            "databroker",
+            "finding",
+            "garbage",
+            "inference",
+            "measuring_memory",
+            "processes",
+            "service",
+            "store_and_fetch",
+        )
+    ),
+    *(f"tests/coordinator/test_{name}.py" for name in ("openai", "operations", "pump", "runner", "taps")),
+    "tests/hwprofiles/test_link_mqtt.py",
+    "tests/hwprofiles/test_sampler.py",
     *(
         f"tests/wire/test_{name}.py"
         for name in ("broker", "discovery", "lane", "light", "mqtt", "several", "transport")

@@ -9,6 +9,8 @@ at.
     throughput    tokens per second of all streams, against the plan's pace (coordinator.planning.aims)
     memory        the most that workers held while all slots filled, against the plan's memory_bytes
 
+What is timed while others have a part of this machine is timed again (benchmarks.quiet); the last trial counts.
+
 Models that are no language models answer items (benchmarks.parts.predicted_items): seconds per item are held against
 the same figures.
 """
@@ -27,6 +29,7 @@ from benchmarks.parts import load, predicted_items
 from benchmarks.parts.prompts import prompt
 from benchmarks.parts.random_shelves import fetched_everywhere, random_boards, random_link, relink, say
 from benchmarks.parts.sites import MODEL, Site, whole_site
+from benchmarks.quiet import QUIET, quietly
 from benchmarks.report import Figure, at_most
 from coordinator.inference.requests import GenerateRequest
 from coordinator.planning.aims import filled_s, pace_s
@@ -47,6 +50,9 @@ FULL_TOKENS: Final = 130
 """Letters of the prompts before, words of all kinds, and tokens behind each: together they touch what a plan reserves,
 230 rows or so of each slot, all slots at once."""
 
+Counters = Mapping[int, Mapping[str, float]]
+"""Of each stage, by name."""
+
 
 class Case(Struct, frozen=True, kw_only=True):
     """One deployment: seconds per token predicted and measured, and what its stages took and held."""
@@ -64,6 +70,8 @@ class Case(Struct, frozen=True, kw_only=True):
     """None for items."""
     memory_ratios: tuple[float, ...]
     """Predicted by measured, for each stage."""
+    lost_share: float = 0.0
+    """Of the machine, that others had while answers were timed."""
 
     @property
     def error(self) -> float:
@@ -115,9 +123,14 @@ def _case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], precisi
     ]
     with load.resident_peaks(site.there.url) as peaks:
         load.together(site.there.url, fill)
-    before = load.settled_counters(site.there.url)
-    found = load.together(site.there.url, [request(number, PROMPT_TOKENS, TOKENS) for number in range(streams)])
-    after = load.settled_counters(site.there.url)
+
+    def ask() -> tuple[Counters, list[load.Stream], Counters]:
+        before = load.settled_counters(site.there.url)
+        found = load.together(site.there.url, [request(number, PROMPT_TOKENS, TOKENS) for number in range(streams)])
+        return before, found, load.settled_counters(site.there.url)
+
+    quiet = quietly(ask)
+    before, found, after = quiet.value
     [deployment] = site.there.get("/v1/status")["deployments"]
     plan = deployment["plan"]
     held = {
@@ -125,7 +138,8 @@ def _case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], precisi
         for (name, epoch, stage), most in peaks.items()
         if (name, epoch) == (plan["deployment"], plan["epoch"])
     }
-    return case_of(plan, found, before, after, held, _links_text(links, plan))
+    case = case_of(plan, found, before, after, held, _links_text(links, plan))
+    return msgspec.structs.replace(case, lost_share=quiet.lost_share)
 
 
 def _item_case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], model: str) -> Case:
@@ -142,6 +156,7 @@ def _item_case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], mo
         compute_s=found.compute_s,
         first_token_s=None,
         memory_ratios=_memory_ratios(plan, {stage: one["resident_bytes"] for stage, one in found.counters.items()}),
+        lost_share=found.lost_share,
     )
 
 
@@ -208,6 +223,7 @@ def line(case: Case) -> str:
         f"{case.objective:<11}{case.predicted_s * 1e3:>7.1f} ms{case.measured_s * 1e3:>7.1f} ms"
         f"{case.predicted_s / case.measured_s - 1:>+7.0%}{case.compute_s[0] / case.compute_s[1]:>9.2f}{hops_text:>7}"
         f"{median(case.memory_ratios):>8.2f}  {case.cut}; {case.links}"
+        + (f"; others had {case.lost_share:.0%} of the machine" if case.lost_share > QUIET else "")
     )
 
 
@@ -230,6 +246,8 @@ def figures(cases: Sequence[Case]) -> list[Figure]:
             rows.append(at_most(f"{model}, {objective}: error, 9 of 10", at_share(errors, 0.9), "share", 0.25))
         memory = [abs(ratio - 1) for case in cases if case.model == model for ratio in case.memory_ratios]
         rows.append(at_most(f"{model}: error of memory, 9 of 10", at_share(memory, 0.9), "share", 0.10))
+        disturbed = sum(case.lost_share > QUIET for case in cases if case.model == model)
+        rows.append(Figure(f"{model}: deployments that were disturbed at each trial", disturbed, ""))
         alone = [case for case in cases if (case.model, case.objective) == (model, "latency")]
         firsts = [case.first_token_s for case in alone if case.first_token_s is not None]
         if firsts:

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.parts import load
 from benchmarks.parts.sites import Site
+from benchmarks.quiet import quietly
 from coordinator.client import Client
 from coordinator.items.requests import ItemsRequest, TensorBody
 from models.catalog import find
@@ -78,6 +79,7 @@ class Measured(NamedTuple):
     measured_s: float
     compute_s: tuple[float, float]
     counters: Mapping[int, Mapping[str, float]]
+    lost_share: float
 
 
 def measure(site: Site, rng: random.Random, model: str, names: Sequence[str]) -> Measured:
@@ -97,7 +99,9 @@ def measure(site: Site, rng: random.Random, model: str, names: Sequence[str]) ->
         return answered(site.there.url, [request(model, one, streams, **deployment) for one in requests])
 
     ask(PER_REQUEST[kind])
-    found = ask(PER_REQUEST[kind] if objective == "latency" else max(BUNCH[kind], 2 * streams))
+    items = PER_REQUEST[kind] if objective == "latency" else max(BUNCH[kind], 2 * streams)
+    quiet = quietly(partial(ask, items))
+    found = quiet.value
     counters = load.settled_counters(site.there.url)
     records = site.there.get("/v1/status")["deployments"]
     [plan] = [record["plan"] for record in records if record["plan"]["deployment"] == found.end["deployment"]]
@@ -113,4 +117,4 @@ def measure(site: Site, rng: random.Random, model: str, names: Sequence[str]) ->
         sum(stage["predicted_compute_s"] for stage in stages),
         sum(stage["measured_compute_s"] for stage in stages),
     )
-    return Measured(plan, predicted_s, measured_s, compute_s, counters)
+    return Measured(plan, predicted_s, measured_s, compute_s, counters, quiet.lost_share)

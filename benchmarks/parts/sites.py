@@ -18,8 +18,10 @@ from testbed.site import CoordinatorProcess, until
 
 MODEL = "smollm2"
 LINKS = ("none", "ethernet", "wifi")
-SLOWED = 0.4
-"""Speed of each board where all of them work at once: four of them then need 1.6 cores."""
+SLOWED = 0.2
+"""Speed of each board where all of them work at once: four of them then need 0.8 cores of two, and seldom compute at
+the same time. Where they do they slow each other, since two processors of a machine may be threads of one core (the
+chunks of a prompt took 1.45 times as long on four boards of 0.4 as on one). Boards of their own don't."""
 PROMPT = "Write three sentences about the sea and the people who live by it."
 CONTEXT_TOKENS = 512
 

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.planning.aims import figure, figure_error
-from coordinator.planning.cost import central_s, stage_memory
-from coordinator.planning.partition import Infeasible, Solution, fullest_share, hops
+from coordinator.planning.cost import DeviceCost, Workload, central_s, stage_memory
+from coordinator.planning.partition import Infeasible, Solution, hops
 from coordinator.planning.plan import Limits, Plan, PlannedStage
 from coordinator.planning.prefill import WORTH_CHUNKING, choose_chunk
 from coordinator.planning.reasons import alone_text, left_out_reasons, plan_reason, stage_reason
@@ -63,32 +63,38 @@ def make_plan(
     solution = fewest_of_equals(priced, solution)
     sizes = request.smaller_chunks
     if request.objective == "ttft":
-        request, solution = _best_chunk(graph, candidates, request, solution)
+        priced, solution = _best_chunk(candidates, priced, solution)
         sizes = ()
-    prefill = choose_chunk(graph, candidates, request, solution, sizes)
-    chunked = msgspec.structs.replace(request, prefill_chunk_tokens=prefill.chunk_tokens)
-    plan = _as_plan(price(graph, candidates, chunked), solution, address)
+    prefill = choose_chunk(priced, candidates, solution, sizes)
+    plan = _as_plan(priced, solution, prefill.costs, prefill.workload, address)
     return msgspec.structs.replace(
-        plan, predicted_first_token_s=prefill.first_token_s, prompt_tokens=prefill.prompt_tokens
+        plan, predicted_first_token_s=prefill.first_token_s, prompt_tokens=priced.prompt_tokens
     )
 
 
-def _best_chunk(
-    graph: Graph, candidates: Sequence[Candidate], request: PlanRequest, solution: Solution
-) -> tuple[PlanRequest, Solution]:
-    """The size of chunk with which the first token comes soonest, and the placement for it."""
-    best = request, solution
+def _best_chunk(candidates: Sequence[Candidate], priced: Priced, solution: Solution) -> tuple[Priced, Solution]:
+    """Priced with the size of chunk with which the first token comes soonest, and the placement for it."""
+    request, best = priced.request, (priced, solution)
     for size in request.smaller_chunks:
-        smaller = msgspec.structs.replace(request, prefill_chunk_tokens=size)
-        found = solve(price(graph, candidates, smaller))
+        smaller = price(priced.graph, candidates, msgspec.structs.replace(request, prefill_chunk_tokens=size))
+        found = solve(smaller)
         if found is not None and found.value <= WORTH_CHUNKING * best[1].value:
             best = smaller, found
     return best
 
 
-def _as_plan(priced: Priced, solution: Solution, address: Callable[[int], InboxAddress]) -> Plan:
+def _as_plan(
+    priced: Priced,
+    solution: Solution,
+    costs: Sequence[DeviceCost],
+    workload: Workload,
+    address: Callable[[int], InboxAddress],
+) -> Plan:
+    """`costs` are those of the stages, in their order, with the workload that they shall have."""
     graph, request = priced.graph, priced.request
-    inboxes = [address(stage) for stage in range(len(solution.placement))]
+    stages = tuple(
+        _stage(priced, solution, number, cost, workload, address(number)) for number, cost in enumerate(costs)
+    )
     return Plan(
         deployment=request.deployment,
         epoch=request.epoch,
@@ -99,15 +105,15 @@ def _as_plan(priced: Priced, solution: Solution, address: Callable[[int], InboxA
         topology="central",
         context_tokens=request.context_tokens,
         slots=request.slots,
-        prefill_chunk_tokens=request.prefill_chunk_tokens,
-        stages=tuple(_stage(priced, solution, number, inbox) for number, inbox in enumerate(inboxes)),
+        prefill_chunk_tokens=workload.prefill_chunk_tokens,
+        stages=stages,
         left_out=(*priced.left_out, *left_out_reasons(priced, solution)),
         predicted_token_s=solution.latency_s,
         predicted_slowest_s=solution.slowest_s,
         token_error_s=token_error_s(priced, solution.placement),
         slowest_error_s=slowest_error_s(priced, solution),
         predicted_token_j=token_j(priced, solution.placement),
-        predicted_memory_share=fullest_share(priced.problem, solution.placement),
+        predicted_memory_share=max(stage.memory_bytes / max(stage.memory_limit_bytes, 1) for stage in stages),
         predicted_cost=solution.value if request.objective == "weighted" else None,
         because=plan_reason(priced, solution),
         alone=alone_text(priced, solution),
@@ -127,11 +133,12 @@ def _as_plan(priced: Priced, solution: Solution, address: Callable[[int], InboxA
     )
 
 
-def _stage(priced: Priced, solution: Solution, number: int, inbox: InboxAddress) -> PlannedStage:
+def _stage(
+    priced: Priced, solution: Solution, number: int, cost: DeviceCost, workload: Workload, inbox: InboxAddress
+) -> PlannedStage:
     run = solution.placement[number]
     modules = priced.modules(run)
-    cost = priced.costs[run.device]
-    held_bytes, memory_bytes = stage_memory(priced.graph, priced.workload, cost, modules)
+    held_bytes, memory_bytes = stage_memory(priced.graph, workload, cost, modules)
     first_block = sum(1 for module in priced.graph.modules[: run.first] if module.kind == "block")
     ring = hops(priced.problem, solution.placement)
     sender, receiver, cut = ring[number] if ring else (run.device, run.device, 0)

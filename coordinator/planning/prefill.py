@@ -17,12 +17,11 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from coordinator.planning.cost import central_s
+from coordinator.planning.cost import DeviceCost, Workload, central_s
 from coordinator.planning.partition import Solution
 from coordinator.planning.request import PROMPT_TOKENS as PROMPT_TOKENS
-from coordinator.planning.request import Candidate, PlanRequest, Priced, price
+from coordinator.planning.request import Candidate, Priced, price
 from coordinator.planning.topology import shorter
-from models.graph import Graph
 
 WORTH_CHUNKING: Final = 0.95
 """Smaller chunks are taken when the first token comes in at most so much of the time: measurements scatter, and a plan
@@ -30,11 +29,11 @@ should not change with them."""
 
 
 class Prefill(NamedTuple):
-    """`first_token_s` for a prompt of `prompt_tokens` in chunks of `chunk_tokens`; None where a board has not measured
-    prefill."""
+    """Stages in their order, priced with prompts in chunks of one size, and when the first token comes: None where a
+    board has not measured prefill."""
 
-    chunk_tokens: int
-    prompt_tokens: int
+    workload: Workload
+    costs: tuple[DeviceCost, ...]
     first_token_s: float | None
 
 
@@ -44,45 +43,49 @@ def pipelined_s(stages_s: Sequence[float], hops_s: Sequence[float], busy_s: Sequ
     return sum(stages_s) + sum(hops_s) + (chunks - 1) * pace_s
 
 
-def first_token_s(priced: Priced, solution: Solution, prompt_tokens: int) -> float | None:
-    """Predict the first token of a prompt on a placement, priced for its size of chunk."""
-    chunk = priced.request.prefill_chunk_tokens
+def first_token_s(priced: Priced, solution: Solution, costs: Sequence[DeviceCost], chunk: int) -> float | None:
+    """Predict the first token of a prompt on a placement. `costs`: of its stages, priced for that size of chunk."""
     stages_s: list[float] = []
     hops_s: list[float] = []
     busy_s: list[float] = []
     row_bytes = max(priced.hop_bytes[1:-1], default=0)
     chunk_bytes = chunk * row_bytes
-    for number, run in enumerate(solution.placement):
-        cost = priced.costs[run.device]
+    for number, (run, cost) in enumerate(zip(solution.placement, costs, strict=True)):
         stage_s = cost.stage_prefill_s(priced.modules(run))
         if stage_s is None:
             return None
         stages_s.append(stage_s)
-        if number + 1 < len(solution.placement):
-            one, other = cost.link, priced.costs[solution.placement[number + 1].device].link
+        if number + 1 < len(costs):
+            after = costs[number + 1]
+            one, other = cost.link, after.link
             if one is None or other is None:
                 return None
             through_s = central_s(one, other, chunk_bytes)
             busiest_s = chunk_bytes / min(one.bytes_per_s, other.bytes_per_s)
-            way = priced.direct.get((cost.device, priced.costs[solution.placement[number + 1].device].device))
+            way = priced.direct.get((cost.device, after.device))
             # The way is chosen by what rows of answers take.
             straight = way is not None and shorter(way.hop_s(row_bytes), central_s(one, other, row_bytes))
             hops_s.append(way.hop_s(chunk_bytes) if way is not None and straight else through_s)
             busy_s.append(way.transfer_s(chunk_bytes) if way is not None and straight else busiest_s)
-    return pipelined_s(stages_s, hops_s, busy_s, max(1, ceil(prompt_tokens / chunk)))
+    return pipelined_s(stages_s, hops_s, busy_s, max(1, ceil(priced.prompt_tokens / chunk)))
 
 
-def choose_chunk(
-    graph: Graph, candidates: Sequence[Candidate], request: PlanRequest, solution: Solution, sizes: Sequence[int]
-) -> Prefill:
-    """The size of chunk for a placement: the request's own, unless one of `sizes` is better by enough."""
+def choose_chunk(priced: Priced, candidates: Sequence[Candidate], solution: Solution, sizes: Sequence[int]) -> Prefill:
+    """The size of chunk for a placement: the request's own, unless one of `sizes` is better by enough. Only the boards
+    of the placement are priced again."""
+    own = tuple(priced.costs[run.device] for run in solution.placement)
+    chosen = [candidate for candidate in candidates if candidate.device in {cost.device for cost in own}]
 
     def at(chunk: int) -> Prefill:
-        priced = price(graph, candidates, msgspec.structs.replace(request, prefill_chunk_tokens=chunk))
-        return Prefill(chunk, priced.prompt_tokens, first_token_s(priced, solution, priced.prompt_tokens))
+        again = price(priced.graph, chosen, msgspec.structs.replace(priced.request, prefill_chunk_tokens=chunk))
+        by_name = {cost.device: cost for cost in again.costs}
+        costs = tuple(by_name[cost.device] for cost in own if cost.device in by_name)
+        found_s = first_token_s(priced, solution, costs, chunk) if len(costs) == len(own) else None
+        return Prefill(again.workload, costs, found_s)
 
-    best = at(request.prefill_chunk_tokens)
-    if len(solution.placement) == 1:
+    chunk = priced.request.prefill_chunk_tokens
+    best = Prefill(priced.workload, own, first_token_s(priced, solution, own, chunk))
+    if len(own) == 1:
         return best
     for size in sizes:
         found = at(size)

@@ -9,7 +9,7 @@ import pytest
 
 from agent.workers.requests import Tally
 from models.engine.onnx import OnnxStage
-from tests.agent.test_ring import EverySecond, Given, Ring, prompt
+from tests.agent.test_ring import Given, Ring, prompt
 from tests.models.stages import load_stage, packed_tiny, spec_of
 from wire.frames import Kind, Parcel, Tensor
 from wire.messages import StageOrder
@@ -44,7 +44,7 @@ def turns(ring: Ring, count: int) -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_eight_requests_get_their_answers_in_one_group_per_stage(stages: int) -> None:
-    ring = Ring(stages, changes=EIGHT, stretch=EverySecond())
+    ring = Ring(stages, changes=EIGHT)
     ask_eight(ring, 80)
     ring.run()
     check_others(ring, set(), 80)
@@ -178,7 +178,7 @@ def test_a_next_stage_that_takes_nothing_is_said_to_all_of_a_group() -> None:
 
 
 def test_a_group_and_a_long_prompt_take_turns() -> None:
-    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8, "slots": 4}, stretch=EverySecond())
+    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8, "slots": 4})
     for request in range(3):
         ring.ask([1, 2], request=request, max_new_tokens=30)
     for _ in range(3):

@@ -51,7 +51,8 @@ class Ring:
     stages: int = 3
     fail_at: dict[int, int] = field(default_factory=dict)
     changes: dict[str, object] = field(default_factory=dict)
-    stretch: Stretch = field(default_factory=lambda: Stretch(1.0, 1))
+    stretch: Stretch = field(default_factory=EverySecond)
+    """Whose turn it is depends on how long steps take: not on this machine, here."""
     make: Callable[[StageOrder], Any] | None = None
     """Gives an engine; None: one that adds numbers."""
 
@@ -199,7 +200,7 @@ def test_an_answer_that_is_replayed_goes_on_in_the_very_steps_that_it_would_have
 
 
 def test_rows_that_are_replayed_leave_room_for_the_answers_of_others() -> None:
-    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8}, stretch=EverySecond())
+    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8})
     ring.ask([1, 2], request=1, max_new_tokens=30)
     ring.works[0].accept(Given(ring.queues[0].popleft()), 0.0)  # type: ignore[arg-type]
     for _ in range(5):
@@ -292,7 +293,7 @@ def test_an_answer_ends_where_the_context_is_full() -> None:
 
 
 def test_answers_under_way_go_on_while_a_long_prompt_enters() -> None:
-    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8}, stretch=EverySecond())
+    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8})
     ring.ask([1, 2], request=1, max_new_tokens=30)
     ring.works[0].accept(Given(ring.queues[0].popleft()), 0.0)  # type: ignore[arg-type]
     for _ in range(5):
@@ -428,7 +429,7 @@ def test_an_idle_request_gives_its_slot_back() -> None:
     ring.works[1].work(100.0)
     ring.works[1].tick(109.0)
     assert ring.works[1].live == 1
-    ring.works[1].tick(111.0)
+    ring.works[1].tick(112.0)
     assert ring.works[1].live == 0 and ring.works[1].tally.idle == 1
 
 

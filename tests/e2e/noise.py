@@ -11,16 +11,15 @@ only then; what holds is believed, disturbed or not.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from statistics import median
 from typing import Final, NamedTuple
 
+from benchmarks.quiet import stolen_s
 from tests.e2e.site import Site
 from wire.errors import EdgelamError
 
@@ -49,12 +48,6 @@ class Look(NamedTuple):
     late_s: float
     took_s: float
     stolen_s: float
-
-
-def stolen_s() -> float:
-    """Processor time that this machine's own host gave to others, since it started (proc_stat(5), steal)."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
 
 
 class Machine:

@@ -29,6 +29,9 @@ from wire.errors import Refused
 
 pytestmark = pytest.mark.timeout(300)
 
+UNFETCHED = iter(("int8", "f32"))
+"""Precisions of which no board holds anything yet: one for each try of a test."""
+
 IDLE_S = 4.0
 IDLE_SHARE = 0.05
 """Of a processor, that a copy may use while it waits."""
@@ -126,20 +129,21 @@ def test_without_copies_the_same_loss_costs_a_download(losing_site: Site, model:
     """The control: what nobody has fetched yet (another precision) has to be fetched in the pause."""
     site = losing_site
     plan_anew(site)
-    fields: dict[str, Any] = {"precision": "int8", "boards_at_most": 2}
-    answer(site, model, sampling_of(0), lambda: None, 1, **fields)
-    victim = plan_of(site)["stages"][0]["device"]
+    fields: dict[str, Any] = {"precision": next(UNFETCHED), "boards_at_most": 2}
     fetched: list[int] = []
+    victims: list[str] = []
 
     def strike() -> None:
         fetched.append(fetched_bytes(site))
-        site.boards.kill(victim)
+        victims.append(plan_of(site)["stages"][0]["device"])
+        site.boards.kill(victims[0])
 
     try:
         outcome = answer(site, model, sampling_of(0), strike, 15, **fields)
         fetched.append(fetched_bytes(site))
     finally:
-        site.boards.start(victim)
+        for victim in victims:
+            site.boards.start(victim)
     assert len(outcome.end["pauses"]) == 1 and len(outcome.end["token_ids"]) == TOKENS
     assert fetched[1] - fetched[0] > 10_000
     site.await_states(dict.fromkeys(("board1", "board2", "board3"), "online"))

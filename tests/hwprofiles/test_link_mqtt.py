@@ -22,6 +22,9 @@ from wire.mqtt import MqttTransport
 
 _NUMBERS = itertools.count()
 
+TRIALS = 3
+"""Of which one has to find a link as fast as it is: the machine may do other things for a while."""
+
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
@@ -63,18 +66,21 @@ def test_shaped_link_is_found_as_it_was_set(broker: Broker, mbit: int, delay_ms:
         try:
             assert shaper.stdout is not None
             address = json.loads(shaper.stdout.readline())["result"]["default"]
-            began_s = time.monotonic()
-            found = measured(f"mqtt://{address}")
-            elapsed_s = time.monotonic() - began_s
+            for _ in range(TRIALS):
+                began_s = time.monotonic()
+                found = measured(f"mqtt://{address}")
+                elapsed_s = time.monotonic() - began_s
+                assert isinstance(found, LinkMeasurement)
+                set_rate = mbit * 1e6 / 8
+                rate, one_way = bytes_per_s(found), one_way_s(found)
+                # A busy machine adds to a delay and takes from a rate, and never the other way round.
+                assert rate is not None and rate < 1.25 * set_rate
+                assert one_way is not None and one_way >= delay_ms / 1e3
+                if rate > 0.5 * set_rate and one_way < 10 * (delay_ms / 1e3 + 1200 / set_rate) and elapsed_s < 60:
+                    return
+            pytest.fail(f"{rate} of {set_rate} bytes/s, {one_way} s one way, measured in {elapsed_s} s")
         finally:
             shaper.terminate()
-    assert isinstance(found, LinkMeasurement)
-    set_rate = mbit * 1e6 / 8
-    rate, one_way = bytes_per_s(found), one_way_s(found)
-    assert rate is not None and 0.5 * set_rate < rate < 1.25 * set_rate
-    # A busy machine adds to a delay and takes nothing from it.
-    assert one_way is not None and delay_ms / 1e3 <= one_way < 10 * (delay_ms / 1e3 + 1200 / set_rate)
-    assert elapsed_s < 60
 
 
 def test_broker_that_is_not_there_is_failed_with_the_reason() -> None:
