@@ -17,7 +17,18 @@ import numpy.typing as npt
 from coordinator.planning import filled, partition
 from coordinator.planning.bounds import lower_bound
 from coordinator.planning.labels import labelled
-from coordinator.planning.partition import EXACT_DEVICES, TIE, Costs, Floats, Found, Placement, Problem, Run, Solution
+from coordinator.planning.partition import (
+    AT_ONCE,
+    EXACT_DEVICES,
+    TIE,
+    Costs,
+    Floats,
+    Found,
+    Placement,
+    Problem,
+    Run,
+    Solution,
+)
 from coordinator.planning.plan import Objective
 
 Indices = npt.NDArray[np.int64]
@@ -27,6 +38,9 @@ def solve_any(problem: Problem, objective: Objective, at_least: int = 1, at_most
     """Give the best placement: exact up to EXACT_DEVICES devices, along fixed orders above; None if there is none."""
     if len(problem.devices) <= EXACT_DEVICES:
         return filled.solve(problem, objective, at_least, at_most)
+    if objective == "throughput" and problem.streams == 1:  # one request is never in two places
+        alone = solve_any(problem, "latency", at_least, at_most)
+        return alone and replace(alone, value=alone.pace_s)
     speed = np.argsort(problem.seconds.sum(axis=1), kind="stable")
     room = np.argsort(-problem.fits.sum(axis=(1, 2)), kind="stable")
     best = filled.solve(problem, objective, at_least, at_most, search=labelled)
@@ -91,16 +105,20 @@ def along(costs: Costs) -> Found:
     device = np.zeros((stages, devices, length + 1), dtype=np.int64)
     module = np.zeros((stages, devices, length + 1), dtype=np.int64)
     first = np.zeros((stages, devices, length + 1), dtype=np.int64)
+    onto = np.ascontiguousarray(costs.stage.transpose(0, 2, 1))  # what is compared lies side by side
+    at_once = max(1, AT_ONCE // (length + 1) ** 2)
     for d in range(devices):
         value[0, d], first[0, d] = costs.stage[d, 0], d
-        for k in range(1, min(stages, d + 1)):
-            arrived = costs.join(value[k - 1, :d], costs.hop[:d, d])
-            source = arrived.argmin(axis=0)
-            total = costs.join(arrived.min(axis=0)[:, None], costs.stage[d])
-            start = total.argmin(axis=0)
-            value[k, d] = total.min(axis=0)
-            device[k, d], module[k, d] = source[start], start
-            first[k, d] = first[k - 1, device[k, d], start]
+        for low in range(1, min(stages, d + 1), at_once):
+            high = min(low + at_once, stages, d + 1)
+            arrived = costs.join(value[low - 1 : high - 1, :d], costs.hop[None, :d, d])
+            source = arrived.argmin(axis=1)
+            total = costs.join(arrived.min(axis=1)[:, None, :], onto[d])
+            start = total.argmin(axis=2)
+            value[low:high, d] = np.take_along_axis(total, start[..., None], axis=2)[..., 0]
+            device[low:high, d], module[low:high, d] = np.take_along_axis(source, start, axis=1), start
+            levels = np.arange(low - 1, high - 1)[:, None]
+            first[low:high, d] = first[levels, device[low:high, d], start]
     rings = value[:, :, -1].copy()
     rings[0] = costs.join(rings[0], costs.hop[np.arange(devices), np.arange(devices), length])
     rings[1:] = costs.join(rings[1:], costs.hop[np.arange(devices)[None, :], first[1:, :, -1], length])

@@ -129,7 +129,9 @@ class Priced:
     def only(self, chosen: Sequence[int], boards_at_least: int) -> Priced:
         """With these devices alone, and so many stages."""
         request = msgspec.structs.replace(self.request, boards_at_least=boards_at_least)
-        return replace(self, request=request, costs=tuple(self.costs[d] for d in chosen))
+        fewer = replace(self, request=request, costs=tuple(self.costs[d] for d in chosen))
+        vars(fewer).update(problem=self.problem.only(list(chosen)))
+        return fewer
 
     def unbound(self) -> Priced:
         """Without pins, and with as many boards as may be."""

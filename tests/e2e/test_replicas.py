@@ -80,7 +80,7 @@ def deploy(site: Site, model: Model, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("fault", "exact"),
     [
-        ("board killed", True),
+        pytest.param("board killed", True, marks=pytest.mark.slow),
         pytest.param("board stopped", False, marks=pytest.mark.slow),
         pytest.param("cable pulled", True, marks=pytest.mark.slow),
     ],

@@ -89,6 +89,7 @@ def resident(site: Site) -> dict[int, int]:
     return {process.pid: process.memory_info().rss for process in every}
 
 
+@pytest.mark.slow
 def test_clients_that_stop_reading_hold_nothing_up_and_find_all_when_they_come_back(site: Site, model: str) -> None:
     fields: dict[str, Any] = {"prompt": "hello world", **SETTINGS}
     whole = site.run(model, 2, max_tokens=TOKENS, **fields)

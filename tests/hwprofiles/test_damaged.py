@@ -59,7 +59,7 @@ FILES = sorted(str(path.relative_to(_TREE)) for path in board(_TREE).rglob("*") 
 shutil.rmtree(_TREE)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.sampled_from(FILES), NONSENSE | st.binary(max_size=60), max_size=12))
 def test_damaged_recording_is_read_shown_and_sampled(damage: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:

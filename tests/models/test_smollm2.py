@@ -83,7 +83,9 @@ def _agree(logits: Any, row: dict[str, Any]) -> None:
     assert np.abs(logits[ids] - np.array(row["top_values"] + row["fixed_values"])).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("precision", ["f32", "int8", "int4"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("f32", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow), "int4"]
+)
 def test_one_to_four_stages_give_the_same_bits(precision: str, checkpoint: Checkpoint, folder: Path) -> None:
     packed = packed_as(precision, checkpoint, folder)
     prompt = np.array(REFERENCE["prompts"][0]["ids"], np.int64)
