@@ -23,6 +23,9 @@ MBIT = 1e6 / 8
 SLACK_S = 0.030
 """What a loaded machine may add to a short exchange."""
 
+TRIALS = 5
+"""Of which one has to be as fast as a link is: the machine may do other things for a while. None may be faster."""
+
 
 @pytest.fixture
 def echo() -> Iterator[Echo]:
@@ -39,8 +42,10 @@ def test_a_transfer_takes_bytes_over_rate_in_each_direction(echo: Echo) -> None:
     count = 2_000_000
     with shaper("--rate-mbit", "20", *through(echo, "one")) as link, connect(link.ports["one"]) as peer:
         for asked, answered in ((count, 1), (0, count)):
-            rate = count / ask(peer, asked, answered) / MBIT
-            assert 18 <= rate <= 22, f"{rate:.1f} Mbit/s of 20"
+            rates: list[float] = []
+            while len(rates) < TRIALS and max(rates, default=0.0) < 18:
+                rates.append(count / ask(peer, asked, answered) / MBIT)
+            assert 18 <= max(rates) <= 22, f"{rates} Mbit/s of 20"
 
 
 def test_a_short_message_takes_the_delay_and_little_more(echo: Echo) -> None:
@@ -122,13 +127,16 @@ def test_two_forwards_of_a_board_share_its_link_fairly(echo: Echo) -> None:
             with connect(link.ports[name]) as peer:
                 took[name] = ask(peer, count, 1)
 
-        loads = [threading.Thread(target=load, args=(name,)) for name in link.ports]
-        for one in loads:
-            one.start()
-        for one in loads:
-            one.join()
-    assert min(took.values()) > 1.6 * alone_s, took
-    assert max(took.values()) < 2.3 * alone_s, took
+        for _ in range(TRIALS):
+            loads = [threading.Thread(target=load, args=(name,)) for name in link.ports]
+            for one in loads:
+                one.start()
+            for one in loads:
+                one.join()
+            assert min(took.values()) > 1.6 * alone_s, took
+            if max(took.values()) < 2.3 * alone_s:
+                return
+    pytest.fail(f"{took}, {alone_s} s alone")
 
 
 def test_a_short_message_is_not_held_by_another_forwards_megabytes(echo: Echo) -> None:
