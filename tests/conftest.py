@@ -6,9 +6,9 @@ it) is a failure, and so is a run in which no test of that level was found.
 And the longest files come first: workers that share the tests out by files are then done at about the same time.
 
 A test of real processes on a real clock that fails is run again some seconds later, twice at most: such a test waits
-for something with patience, and a machine that others use can be without time for longer (the host of a virtual one took
-a quarter of it for minutes). The summary names each; `.ci/run` fails where a level has too many of them. Tests of code
-alone have one go; no case of theirs fails for its time.
+for something with patience, and a machine that others use can be without time for longer (the host of a virtual one
+took a quarter of it for minutes). The summary names each; `.ci/run` fails where a level has too many of them. Tests of
+code alone have one go; no case of theirs fails for its time.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: next((at for at, path in enumerate(LONG) if item.nodeid.startswith(path)), len(LONG)))
     if config.pluginmanager.hasplugin("rerunfailures"):
         for item in items:
-            if item.nodeid.startswith(REAL):
+            if item.nodeid.startswith(REAL) and item.get_closest_marker("flaky") is None:
                 item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=5))
     for level in config.getoption("--require-level"):
         if not any(item.get_closest_marker(level) for item in items):

@@ -125,6 +125,7 @@ def test_a_lost_boards_stage_goes_on_on_its_copy_without_a_download(
 
 
 @pytest.mark.slow
+@pytest.mark.flaky(reruns=1)  # as many tries as there are precisions
 def test_without_copies_the_same_loss_costs_a_download(losing_site: Site, model: Model) -> None:
     """The control: what nobody has fetched yet (another precision) has to be fetched in the pause."""
     site = losing_site
