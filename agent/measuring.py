@@ -295,6 +295,8 @@ class Measuring:
             threads=self._subject.threads,
             speed=self._subject.speed,
             throttle_path=self._subject.throttle_path,
+            shared_folder=self._subject.shared_folder,
+            shared_since_s=now_s if job.asked else 0.0,
             budget_s=self._subject.budget_s,
             nice=NICE if stages_run else 0,
             engine=job.engine,

@@ -381,6 +381,20 @@ def load(path: Path) -> Profile:
     return profile
 
 
+def sets_speed(at: Snapshot | Conditions) -> tuple[tuple[str, object], ...]:
+    """What sets the speed of a board, by name: where one of these has changed, figures from before no longer hold."""
+    return (
+        ("software", at.software),
+        ("engines", at.engine_versions),
+        ("kernel", at.kernel),
+        ("allowed cores", at.affinity),
+        ("processor quota", _value(at.quota_cores)),
+        ("quota period", _value(at.quota_period_s)),
+        ("governor", _value(at.governor)),
+        ("power mode", _value(at.power_mode)),
+    )
+
+
 def expired(
     profile: Profile,
     now_unix: float,
@@ -403,14 +417,7 @@ def expired(
     if age_s < -MAX_AGE_S:
         return "measured in the future: the clock of the board has changed"
     changes = (
-        ("software", then.software, current.software),
-        ("engines", then.engine_versions, current.engine_versions),
-        ("kernel", then.kernel, current.kernel),
-        ("allowed cores", then.affinity, current.affinity),
-        ("processor quota", _value(then.quota_cores), _value(current.quota_cores)),
-        ("quota period", _value(then.quota_period_s), _value(current.quota_period_s)),
-        ("governor", _value(then.governor), _value(current.governor)),
-        ("power mode", _value(then.power_mode), _value(current.power_mode)),
+        *((what, was, now) for (what, was), (_, now) in zip(sets_speed(then), sets_speed(current), strict=True)),
         ("memory limit", _value(profile.memory.limit_bytes), _value(memory.limit_bytes)),
         ("emulation", profile.emulation, emulation),
         *(() if identity is None else _who(profile.identity, identity)),

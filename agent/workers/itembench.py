@@ -8,10 +8,9 @@ from typing import Final
 
 import msgspec
 
+from agent.workers import emulated
 from agent.workers.memory import give_back_memory
 from agent.workers.pipe import MeasureModule, MeasureTask
-from agent.workers.stretch import Stretch
-from agent.workers.throttle import Throttle
 from hwprofiles.measure import MeasurePlan, Point, StopRule, measure_module
 from hwprofiles.profile import ModuleMeasurement, Phase
 
@@ -31,14 +30,12 @@ class ItemBench:
         task: MeasureTask,
         cold: Callable[[], None],
         polite: Callable[[], None] = lambda: None,
-        calm: Callable[[], None] = lambda: None,
     ) -> None:
         self._item = item
         self._threads = task.threads
-        self._speed = task.speed
-        self._throttle = Throttle(task.throttle_path)
+        self._task = task
         self._rule = StopRule(time_budget_s=task.budget_s)
-        self._cold, self._polite, self._calm = cold, polite, calm
+        self._cold, self._polite = cold, polite
         self.engine_name = ""
 
     def step_once(self) -> None:
@@ -67,16 +64,15 @@ class ItemBench:
                 give_back_memory()  # as a worker does with its stage
             stage, item = stages[0], stages[0].sample(rows)
             self._polite()
-            stretch = Stretch(self._speed * self._throttle.share(), self._threads)
+            timer = emulated.timer_of(self._task)
 
             def step() -> float:
-                self._calm()
                 self._cold()
-                stretch.begin()
+                timer.begin()
                 stage.run(item, rows)
-                return stretch.end("item", rows)
+                return timer.end("item", rows)
 
             return step
 
-        plan = msgspec.structs.replace(plan, retries=RETRIES)
+        plan = msgspec.structs.replace(plan, retries=RETRIES, rounds=emulated.rounds_of(self._task))
         return measure_module(module.key, module.kind, ENGINE, self._threads, run, plan, base_bytes=base_bytes)

@@ -1,9 +1,9 @@
 """The worker that takes the device's measure: `python -m agent.workers.measuring`, its task as the first line on
 stdin.
 
-Each module is loaded with weights made up here (time does not depend on their values) and timed through the same
-stretch as an inference worker's steps. On one machine the measuring workers of several agents take turns: virtual
-boards would measure each other otherwise.
+Each module is loaded with weights made up here (time does not depend on their values). On one machine the measuring
+workers of several agents take turns: virtual boards would measure each other otherwise. What such a board takes is what
+the machine takes, stretched as its steps will be (agent.workers.emulated).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from agent.workers.calm import Calm
+from agent.workers import emulated
 from agent.workers.child import Parent, become_worker
 from agent.workers.cold import Cold, sweep_bytes
 from agent.workers.dataplane import data_connection
@@ -39,6 +39,7 @@ from hwprofiles.measure import BATCHES, DECODE_CONTEXTS, StopRule, measure_modul
 from hwprofiles.profile import LinkMeasurement, ModuleMeasurement, Phase
 from hwprofiles.reading import Absent, Failed
 from hwprofiles.sampler import Sampler
+from hwprofiles.samples import EnergyMeasurement
 from models.engine.base import StageEngine, StageSpec
 from models.engine.choice import StageFiles, load_synthetic_on, start
 from models.engine.manifest import load_graph
@@ -142,31 +143,59 @@ def take_turn(gone: Callable[[], bool], waiting: Callable[[], None]) -> socket.s
 
 def measure(task: MeasureTask, parent: Parent) -> Measured:
     """Time every module of the task on its engine; the link is still to be measured."""
+    modules: list[ModuleMeasurement] = []
+    loaded: dict[str, str] = {}
+
+    def told(module: ModuleMeasurement, engine_name: str) -> None:
+        if emulated.is_emulated(task):
+            module = emulated.on_board(module, task.speed * Throttle(task.throttle_path).share())
+        modules.append(module)
+        loaded[task.engine] = engine_name
+        parent.say(MeasuredModule(module=module))
+
+    shared = emulated.Shared(Path(task.shared_folder), emulated.machine(task.threads)) if task.shared_folder else None
+    left: list[MeasureModule] = []
+    for item in task.modules:
+        known = None if shared is None else shared.find(item.module.key, task.engine, task.shared_since_s)
+        if known is None:
+            left.append(item)
+        else:
+            told(known.module, known.engine_name)
+    if not left:
+        return msgspec.structs.replace(NOTHING, modules=tuple(modules), engines_loaded=loaded)
+
+    def found(module: ModuleMeasurement, engine_name: str) -> None:
+        if shared is not None:
+            shared.keep(module, engine_name)
+        told(module, engine_name)
+
+    failed, energy = _measure(task, parent, left, found)
+    return msgspec.structs.replace(NOTHING, modules=tuple(modules), failed=failed, engines_loaded=loaded, energy=energy)
+
+
+def _measure(
+    task: MeasureTask, parent: Parent, items: list[MeasureModule], found: Callable[[ModuleMeasurement, str], None]
+) -> tuple[dict[str, str], EnergyMeasurement | Absent | Failed]:
+    """Time these modules as this machine runs them; why some could not be, and the energy of a block."""
     try:
         start_engine(task)
     except EdgelamError as error:
-        return msgspec.structs.replace(NOTHING, failed={item.module.key: str(error) for item in task.modules})
-    calm = Calm(task.speed < 1.0)
-    calm()  # what its probes take for good is no module's
+        return {item.module.key: str(error) for item in items}, NOTHING.energy
     base_bytes = resident_bytes()
     cold, polite = Cold(sweep_bytes()), Polite(task.yields)
-    found: list[ModuleMeasurement] = []
     failed: dict[str, str] = {}
-    loaded: dict[str, str] = {}
     energy = NOTHING.energy
-    for number, item in enumerate(task.modules):
+    for number, item in enumerate(items):
         gc.collect()
         give_back_memory()  # or the next one would grow into what the last one left, and seem to need nothing
-        parent.say(MeasureNote(note=f"{item.module.kind}, {number + 1} of {len(task.modules)}"))
+        parent.say(MeasureNote(note=f"{item.module.kind}, {number + 1} of {len(items)}"))
         bench: ModuleBench | ItemBench = (
-            ItemBench(item, task, cold, polite, calm)
+            ItemBench(item, task, cold, polite)
             if item.module.runs == "items"
-            else ModuleBench(item, task, loader(item, task), cold, polite, calm)
+            else ModuleBench(item, task, loader(item, task), cold, polite)
         )
         try:
-            found.append(bench.measure(base_bytes))
-            parent.say(MeasuredModule(module=found[-1]))
-            loaded[task.engine] = bench.engine_name
+            found(bench.measure(base_bytes), bench.engine_name)
             if (
                 isinstance(bench, ModuleBench)
                 and task.board
@@ -178,7 +207,7 @@ def measure(task: MeasureTask, parent: Parent) -> Measured:
         except (EdgelamError, OSError, ValueError) as error:
             LOG.warning("%s: %s", item.module.key, error)
             failed[item.module.key] = str(error)
-    return msgspec.structs.replace(NOTHING, modules=tuple(found), failed=failed, engines_loaded=loaded, energy=energy)
+    return failed, energy
 
 
 def start_engine(task: MeasureTask) -> None:
@@ -221,14 +250,14 @@ class ModuleBench:
         load: Callable[[Path, StageSpec, int], StageEngine],
         cold: Callable[[], None],
         polite: Callable[[], None] = lambda: None,
-        calm: Callable[[], None] = lambda: None,
     ) -> None:
         self._item = item
         self._threads = task.threads
         self._engine = task.engine
         self._speed = task.speed
+        self._task = task
         self._throttle = Throttle(task.throttle_path)
-        self._polite, self._calm = polite, calm
+        self._polite = polite
         self._rule = StopRule(time_budget_s=task.budget_s)
         self._load = load
         self._cold = cold
@@ -242,7 +271,7 @@ class ModuleBench:
     def measure(self, base_bytes: int) -> ModuleMeasurement:
         module = self._item.module
         plan = plan_for(module.kind, tuple(stack for stack, _ in self._item.graph_paths), self._rule)
-        plan = msgspec.structs.replace(plan, retries=RETRIES)
+        plan = msgspec.structs.replace(plan, retries=RETRIES, rounds=emulated.rounds_of(self._task))
         began_s = time.monotonic()
         found = measure_module(
             module.key, module.kind, self._engine, self._threads, self._run, plan, base_bytes=base_bytes
@@ -287,22 +316,35 @@ class ModuleBench:
         for one in slots if context else ():
             engine.step(one, self._rows(context), 0)
         rows, positions = self._rows(tokens), [context] * len(slots)
-        stretch = Stretch(self._speed, self._threads)
-        stretch.throttle(self._throttle.share())
-        self._polite()
 
-        def step() -> float:
-            if pause:
-                self._calm()
-                if phase == "decode":
-                    self._cold()
-            else:
-                stretch.throttle(self._throttle.share())
-            stretch.begin()
+        def run() -> None:
             if len(slots) == 1:
                 engine.step(slot, rows, context)
             else:
                 engine.step_many(slots, rows, positions)
+
+        if not pause:
+            return self._stretched(run, phase, tokens, context)
+        self._polite()
+        timer = emulated.timer_of(self._task)
+
+        def step() -> float:
+            if phase == "decode":
+                self._cold()
+            timer.begin()
+            run()
+            return timer.end(phase, tokens, context)
+
+        return step
+
+    def _stretched(self, run: Callable[[], None], phase: Phase, tokens: int, context: int) -> Callable[[], float]:
+        """As slow as the board is just now, in fact and not on paper."""
+        stretch = Stretch(self._speed, self._threads)
+
+        def step() -> float:
+            stretch.throttle(self._throttle.share())
+            stretch.begin()
+            run()
             return stretch.end(phase, tokens, context)
 
         return step

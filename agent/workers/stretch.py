@@ -53,7 +53,7 @@ class Stretch:
         self._began_wall_s = 0.0
         self._began_processor_s = 0.0
         self._owed_s = 0.0
-        self._lately: dict[tuple[str, int, int], _Lately] = {}
+        self._undisturbed = Undisturbed()
 
     def throttle(self, share: float) -> None:
         """Have this share of the speed from the next step on."""
@@ -69,14 +69,13 @@ class Stretch:
         """Sleep what a slower processor would still compute, and give the seconds that the step took in all.
 
         Steps of one `kind` over as many `rows` behind about as many of `context` are taken to need the same time.
-        Measuring workers have their steps judged alike: what a profile says of an emulated board is what it then does.
         """
         wall_s = self._wall_s() - self._began_wall_s
         if not self._stretched:
             return wall_s
         busy_s = self._processor_s() - self._began_processor_s if self._by_processor else wall_s
         if kind:
-            busy_s = self._free(kind, rows, context, busy_s)
+            busy_s = self._undisturbed.seconds(kind, rows, context, busy_s)
         target_s = max(wall_s, busy_s * self._factor) + self._owed_s
         rest_s = target_s - wall_s
         if rest_s > SHORTEST_SLEEP_S:
@@ -89,8 +88,32 @@ class Stretch:
         self._owed_s = min(0.01, max(-0.01, target_s - elapsed_s))
         return elapsed_s
 
-    def _free(self, kind: str, rows: int, context: int, busy_s: float) -> float:
-        """What this step would have taken without neighbours."""
+
+class OnPaper:
+    """Times steps as `Stretch` does, of a board as fast as this machine, and sleeps nothing: a measuring worker times
+    the machine, and stretches what it found (agent.workers.emulated)."""
+
+    def __init__(self, threads: int, clocks: Clocks = REAL) -> None:
+        self._clock = clocks.processor_s if threads == 1 else clocks.wall_s
+        self._undisturbed = Undisturbed()
+        self._began_s = 0.0
+
+    def begin(self) -> None:
+        self._began_s = self._clock()
+
+    def end(self, kind: str, rows: int, context: int = 0) -> float:
+        """Seconds that the step took, or would have taken without neighbours."""
+        return self._undisturbed.seconds(kind, rows, context, self._clock() - self._began_s)
+
+
+class Undisturbed:
+    """What steps would have taken without neighbours."""
+
+    def __init__(self) -> None:
+        self._lately: dict[tuple[str, int, int], _Lately] = {}
+
+    def seconds(self, kind: str, rows: int, context: int, busy_s: float) -> float:
+        """Of a step that took `busy_s`."""
         key = (kind, rows, context // CONTEXT_STEP)
         lately = self._lately.get(key)
         if lately is None:

@@ -66,12 +66,12 @@ def test_shaped_link_is_found_as_it_was_set(broker: Broker, mbit: int, delay_ms:
         try:
             assert shaper.stdout is not None
             address = json.loads(shaper.stdout.readline())["result"]["default"]
+            set_rate = mbit * 1e6 / 8
             for _ in range(TRIALS):
                 began_s = time.monotonic()
                 found = measured(f"mqtt://{address}")
                 elapsed_s = time.monotonic() - began_s
                 assert isinstance(found, LinkMeasurement)
-                set_rate = mbit * 1e6 / 8
                 rate, one_way = bytes_per_s(found), one_way_s(found)
                 # A busy machine adds to a delay and takes from a rate, and never the other way round.
                 assert rate is not None and rate < 1.25 * set_rate

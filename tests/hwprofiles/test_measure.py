@@ -205,6 +205,31 @@ def test_invalid_run_is_measured_once_more_and_the_better_one_kept() -> None:
     assert set(found.timings[0].samples.samples_s) == {0.05}
 
 
+def test_of_several_rounds_over_all_points_the_quickest_valid_run_of_each_counts() -> None:
+    clock, asked = Clock(), []
+
+    def run(phase: Phase, tokens: int, context: int, stack: int):  # type: ignore[no-untyped-def]
+        asked.append(tokens)
+        visit = asked.count(tokens)
+        taken = {1: [0.03, 0.02, 0.04], 2: [0.05, 0.07, 0.01]}[tokens][visit - 1]
+        samples = iter([taken] * 100)
+
+        def step() -> float:
+            taken_s = next(samples)
+            # The third run of two rows would be quickest, but takes ever longer.
+            taken_s *= 1.1 ** (100 - samples.__length_hint__()) if taken == 0.01 else 1
+            clock.now_s += taken_s
+            return taken_s
+
+        return step
+
+    points = (Point("decode", 1, 0), Point("decode", 2, 0))
+    plan = MeasurePlan(points=points, stacks=(1,), rounds=3, retries=0)
+    found = measure_module("key", "head", "engine", 1, run, plan, base_bytes=0, clock=clock)
+    assert asked == [1, 2, 1, 2, 1, 2]
+    assert [set(timing.samples.samples_s) for timing in found.timings] == [{0.02}, {0.05}]
+
+
 @pytest.mark.parametrize(("disturbed_runs", "valid"), [(0, True), (1, True), (3, True), (4, False)])
 def test_a_step_that_took_longer_behind_fewer_rows_is_measured_again_and_not_believed(
     disturbed_runs: int, valid: bool
