@@ -9,7 +9,7 @@ import msgspec
 
 from coordinator.planning.best import best_plan, planned
 from coordinator.planning.partition import Infeasible
-from coordinator.planning.plan import Plan
+from coordinator.planning.plan import Draft, Plan
 from coordinator.planning.planner import Candidate, PlanRequest
 from coordinator.planning.replicas import with_standbys
 from coordinator.planning.slots import plan_with_slots
@@ -37,9 +37,9 @@ def planned_with_copies(
     if request.replicas == 1:
         return planned(graph, candidates, request, slots, address)
 
-    def make(count: int) -> Plan:
+    def make(count: int) -> Draft:
         of_count = msgspec.structs.replace(request, slots=count)
-        return best_with_copies(graph, candidates, of_count, address, in_haste)
+        return Draft.of(best_with_copies(graph, candidates, of_count, address, in_haste))
 
     plan = plan_with_slots(make, slots)
     because = f"{plan.slots_because}, copies of the stages counted" if plan.slots_because else ""

@@ -191,10 +191,11 @@ class StageMemory:
     """Adds up what a growing stage needs on one device; files that its modules share are counted once."""
 
     def __init__(self, graph: Graph, workload: Workload, cost: DeviceCost) -> None:
-        self._workload = workload
         self._ratio = cost.held_ratio
         self._base_bytes = cost.worker_base_bytes + TRANSPORT_BYTES
         self._scratch_bytes = workload.prefill_chunk_tokens * graph.hidden * 4 * SCRATCH_ROWS_FACTOR
+        self._tokens = workload.context_tokens * workload.slots
+        self._looked_up = min(1.0, self._tokens / graph.vocabulary) if graph.items is None else 0.0
         self._logits_bytes = graph.vocabulary * 4 * workload.slots
         self._files: dict[str, int] = {}
         self._working = cost.working_bytes
@@ -206,6 +207,8 @@ class StageMemory:
     def add(self, module: Module) -> int:
         """Take one more module into the stage; give `memory_bytes` after it."""
         weights = int(module.weight_bytes * self._ratio.get(module.profile_key, 1.0))
+        if module.kind == "embedding":  # mapped from its file: of its rows those are held that were looked up
+            weights = max(weights, int(module.weight_bytes * self._looked_up))
         # The bytes of a module are split over its files by number only: exact where it has one, as packed models do,
         # and a module that adds nothing but known files adds what it holds beyond them.
         known = sum(self._files.get(digest, 0) for digest in module.artifacts)
@@ -213,7 +216,7 @@ class StageMemory:
         fresh = [digest for digest in module.artifacts if digest not in self._files]
         for digest in fresh:
             self._files[digest] = added // len(fresh)
-        self.held_bytes += added + module.kv_bytes_per_token * self._workload.context_tokens * self._workload.slots
+        self.held_bytes += added + module.kv_bytes_per_token * self._tokens
         if module.kind == "head":
             self.held_bytes += self._logits_bytes
         self.working_bytes = max(self.working_bytes, self._working.get(module.profile_key, 0))

@@ -42,7 +42,7 @@ NEARLY: Final = 0.10
 """A plan over fewer stages that is worse by this share at most is wanted, too: profiles may not tell the two apart."""
 
 MOST_SEARCHES: Final = 24
-FEWEST_SEARCHES: Final = 6
+FEWEST_SEARCHES: Final = 4
 LIMITS_OF_MANY: Final = 5
 """Tried where devices are too many for an exact search."""
 
@@ -51,17 +51,34 @@ STEPS: Final = 150_000_000
 
 
 def solve(
-    problem: Problem, objective: Objective, at_least: int = 1, at_most: int | None = None, search: Search | None = None
+    problem: Problem,
+    objective: Objective,
+    at_least: int = 1,
+    at_most: int | None = None,
+    search: Search | None = None,
+    known: Placement = (),
 ) -> Solution | None:
-    """As partition.solve, with the pace for throughput where the number of requests is known."""
-    if objective == "throughput" and problem.streams == 1:  # one request is never in two places
-        alone = partition.solve(problem, "latency", at_least, at_most, search)
-        return alone and replace(alone, value=alone.pace_s)
+    """As partition.solve, with the pace for throughput where the number of requests is known. `known`: a placement
+    that keeps all limits; what is better than that is looked for."""
+    if is_alone(problem, objective):
+        return paced(partition.solve(problem, "latency", at_least, at_most, search))
     plain = partition.solve(problem, objective, at_least, at_most, search)
     if plain is None or objective != "throughput" or problem.streams is None:
         return plain
     filled = _Filled(problem, at_least, at_most, search or exact, plain)
+    if known:
+        filled.offer(known)
     return filled.tried() if search is not None else filled.halved()
+
+
+def is_alone(problem: Problem, objective: Objective) -> bool:
+    """Whether the pace is that of one request, which is never in two places: its token is soonest by latency."""
+    return objective == "throughput" and problem.streams == 1
+
+
+def paced(by_latency: Solution | None) -> Solution | None:
+    """The same, judged by its pace."""
+    return by_latency and replace(by_latency, value=by_latency.pace_s)
 
 
 class _Filled:
@@ -75,7 +92,7 @@ class _Filled:
         self._least = {count: least for count, least in plain.best_by_stages.items() if at_least <= count <= most}
         self._new = set(self._least)
         """Numbers of stages of which nothing was asked yet."""
-        self._offer(plain.placement)
+        self.offer(plain.placement)
 
     def halved(self) -> Solution:
         """By an exact search."""
@@ -102,7 +119,7 @@ class _Filled:
             for count, ring_s in found.best_by_stages.items():
                 # A bound on its pace: hops count as much as compute where there are as many groups as requests.
                 if self._at_least <= count <= self._most and ring_s / (self._problem.streams or 1) < self._found:
-                    self._offer(found.trace(count))
+                    self.offer(found.trace(count))
         return self._best()
 
     @property
@@ -153,7 +170,7 @@ class _Filled:
         # What has a part above `pace` is slower than that.
         self._least[count] = max(self._least[count], min(shared, pace))
         if shared < np.inf:
-            self._offer(found.trace(count))
+            self.offer(found.trace(count))
 
     def _stage_s(self, count: int) -> Floats:
         """Seconds per token of stages where there are so many."""
@@ -162,7 +179,8 @@ class _Filled:
             self._stages[groups] = self._problem.filled(groups).stage_s()
         return self._stages[groups]
 
-    def _offer(self, placement: Placement) -> None:
+    def offer(self, placement: Placement) -> None:
+        """Take a placement that was found."""
         value, count = pace_s(self._problem, placement), len(placement)
         if np.isfinite(value) and (count not in self._seen or value < self._seen[count][0] * (1 - TIE)):
             self._seen[count] = (value, placement)

@@ -38,9 +38,8 @@ def solve_any(problem: Problem, objective: Objective, at_least: int = 1, at_most
     """Give the best placement: exact up to EXACT_DEVICES devices, along fixed orders above; None if there is none."""
     if len(problem.devices) <= EXACT_DEVICES:
         return filled.solve(problem, objective, at_least, at_most)
-    if objective == "throughput" and problem.streams == 1:  # one request is never in two places
-        alone = solve_any(problem, "latency", at_least, at_most)
-        return alone and replace(alone, value=alone.pace_s)
+    if filled.is_alone(problem, objective):
+        return filled.paced(solve_any(problem, "latency", at_least, at_most))
     speed = np.argsort(problem.seconds.sum(axis=1), kind="stable")
     room = np.argsort(-problem.fits.sum(axis=(1, 2)), kind="stable")
     best = filled.solve(problem, objective, at_least, at_most, search=labelled)
@@ -57,7 +56,8 @@ def solve_any(problem: Problem, objective: Objective, at_least: int = 1, at_most
     if best and len(used) <= EXACT_DEVICES:
         exactly = f" and the best {EXACT_DEVICES} searched exactly"
         chosen = sorted([*used, *rest[: EXACT_DEVICES - len(used)]])
-        refined = filled.solve(problem.only(chosen), objective, at_least, at_most)
+        known = tuple(run._replace(device=chosen.index(run.device)) for run in best.placement)
+        refined = filled.solve(problem.only(chosen), objective, at_least, at_most, known=known)
         best = _better(best, refined and _renamed(refined, chosen))
     if best is None:
         return None

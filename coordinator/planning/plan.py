@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
@@ -155,3 +156,15 @@ class Plan(Struct, frozen=True, kw_only=True):
     """By how much codecs may raise perplexity; 0: hidden states cross as they are."""
     perplexity_increase_percent: float = 0.0
     """By how much the codecs of all cuts raise it together at most, as measured (coordinator.planning.quality)."""
+
+
+class Draft(NamedTuple):
+    """A plan without its reasons, which may take as long as the plan; `finished()` gives it with them."""
+
+    plan: Plan
+    finished: Callable[[], Plan]
+
+    @staticmethod
+    def of(plan: Plan) -> Draft:
+        """One that has its reasons."""
+        return Draft(plan, lambda: plan)

@@ -15,7 +15,7 @@ from msgspec import Struct
 from coordinator.planning.aims import figure, figure_error
 from coordinator.planning.cost import DeviceCost, Workload, central_s, stage_memory
 from coordinator.planning.partition import Infeasible, Solution, hops
-from coordinator.planning.plan import Limits, Plan, PlannedStage
+from coordinator.planning.plan import Draft, Limits, Plan, PlannedStage
 from coordinator.planning.prefill import WORTH_CHUNKING, choose_chunk
 from coordinator.planning.reasons import alone_text, left_out_reasons, plan_reason, stage_reason
 from coordinator.planning.request import Candidate, PlanRequest, Priced, check, check_power, price
@@ -54,6 +54,16 @@ def make_plan(
 
     Raises UsageError for a request that contradicts itself, Infeasible (a Refused) when no placement keeps all limits.
     """
+    return draft_plan(graph, candidates, request, address).finished()
+
+
+def draft_plan(
+    graph: Graph,
+    candidates: Sequence[Candidate],
+    request: PlanRequest,
+    address: Callable[[int], InboxAddress],
+) -> Draft:
+    """As make_plan, with the reasons left for later."""
     check(graph, request)
     priced = price(graph, candidates, request)
     check_power(priced)
@@ -67,9 +77,16 @@ def make_plan(
         sizes = ()
     prefill = choose_chunk(priced, candidates, solution, sizes)
     plan = _as_plan(priced, solution, prefill.costs, prefill.workload, address)
-    return msgspec.structs.replace(
+    plan = msgspec.structs.replace(
         plan, predicted_first_token_s=prefill.first_token_s, prompt_tokens=priced.prompt_tokens
     )
+
+    def finished() -> Plan:
+        left_out = (*priced.left_out, *left_out_reasons(priced, solution))
+        because, alone = plan_reason(priced, solution), alone_text(priced, solution)
+        return msgspec.structs.replace(plan, left_out=left_out, because=because, alone=alone)
+
+    return Draft(plan, finished)
 
 
 def _best_chunk(candidates: Sequence[Candidate], priced: Priced, solution: Solution) -> tuple[Priced, Solution]:
@@ -90,7 +107,8 @@ def _as_plan(
     workload: Workload,
     address: Callable[[int], InboxAddress],
 ) -> Plan:
-    """`costs` are those of the stages, in their order, with the workload that they shall have."""
+    """Without reasons but those of its stages. `costs` are those of the stages, in their order, with the workload that
+    they shall have."""
     graph, request = priced.graph, priced.request
     stages = tuple(
         _stage(priced, solution, number, cost, workload, address(number)) for number, cost in enumerate(costs)
@@ -107,7 +125,7 @@ def _as_plan(
         slots=request.slots,
         prefill_chunk_tokens=workload.prefill_chunk_tokens,
         stages=stages,
-        left_out=(*priced.left_out, *left_out_reasons(priced, solution)),
+        left_out=(),
         predicted_token_s=solution.latency_s,
         predicted_slowest_s=solution.slowest_s,
         token_error_s=token_error_s(priced, solution.placement),
@@ -115,8 +133,7 @@ def _as_plan(
         predicted_token_j=token_j(priced, solution.placement),
         predicted_memory_share=max(stage.memory_bytes / max(stage.memory_limit_bytes, 1) for stage in stages),
         predicted_cost=solution.value if request.objective == "weighted" else None,
-        because=plan_reason(priced, solution),
-        alone=alone_text(priced, solution),
+        because="",
         runs="tokens" if graph.items is None else "items",
         limits=Limits(
             boards_at_least=request.boards_at_least,

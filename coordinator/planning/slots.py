@@ -9,7 +9,7 @@ import msgspec
 
 from coordinator.planning.aims import figure
 from coordinator.planning.partition import Infeasible, Overloaded
-from coordinator.planning.plan import Plan
+from coordinator.planning.plan import Draft, Plan
 
 USUAL_SLOTS: Final = 8
 """Two per stage on four boards: with more, a step takes nearly as much longer as it gives more."""
@@ -18,13 +18,13 @@ WORTH_SLOTS: Final = 0.10
 """More requests at once may make the figure that was asked for (the objective) worse by this share, not by more."""
 
 
-def plan_with_slots(make: Callable[[int], Plan], asked: int | None) -> Plan:
+def plan_with_slots(make: Callable[[int], Draft], asked: int | None) -> Plan:
     """The plan for as many requests at once as were `asked` for, or else for as many as go well, up to USUAL_SLOTS.
 
-    `make(slots)` plans and raises Infeasible, as this does.
+    `make(slots)` plans and raises Infeasible, as this does. What is only compared needs no reasons.
     """
     if asked is not None:
-        return make(asked)
+        return make(asked).finished()
     try:
         alone = make(1)
     except Overloaded:  # more requests may carry what one can't
@@ -33,19 +33,20 @@ def plan_with_slots(make: Callable[[int], Plan], asked: int | None) -> Plan:
     slots = USUAL_SLOTS
     while slots > 1:
         try:
-            plan = make(slots)
+            draft = make(slots)
         except Infeasible:
             because = f"the keys and values of {slots} requests do not fit on these boards"
         else:
-            slower = _figure(plan) / _figure(alone) - 1 if _figure(alone) > 0 else 0.0
+            least = _figure(alone.plan)
+            slower = _figure(draft.plan) / least - 1 if least > 0 else 0.0
             if slower <= WORTH_SLOTS:
-                return _said(plan, because)
+                return _said(draft, because)
             because = f"with room for {slots} the model would have to be spread so that it is {slower:.0%} slower"
         slots //= 2
     return _said(alone, because)
 
 
-def _carrying(make: Callable[[int], Plan]) -> Plan:
+def _carrying(make: Callable[[int], Draft]) -> Plan:
     """The plan for the most requests that there is room for, of a load that one request does not carry."""
     overload: Overloaded | None = None
     because, slots = "", USUAL_SLOTS
@@ -59,11 +60,11 @@ def _carrying(make: Callable[[int], Plan]) -> Plan:
         slots //= 2
     if overload is not None:
         raise overload
-    return make(1)  # says what is missing
+    return make(1).finished()  # says what is missing
 
 
-def _said(plan: Plan, because: str) -> Plan:
-    return msgspec.structs.replace(plan, slots_because=because)
+def _said(draft: Draft, because: str) -> Plan:
+    return msgspec.structs.replace(draft.finished(), slots_because=because)
 
 
 def _figure(plan: Plan) -> float:

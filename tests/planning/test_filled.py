@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planning import aims, solving
+from coordinator.planning import aims, filled, solving
 from coordinator.planning.bounds import lower_bound
 from coordinator.planning.filled import CLOSE, solve
 from coordinator.planning.ordered import solve_any
@@ -83,15 +83,15 @@ def test_the_plan_is_the_best_on_random_cases(requests: int, rows: bool) -> None
         problem = made_problem(seed, rng.randint(1, 4), rng.randint(1, 7), whole_numbers=seed % 2 == 0)
         problem = with_rows(problem, seed) if rows else problem
         least, most = rng.choice([(1, 4), (1, 4), (2, 3)])
-        filled = replace(problem, streams=requests)
-        solution = solve(filled, "throughput", least, most)
+        few = replace(problem, streams=requests)
+        solution = solve(few, "throughput", least, most)
         within = [placement for placement in every_placement(problem) if least <= len(placement) <= most]
         assert (solution is None) == (not within), f"seed {seed}"
         if solution is None:
             continue
         best = min(by_hand(problem, placement, requests) for placement in within)
         assert solution.pace_s == pytest.approx(by_hand(problem, solution.placement, requests))
-        assert solution.pace_s == solution.value == pace_s(filled, solution.placement)
+        assert solution.pace_s == solution.value == pace_s(few, solution.placement)
         assert solution.value <= best * NEAR, f"seed {seed}"
         fewest = min(len(p) for p in within if by_hand(problem, p, requests) <= best * (1 + TIE))
         assert len(solution.placement) <= fewest, "of plans that are as good the one over the fewest boards"
@@ -101,8 +101,26 @@ def test_the_plan_is_the_best_on_random_cases(requests: int, rows: bool) -> None
             assert value >= min(by_hand(problem, p, requests) for p in within if len(p) == count) * (1 - TIE)
         plain = solve(problem, "throughput", least, most)
         assert plain is not None
-        differs += solution.value < pace_s(filled, plain.placement) * (1 - CLOSE)
+        differs += solution.value < pace_s(few, plain.placement) * (1 - CLOSE)
     assert differs > 5, "the cases should contain such where the slowest part alone chooses badly"
+
+
+def test_what_is_known_is_never_made_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filled, "FEWEST_SEARCHES", 0)
+    monkeypatch.setattr(filled, "MOST_SEARCHES", 0)
+    helped = 0
+    for seed in range(40):
+        problem = replace(made_problem(seed, 4, 6), streams=4)
+        every = list(every_placement(problem))
+        blind = solve(problem, "throughput")
+        assert (blind is None) == (not every)
+        if blind is None:
+            continue
+        best = min(every, key=lambda placement: pace_s(problem, placement))
+        told = solve(problem, "throughput", known=best)
+        assert told is not None and told.value <= pace_s(problem, best) * NEAR
+        helped += told.value < blind.value * (1 - CLOSE)
+    assert helped > 0, "without a search there should be cases in which the slowest part alone chooses badly"
 
 
 @settings(max_examples=30, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coordinator.planning.partition import Infeasible, Overloaded
-from coordinator.planning.plan import Plan
+from coordinator.planning.plan import Draft, Plan
 from coordinator.planning.planner import Candidate
 from coordinator.planning.slots import USUAL_SLOTS, plan_with_slots, slots_text
 from tests.planning.boards import MB, board
@@ -13,7 +13,7 @@ from tests.planning.test_planner import plan
 
 
 def planned(candidates: list[Candidate], asked: int | None = None, **changes: object) -> Plan:
-    return plan_with_slots(lambda slots: plan(candidates, slots=slots, **changes), asked)
+    return plan_with_slots(lambda slots: Draft.of(plan(candidates, slots=slots, **changes)), asked)
 
 
 def test_boards_with_memory_serve_the_usual_number() -> None:
