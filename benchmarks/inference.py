@@ -107,7 +107,7 @@ def over_links(options: argparse.Namespace) -> list[Figure]:
             def one(topology: str, there: Client = there) -> dict[str, Any]:
                 return ask(there, options.boards, options.precision, options.tokens, topology=topology)
 
-            found = links.measure(one, ["central", "auto"], options.rounds, max(2, options.answers // 2))
+            found = links.measure(one, ["central", "auto"], options.rounds, options.answers)
             rows += links.figures(link, found, options.boards)
     return rows
 

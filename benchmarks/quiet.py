@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, TypeVar
@@ -45,6 +45,26 @@ class Quiet(Generic[T]):
     value: T
     lost_share: float
     trial: int
+
+
+@dataclass(frozen=True)
+class Watched(Generic[T]):
+    """What was measured, and the share that others had of the machine meanwhile."""
+
+    value: T
+    lost_share: float
+
+
+def watched(measure: Callable[[], T], watch: Callable[[], Watch] = Watch) -> Watched[T]:
+    watching = watch()
+    value = measure()
+    return Watched(value, watching.lost_share())
+
+
+def quieter_half(found: Sequence[Watched[T]]) -> list[Watched[T]]:
+    """Those in which others had least of the machine, in the order in which they came: half of them, rounded up."""
+    by_share = sorted(range(len(found)), key=lambda place: found[place].lost_share)
+    return [found[place] for place in sorted(by_share[: (len(found) + 1) // 2])]
 
 
 def quietly(measure: Callable[[], T], watch: Callable[[], Watch] = Watch) -> Quiet[T]:

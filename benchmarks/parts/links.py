@@ -6,6 +6,8 @@ half of a round trip of 1.2 KB by plain TCP over a link of the same kind. Effici
 A link of the ring carries one message per token and rests in between; whoever wakes up after 14 ms takes longer than
 after 1 ms (processors sleep deeper, caches are cold), plain TCP as well as ours. So plain TCP rests as long between its
 round trips as the ring does. What it takes back to back is told, too.
+
+Of the answers the quieter half counts: that in which the host of this machine took least of it (benchmarks.quiet).
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
 from benchmarks.parts.sites import compute_s
+from benchmarks.quiet import Watched, quieter_half, quietly, watched
 from benchmarks.report import Figure, at_least
 
 PAYLOAD_BYTES = 1_200
@@ -86,25 +90,28 @@ def over(link: str, address: str) -> Iterator[str]:
         shaper.stdin.close()
 
 
-def measure(ask: Ask, topologies: list[str], rounds: int, answers: int) -> dict[str, list[dict[str, Any]]]:
+def measure(ask: Ask, topologies: list[str], rounds: int, answers: int) -> dict[str, list[Watched[dict[str, Any]]]]:
     """Answers by topology, interleaved: a machine has good and bad minutes."""
-    found: dict[str, list[dict[str, Any]]] = {topology: [] for topology in topologies}
+    found: dict[str, list[Watched[dict[str, Any]]]] = {topology: [] for topology in topologies}
     for _ in range(rounds):
         for topology in topologies:
             ask(topology)  # deploys, and warms up
-            found[topology] += [ask(topology) for _ in range(answers)]
+            found[topology] += [watched(partial(ask, topology)) for _ in range(answers)]
     return found
 
 
-def figures(link: str, found: dict[str, list[dict[str, Any]]], boards: int) -> list[Figure]:
+def figures(link: str, found: dict[str, list[Watched[dict[str, Any]]]], boards: int) -> list[Figure]:
     """Rows for one kind of link. The target holds for what a user gets, `auto`."""
-    at_once_s = one_way_s(link)
+    at_once_s = quietly(partial(one_way_s, link)).value
     rows = [Figure(f"{link}: one way by plain TCP, back to back", at_once_s * 1e3, "ms")]
-    for topology, answers in found.items():
+    for topology, all_answers in found.items():
+        kept = quieter_half(all_answers)
+        answers = [one.value for one in kept]
         token_s = median(answer["token_s"] for answer in answers)
-        rested_s = one_way_s(link, token_s)
+        rested_s = quietly(partial(one_way_s, link, token_s)).value
         name = f"{link}, {topology}"
         rows += [
+            Figure(f"{name}: lost while these were given", median(one.lost_share for one in kept) * 1e2, "%"),
             Figure(f"{name}: one stream", 1 / token_s, "tokens/s"),
             Figure(f"{name}: one way by plain TCP, a message per token", rested_s * 1e3, "ms"),
             Figure(f"{name}: efficiency to TCP back to back", _efficiency(answers, boards * at_once_s), "ratio"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.quiet import QUIET, TRIALS, Watch, quietly, stolen_s
+from benchmarks.quiet import QUIET, TRIALS, Watch, Watched, quieter_half, quietly, stolen_s, watched
 
 
 class Machine:
@@ -44,3 +44,15 @@ def test_the_first_quiet_trial_counts_or_the_last(shares: tuple[float, ...], tri
 
 def test_what_the_kernel_counts_is_read() -> None:
     assert stolen_s() >= 0 and Watch().lost_share() >= 0
+
+
+def test_the_quieter_half_counts_in_the_order_in_which_it_came() -> None:
+    found = [Watched(place, share) for place, share in enumerate((0.3, 0.0, 0.1, 0.2, 0.0))]
+    assert [one.value for one in quieter_half(found)] == [1, 2, 4]
+    assert [one.value for one in quieter_half(found[:2])] == [1]
+    assert quieter_half([]) == []
+
+
+def test_what_was_measured_is_watched() -> None:
+    machine = Machine(0.5)
+    assert watched(machine.measure, machine.watch).lost_share == pytest.approx(0.5)
