@@ -63,6 +63,10 @@ def reason_of(error: httpx.HTTPError) -> str:
     return text.lower() or "the connection broke off"
 
 
+class Broken(Unreachable):
+    """The coordinator went away in the middle of an answer, or is not there at all."""
+
+
 class Client:
     """Calls to one coordinator; every failure is an EdgelamError."""
 
@@ -88,14 +92,30 @@ class Client:
     def delete(self, path: str) -> Any:
         return self._call("DELETE", path)
 
-    def _call(self, method: str, path: str) -> Any:
+    def post(self, path: str) -> Any:
+        """The answer's JSON; for what is said by the path alone."""
+        return self._call("POST", path)
+
+    def file(self, path: str) -> bytes:
+        """The answer as it is; raises what it says if it is an error."""
         try:
-            response = self._http.request(method, path, timeout=ANSWER_TIMEOUT_S)
+            response = self._http.get(path)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
-        body = self._parse(response.content)
-        raise_told(body)
-        return body
+        if response.status_code != httpx.codes.OK:
+            raise_told(self._parse(response.content))
+            raise self._unanswered()
+        return response.content
+
+    def _call(self, method: str, path: str) -> Any:
+        try:
+            body = {"content": b"{}", "headers": JSON} if method == "POST" else {}
+            response = self._http.request(method, path, timeout=ANSWER_TIMEOUT_S, **body)  # type: ignore[arg-type]
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        found = self._parse(response.content)
+        raise_told(found)
+        return found
 
     def stream(self, path: str, request: msgspec.Struct) -> Iterator[dict[str, Any]]:
         """POST a request and yield its events; an error event is raised."""
@@ -126,9 +146,10 @@ class Client:
         try:
             return msgspec.json.decode(data)
         except msgspec.DecodeError:
-            raise Unreachable(f"{self.url} does not answer like a coordinator", try_="check --coordinator") from None
+            raise self._unanswered() from None
 
-    def _unreachable(self, error: httpx.HTTPError) -> Unreachable:
-        return Unreachable(
-            f"no coordinator at {self.url} ({reason_of(error)})", try_="edgelam up, or check --coordinator"
-        )
+    def _unanswered(self) -> Unreachable:
+        return Unreachable(f"{self.url} does not answer like a coordinator", try_="check --coordinator")
+
+    def _unreachable(self, error: httpx.HTTPError) -> Broken:
+        return Broken(f"no coordinator at {self.url} ({reason_of(error)})", try_="edgelam up, or check --coordinator")

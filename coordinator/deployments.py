@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 from msgspec import Struct
@@ -111,18 +112,31 @@ def make_orders(
     return orders
 
 
-def desired_for(device: str, epoch: int, records: Iterable[DeploymentRecord], artifacts_url: str) -> Desired:
-    """All stages that a device should run, over all deployments."""
+class Ordering(Protocol):
+    """A deployment, or a job: something that devices have orders for."""
+
+    @property
+    def orders(self) -> dict[str, tuple[StageOrder, ...]]: ...
+
+
+def desired_for(device: str, epoch: int, records: Iterable[Ordering], artifacts_url: str) -> Desired:
+    """All stages that a device should run, over all deployments and jobs."""
     stages = tuple(order for record in records for order in record.orders.get(device, ()))
     return Desired(device=device, epoch=epoch, artifacts_url=artifacts_url, stages=stages)
 
 
-def check_orders(record: DeploymentRecord, others: Iterable[DeploymentRecord], artifacts_url: str) -> None:
+def check_orders(record: DeploymentRecord, others: Iterable[Ordering], artifacts_url: str) -> None:
     """Raise Refused if what a device would be told, with all other deployments, is more than a message may be, or
     holds what none may hold.
 
     Asked before a deployment is journaled: devices refuse such a message, and a restart would send it again.
     """
+    check_told(record, others, artifacts_url, record.plan.epoch)
+    _check_size(f"the plan of {record.name}", msgspec.json.encode(record.plan))
+
+
+def check_told(record: Ordering, others: Iterable[Ordering], artifacts_url: str, epoch: int) -> None:
+    """The same of the orders alone."""
     records = [*others, record]
     for device in record.orders:
         desired = desired_for(device, LARGEST_EPOCH, records, artifacts_url)
@@ -132,8 +146,7 @@ def check_orders(record: DeploymentRecord, others: Iterable[DeploymentRecord], a
                 f"{device} would hold {len(desired.stages)} stages, at most {MAX_STAGES} are possible",
                 try_="take another deployment out of force first",
             )
-        _check_readable(device, msgspec.structs.replace(desired, epoch=record.plan.epoch))
-    _check_size(f"the plan of {record.name}", msgspec.json.encode(record.plan))
+        _check_readable(device, msgspec.structs.replace(desired, epoch=epoch))
 
 
 def _check_readable(device: str, desired: Desired) -> None:

@@ -1,7 +1,8 @@
 """What the coordinator has acknowledged, in SQLite: it is on disk before anyone is told.
 
-Four tables: the epoch counter (a fence must never go back), deployments (plan, orders and the request they answer),
-profiles that are not believed, and artifacts (digest, size, where the file is). One connection, used by one thread.
+The epoch counter (a fence must never go back), deployments (plan, orders and the request they answer), profiles that
+are not believed, artifacts (digest, size, where the file is), and jobs with their rounds and updates (what is in them
+says coordinator.rounds.store). One connection, used by one thread.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ CREATE TABLE IF NOT EXISTS epoch (id INTEGER PRIMARY KEY CHECK (id = 1), value I
 CREATE TABLE IF NOT EXISTS deployment (name TEXT PRIMARY KEY, record BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS distrust (device TEXT PRIMARY KEY, record BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS artifact (digest TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, path TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS job (name TEXT PRIMARY KEY, record BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS job_round (
+    job TEXT NOT NULL, round INTEGER NOT NULL, record BLOB NOT NULL, PRIMARY KEY (job, round));
+CREATE TABLE IF NOT EXISTS job_update (
+    job TEXT NOT NULL, round INTEGER NOT NULL, device TEXT NOT NULL, record BLOB NOT NULL,
+    PRIMARY KEY (job, round, device));
 """
 
 
@@ -154,6 +161,55 @@ class Journal:
                     try_=f"move {self.path} away and deploy again",
                 ) from None
         return found
+
+    def save_job(self, name: str, record: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO job (name, record) VALUES (?, ?)", (name, record))
+
+    def jobs(self) -> dict[str, bytes]:
+        return dict(self._db.execute("SELECT name, record FROM job ORDER BY name"))
+
+    def forget_job(self, name: str) -> None:
+        """It, its rounds and their updates."""
+        self._db.execute("BEGIN")
+        for table, column in (("job", "name"), ("job_round", "job"), ("job_update", "job")):
+            self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
+        self._db.execute("COMMIT")
+
+    def save_update(self, job: str, number: int, device: str, record: bytes) -> None:
+        """Raises ValueError for one that is there already: it would count twice."""
+        try:
+            self._db.execute(
+                "INSERT INTO job_update (job, round, device, record) VALUES (?, ?, ?, ?)",
+                (job, number, device, record),
+            )
+        except sqlite3.IntegrityError:
+            raise ValueError(f"an update of {device} for round {number} of {job} is there already") from None
+
+    def updates(self, job: str, number: int) -> dict[str, bytes]:
+        """Device -> record."""
+        wanted = "SELECT device, record FROM job_update WHERE job = ? AND round = ? ORDER BY device"
+        return dict(self._db.execute(wanted, (job, number)))
+
+    def forget_update(self, job: str, number: int, device: str) -> None:
+        self._db.execute("DELETE FROM job_update WHERE job = ? AND round = ? AND device = ?", (job, number, device))
+
+    def finish_round(self, job: str, number: int, record: bytes, job_record: bytes) -> None:
+        """The round is over and the job goes on as it says now, both or neither; its updates are needed no more."""
+        self._db.execute("BEGIN")
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO job_round (job, round, record) VALUES (?, ?, ?)", (job, number, record)
+            )
+            self._db.execute("INSERT OR REPLACE INTO job (name, record) VALUES (?, ?)", (job, job_record))
+            self._db.execute("DELETE FROM job_update WHERE job = ? AND round <= ?", (job, number))
+        except sqlite3.Error:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def rounds(self, job: str) -> list[bytes]:
+        wanted = "SELECT record FROM job_round WHERE job = ? ORDER BY round"
+        return [record for (record,) in self._db.execute(wanted, (job,))]
 
     def save_artifact(self, digest: str, size_bytes: int, path: Path) -> None:
         self._db.execute(

@@ -20,6 +20,7 @@ from coordinator.losses import Lost, Overtaken
 from coordinator.planning.plan import Plan, PlannedStage
 from coordinator.planning.planner import Candidate, worth_moving
 from coordinator.preparing import Preparing, Progress
+from coordinator.presence import Presence
 from coordinator.replicas import Replicas
 from coordinator.service import Coordinator
 from coordinator.shelf import Prepared, Shelf, canonical
@@ -35,6 +36,9 @@ READY_TIMEOUT_S = 600.0
 BUSY_TIMEOUT_S = 120.0
 """How long a change of a deployment waits for the requests that run on it: most answers are over by then, and who
 waits at a terminal still does. docs/architecture.md states it."""
+NOT_YET = (Presence.SEEN, Presence.JOINING)
+RETURN_S = 5.0
+"""After its broker is there, a board needs a second to try it again, and one until its name is its own."""
 PROGRESS_PERIOD_S = 2.0
 """Between two lines about the same thing: people read them, and logs keep them."""
 
@@ -69,11 +73,29 @@ class Operations:
         request = checked(request)
         prepared = await self.preparing.prepare(request.model, request.precision, progress)
         await self.preparing.await_broker()
+        await self._await_return(request, progress)
         async with self._line(request, progress):
             record = self._in_force_for(request) or await self._deploy(request, progress, in_haste)
             hold.take(self._holds, _key(record))
         await self._await_ready(record, progress)
         return record, prepared
+
+    async def _await_return(self, request: DeployRequest, progress: Progress) -> None:
+        """Give the boards of what is in force time to be heard of, after a start of the coordinator or of its broker:
+        they hold their stages, and a plan without them would move these."""
+        coordinator = self._coordinator
+
+        def away() -> list[str]:
+            records = (record for record in coordinator.records() if record.request == request)
+            record = next((record for record in records if not coordinator.given_up(record)), None)
+            stages = record.plan.stages if record is not None else ()
+            presence = {device.name: device.presence for device in coordinator.devices()}
+            return [stage.device for stage in stages if presence.get(stage.device, Presence.SEEN) in NOT_YET]
+
+        until_s = coordinator.up_since_s + RETURN_S
+        if away() and time.monotonic() < until_s:
+            progress(f"waiting for {', '.join(dict.fromkeys(away()))} to be heard of")
+            await coordinator.changes.wait(lambda: not away(), until_s - time.monotonic())
 
     def _line(self, request: DeployRequest, progress: Progress) -> contextlib.AbstractAsyncContextManager[None]:
         name = deployment_name(request.model)

@@ -29,6 +29,7 @@ from coordinator.commands.common import (
 )
 from coordinator.commands.wishes import Engine, Exclude, Load, Pins, Reserve, Weigh, pins_of, weights_of
 from coordinator.inference.requests import GenerateRequest
+from coordinator.inference.resuming import answer_events
 from coordinator.screens.plain import stages_text
 from wire.errors import Unreachable, UsageError
 
@@ -117,8 +118,7 @@ def run(
         exact=exact,
         speculate=speculate,
     )
-    with client(coordinator, site_key_file) as there:
-        end = follow(there.stream("/v1/generate", request), show=not json)
+    end = follow(answer_events(lambda: client(coordinator, site_key_file), request), show=not json)
     if json:
         print_json({"schema": "edgelam.run/1", **{key: value for key, value in end.items() if key != "event"}})
     else:

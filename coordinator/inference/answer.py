@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -32,7 +33,15 @@ class Pause(Struct, kw_only=True):
 class Answer:
     """What has come so far, and the generation that the rest will come from."""
 
-    def __init__(self, prompt_ids: list[int], prepared: Prepared, stop_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        prepared: Prepared,
+        stop_ids: tuple[int, ...],
+        given: Sequence[Token] = (),
+        guesses: Guesses | None = None,
+    ) -> None:
+        """`given` and `guesses`: of an answer that another coordinator began."""
         self.prompt_ids = prompt_ids
         self.stop_ids = stop_ids
         self.tokens: list[Token] = []
@@ -47,8 +56,11 @@ class Answer:
         """Tokens that were given before the generation under way."""
         self.before: dict[Key, StageCounters] = {}
         """Counters of the stages when the generation under way began."""
-        self.guesses: Guesses | None = None
+        self.guesses = guesses
         """Decided when the first generation begins."""
+        for token in given:
+            self.add(token)
+        self._kept = self._given_before = len(given)
 
     @property
     def complete(self) -> bool:
@@ -110,9 +122,10 @@ class Answer:
     def summary(self, record: DeploymentRecord, rows: tuple[StageMeasured, ...]) -> dict[str, Any]:
         """The last event: figures of this request. Rates are over decode steps, pauses left out; None where there were
         too few."""
-        first_s, last_s = self.tokens[0].arrived_s, self.tokens[-1].arrived_s
-        within = [pause.pause_s or 0.0 for pause in self.pauses if pause.given]
-        steps = len(self.tokens) - 1 - len(within)
+        ours = self.tokens[self._given_before :] or self.tokens[-1:]
+        first_s, last_s = ours[0].arrived_s, ours[-1].arrived_s
+        within = [pause.pause_s or 0.0 for pause in self.pauses if pause.given > self._given_before]
+        steps = len(ours) - 1 - len(within)
         busy_s = last_s - first_s - sum(within)
         token_s = busy_s / steps if steps > 0 and busy_s > 0 else None
         hops = [row.sent_bytes_per_token for row in rows]

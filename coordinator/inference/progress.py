@@ -12,6 +12,10 @@ from wire.errors import Unreachable
 T = TypeVar("T")
 
 
+class OutOfTime(Unreachable):
+    """Work lasted too long; what kept it may be known from an earlier try."""
+
+
 def _into(statuses: asyncio.Queue[str]) -> Callable[[str], None]:
     """Give a function that puts texts into the queue, from any thread."""
     loop = asyncio.get_running_loop()
@@ -25,14 +29,14 @@ def _into(statuses: asyncio.Queue[str]) -> Callable[[str], None]:
 async def with_status(
     work: Callable[[Callable[[str], None]], Awaitable[T]], result: list[T], until_s: float | None = None
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Run `work(say)`; yield its status events while it runs, and put what it gives into `result`. Raises Unreachable
+    """Run `work(say)`; yield its status events while it runs, and put what it gives into `result`. Raises OutOfTime
     when it lasts beyond `until_s` (monotonic)."""
     statuses: asyncio.Queue[str] = asyncio.Queue()
     working = asyncio.ensure_future(work(_into(statuses)))
     try:
         while not working.done() or not statuses.empty():
             if until_s is not None and time.monotonic() >= until_s:
-                raise Unreachable("no deployment became ready in time", try_="edgelam devices")
+                raise OutOfTime("no deployment became ready in time", try_="edgelam devices")
             text = await _either(statuses, working, until_s)
             if text is not None:
                 yield {"event": "status", "text": text}

@@ -11,23 +11,34 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from coordinator.losses import Lost
 from wire import frames
 from wire.errors import Busy, EdgelamError, PeerError, Refused, Unreachable, UsageError
-from wire.limits import MAX_DRAFTS
+from wire.limits import MAX_DIM, MAX_DRAFTS
 from wire.messages import InboxAddress, Inquiry, RequestMeta, Sampling, StageError, Standing, decode
 from wire.tensors import Dtype
 
 SPECULATE: Final = ("off", "auto", *map(str, range(1, MAX_DRAFTS + 1)))
 
+MOST_TOKENS: Final = 100_000
+"""Of an answer."""
+
 MOST_ANSWERS = 256
 """Answers that are taken after a question: more than a plan has stages, twice."""
+
+
+class Guesses(Struct, frozen=True):
+    """How tokens are guessed for one answer, over all its losses: `most` in a round, 0: none."""
+
+    most: Annotated[int, Meta(ge=0, le=MAX_DRAFTS)] = 0
+    padded: bool = False
+    """In steps of two rows or more."""
 
 
 class GenerateRequest(Struct, frozen=True, kw_only=True):
@@ -78,6 +89,10 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     exact: bool = False
     """After a loss compute what was given again as it was computed before, token by token: slower, and the answer is
     the one that it would have been without the loss."""
+    given: Annotated[tuple[Annotated[int, Meta(ge=0, lt=MAX_DIM)], ...], Meta(max_length=MOST_TOKENS)] = ()
+    """What the client has of this answer already, from a coordinator that was lost: the rest is behind it."""
+    guesses: Guesses | None = None
+    """With `given`: as the answer's `start` said."""
     speculate: str = "auto"
     """Guess tokens from prompt and answer, and have several confirmed in one round of the stages: 'off'; a number, the
     most in a round, in steps of two rows or more; 'auto', where the plan says that it pays, and also steps of one row
@@ -86,7 +101,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     def sampling(self) -> Sampling:
         """Checked sampling parameters; raise UsageError naming the one out of range, or two that contradict."""
         checks = (
-            ("max_tokens", 1 <= self.max_tokens <= 100_000, "1 to 100000"),
+            ("max_tokens", 1 <= self.max_tokens <= MOST_TOKENS, f"1 to {MOST_TOKENS}"),
             ("temperature", 0 <= self.temperature <= 100, "0 to 100; 0 is greedy"),
             ("top_k", 0 <= self.top_k <= 1_000_000, "0 or more; 0 is off"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
@@ -100,6 +115,10 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
         for name, fine, rule in checks:
             if not fine:
                 raise UsageError(f"{name} {getattr(self, name)} is out of range", try_=rule)
+        if len(self.given) > self.max_tokens:
+            raise UsageError(
+                f"{len(self.given)} tokens were given, of {self.max_tokens}", try_="max_tokens counts those given, too"
+            )
         if self.exact and self.error_budget_percent:
             raise UsageError(
                 f"exact, and an error budget of {self.error_budget_percent:g} %: a coded answer depends on the cuts",
@@ -264,14 +283,6 @@ def stage_error(meta: bytes) -> EdgelamError:
     if told.code in ("deadline", "stopped"):
         return Lost(f"{where} could not go on: {told.text}", try_="edgelam devices shows the state; then run again")
     return EdgelamError(f"{where} failed ({told.code}): {told.text}", try_="run again; edgelam devices shows the state")
-
-
-class Guesses(Struct, frozen=True):
-    """How tokens are guessed for one answer, over all its losses: `most` in a round, 0: none."""
-
-    most: int = 0
-    padded: bool = False
-    """In steps of two rows or more."""
 
 
 def guesses_for(request: GenerateRequest, prompt_tokens: int, pays: bool) -> Guesses:

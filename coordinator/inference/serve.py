@@ -2,7 +2,7 @@
 
 `generate` yields events, each a plain dict that goes to the client as one JSON line:
     {"event": "status", "text"}            while models are packed, weights travel, stages load
-    {"event": "start", "deployment", "epoch", "prompt_tokens"}
+    {"event": "start", "deployment", "epoch", "boards", "prompt_tokens", "guesses"}
     {"event": "token", "id", "text"}       text that is safe to show; '' while a character is incomplete
     {"event": "pause", "reason", "given"}  a board, a stage or the broker was lost after so many tokens
     {"event": "resume", "pause_s", "epoch", "boards", "reason"}    the next token is there
@@ -10,7 +10,9 @@
 Errors are raised.
 
 After a loss that is not the request's own fault the same is deployed again, on what is left, and a new request begins
-behind the tokens that were given: stages keep nothing that the requester has not. A client sees a pause.
+behind the tokens that were given: stages keep nothing that the requester has not. A client sees a pause. A client that
+lost its coordinator goes on in the same way: it asks for the same, with what it was `given`
+(coordinator.inference.resuming).
 """
 
 from __future__ import annotations
@@ -21,11 +23,20 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
+import msgspec
+
 from coordinator.asked import checked
 from coordinator.inference.answer import Answer
 from coordinator.inference.patience import Pace, first_token_timeout_s
-from coordinator.inference.progress import with_status
-from coordinator.inference.requests import GenerateRequest, Generation, guesses_for, replayed, request_meta
+from coordinator.inference.progress import OutOfTime, with_status
+from coordinator.inference.requests import (
+    GenerateRequest,
+    Generation,
+    Token,
+    guesses_for,
+    replayed,
+    request_meta,
+)
 from coordinator.inference.watch import Watch
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.losses import Interrupted, Lost
@@ -151,7 +162,9 @@ class Serving:
             async with aclosing(with_status(lambda say: self._prompt(request, say), prompts)) as events:
                 async for event in events:
                     yield event
-            async with aclosing(self._find_place(request, placed, seat, hold, None)) as events:
+            # Who had a part of the answer already is owed the rest, as after any other loss.
+            until_s = time.monotonic() + request.recovery_timeout_s if request.given else None
+            async with aclosing(self._find_place(request, placed, seat, hold, until_s)) as events:
                 async for event in events:
                     yield event
         finally:
@@ -163,6 +176,7 @@ class Serving:
         """Have a deployment ready and a turn on it, and append both to `placed`. With `until_s` it is tried until then
         in spite of errors; without, only what is lost on the way to readiness is tried again."""
         wanted, found = deploy_request(request), len(placed)
+        missing: EdgelamError | None = None
         while len(placed) == found:
             ensured: list[_Place] = []
             try:
@@ -175,8 +189,11 @@ class Serving:
             except EdgelamError as error:
                 if until_s is None and isinstance(error, Interrupted) and request.recoveries_at_most:
                     until_s = time.monotonic() + request.recovery_timeout_s
+                if isinstance(error, OutOfTime) and missing is not None:
+                    raise missing from None
                 if until_s is None or time.monotonic() + RETRY_S >= until_s:
                     raise
+                missing = error
                 yield {"event": "status", "text": f"{error.message}; trying again"}
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -260,7 +277,12 @@ class Serving:
 
     def _answer(self, request: GenerateRequest, place: _Place, prompt_ids: list[int]) -> Answer:
         stop_ids = () if request.ignore_stop else tuple(place.prepared.tokenizer.stop_ids)
-        return Answer(prompt_ids, place.prepared, stop_ids)
+        now_s, last = time.monotonic(), len(request.given) - 1
+        given = [
+            Token(id_, index, now_s, index == last and (id_ in stop_ids or index + 1 == request.max_tokens))
+            for index, id_ in enumerate(request.given)
+        ]
+        return Answer(prompt_ids, place.prepared, stop_ids, given, request.guesses if given else None)
 
     def _begin(self, request: GenerateRequest, plan: Plan, answer: Answer) -> Generation:
         """Make the request to the stages: prompt and what was given of the answer, and how much may still come."""
@@ -302,7 +324,9 @@ class Serving:
                     "event": "start",
                     "deployment": record.name,
                     "epoch": record.plan.epoch,
+                    "boards": _boards(record.plan),
                     "prompt_tokens": len(answer.prompt_ids),
+                    "guesses": msgspec.to_builtins(answer.guesses),
                 }
             while not answer.complete:
                 token = await watch.next_token()
@@ -341,9 +365,13 @@ def _resumed(plan: Plan, answer: Answer) -> dict[str, Any]:
         "event": "resume",
         "pause_s": pause.pause_s,
         "epoch": plan.epoch,
-        "boards": list(dict.fromkeys(stage.device for stage in plan.stages)),
+        "boards": _boards(plan),
         "reason": pause.reason,
     }
+
+
+def _boards(plan: Plan) -> list[str]:
+    return list(dict.fromkeys(stage.device for stage in plan.stages))
 
 
 def deploy_request(request: GenerateRequest) -> DeployRequest:
@@ -354,6 +382,11 @@ def prompt_tokens(request: GenerateRequest, prepared: Prepared) -> list[int]:
     """Token ids of the prompt; raise UsageError if there is none or it does not fit the context."""
     ids = encoded(request, prepared)
     limit = request.context_tokens
+    if request.given and max(request.given) >= prepared.packed.graph.vocabulary:
+        raise UsageError(
+            f"{max(request.given)} was given, the model has {prepared.packed.graph.vocabulary} tokens",
+            try_="the tokens of an answer of this model",
+        )
     if len(ids) + request.max_tokens > limit:
         raise UsageError(
             f"prompt of {len(ids)} tokens and {request.max_tokens} new ones exceed the context of {limit}",

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from coordinator.inference import serve
-from coordinator.inference.requests import GenerateRequest
+from coordinator.inference.requests import GenerateRequest, Guesses
 from coordinator.losses import Lost
 from coordinator.planning.guessing import Guessing
 from coordinator.turns import Hold
@@ -131,6 +131,57 @@ def test_an_answer_keeps_the_kind_of_steps_that_it_began_with(
         assert meta(third).speculate == (7 if pays[1] else 0)
         made.answer(third, "hello")
         await again
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_another_coordinator_gave_is_gone_on_behind(play: Play, exact: bool) -> None:
+    async def scenario(made: Ring) -> None:
+        before = tuple(ord(letter) for letter in "he")
+        work = start(made, given=before, guesses=Guesses(3, True), exact=exact, seed=5, temperature=1.0)
+        prompt = await made.prompt()
+        assert rows(prompt) == "abche"
+        told = meta(prompt)
+        assert (told.prompt_tokens, told.max_new_tokens, told.speculate, told.padded) == (5, 6, 3, True)
+        assert made.operations.haste == [True], "it was under way when its coordinator was lost"
+        made.answer(prompt, "llo")
+        events = await work
+        assert kinds(events) == ["start", "token", "token", "token", "end"]
+        assert events[-1]["text"] == "hello" and events[-1]["token_ids"] == [ord(letter) for letter in "hello"]
+        start_event = next(event for event in events if event["event"] == "start")
+        assert start_event["guesses"] == {"most": 3, "padded": True} and start_event["boards"] == ["a"]
+
+    play(scenario)
+
+
+def test_what_was_computed_one_by_one_is_computed_so_again(play: Play) -> None:
+    async def scenario(made: Ring) -> None:
+        work = start(made, given=(104, 101), guesses=Guesses(), exact=True)
+        prompt = await made.prompt()
+        assert meta(prompt).replay_tokens == 2
+        made.answer(prompt, "llo")
+        assert (await work)[-1]["text"] == "hello"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(("last", "changes"), [(0, {}), (101, {"max_tokens": 2})])
+def test_an_answer_that_was_given_whole_has_its_end_alone(play: Play, last: int, changes: dict[str, Any]) -> None:
+    async def scenario(made: Ring) -> None:
+        events = await start(made, given=(104, last), guesses=Guesses(), **changes)
+        assert kinds(events) == ["end"] and events[-1]["token_ids"] == [104, last]
+        assert events[-1]["finish_reason"] == ("stop" if last == 0 else "length")
+        assert events[-1]["token_s"] is None
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("given", [(1,) * 9, (0x110000,)])
+def test_tokens_that_can_not_have_been_given_are_refused(play: Play, given: tuple[int, ...]) -> None:
+    async def scenario(made: Ring) -> None:
+        with pytest.raises(UsageError, match="given"):
+            await start(made, given=given)
 
     play(scenario)
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -53,6 +54,7 @@ class FakeTokenizer:
 
 class FakePrepared:
     tokenizer = FakeTokenizer()
+    packed = SimpleNamespace(graph=SimpleNamespace(vocabulary=0x110000))
 
 
 class FakeOperations:

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from math import ceil
@@ -20,6 +21,7 @@ import pytest
 
 from agent.workers.requests import chunks_of
 from coordinator.inference.requests import GenerateRequest
+from coordinator.inference.resuming import answer_events
 from coordinator.preparing import PREFILL_CHUNK_TOKENS
 from models.build.pack import pack
 from models.formats.checkpoint import open_checkpoint
@@ -126,18 +128,17 @@ def answer(
     events: list[dict[str, Any]] = []
     gaps: list[float] = []
     tokens, last_s, paused = 0, 0.0, False
-    with site.client() as there:
-        for event in there.stream("/v1/generate", request):
-            events.append(event)
-            paused = paused or event["event"] == "pause"
-            if event["event"] != "token":
-                continue
-            now_s = time.monotonic()
-            if paused:
-                gaps.append(now_s - last_s)
-            tokens, last_s, paused = tokens + 1, now_s, False
-            if tokens == after:
-                fault()
+    for event in answer_events(site.client, request):
+        events.append(event)
+        paused = paused or event["event"] == "pause"
+        if event["event"] != "token":
+            continue
+        now_s = time.monotonic()
+        if paused:
+            gaps.append(now_s - last_s)
+        tokens, last_s, paused = tokens + 1, now_s, False
+        if tokens == after:
+            fault()
     return Outcome(events[-1], events, gaps)
 
 
@@ -249,6 +250,32 @@ def _is_broker(process: psutil.Process) -> bool:
     return "mosquitto" in process.name() or embedded
 
 
+AWAY_S: Final[list[float]] = []
+"""For how long coordinators were away: whoever starts them again decides that."""
+
+_STARTER: Final = ThreadPoolExecutor(1)
+"""What it starts dies with its thread, which therefore stays."""
+
+
+def kill_coordinator(site: Site, _board: str) -> Undo:
+    """And start it again, as systemd does. Its broker dies with it."""
+    began_s = time.monotonic()
+    site.coordinator.kill()
+
+    def again() -> None:
+        site.await_broker_gone()
+        site.restart_coordinator()
+        AWAY_S.append(time.monotonic() - began_s)
+
+    restarting = _STARTER.submit(again)
+
+    def heal() -> None:
+        restarting.result()
+        site.await_states(dict.fromkeys(site.states(), "online"))
+
+    return heal
+
+
 def kill_own_broker(site: Site, board: str) -> Undo:
     """The broker that the board's agent runs for the stages on it (docs/decisions/0007)."""
     if mosquitto_path() is None:
@@ -272,6 +299,7 @@ FAULTS: Final[dict[str, Callable[[Site, str], Undo]]] = {
     "link reset": reset_link,
     "broker killed": kill_broker,
     "board's own broker killed": kill_own_broker,
+    "coordinator killed": kill_coordinator,
 }
 
 
@@ -360,11 +388,13 @@ def trial(site: Site, model: Model, fault: str, seed: int) -> Trial | None:
             heal()
     check(outcome, model, sampling, exact)
     await_nothing_left(site)
-    if not outcome.end["pauses"]:
+    if not outcome.pauses_s:  # no token came behind it: the end alone may have been lost
         return None
     pause = outcome.end["pauses"][0]
+    # A client knows at once that its coordinator is gone, and can do nothing until there is one.
+    known_s = AWAY_S[-1] if FAULTS[fault] is kill_coordinator else pause["detection_s"]
     cut = tuple((s["device"], s["first_block"], s["end_block"]) for s in plan_of(site)["stages"])
-    return Trial(seed, pause["detection_s"], outcome.pauses_s[0], pause["losses"], pause["reason"], cut)
+    return Trial(seed, known_s, outcome.pauses_s[0], pause["losses"], pause["reason"], cut)
 
 
 def figures(fault: str, trials: list[Trial]) -> str:

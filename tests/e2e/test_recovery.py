@@ -217,7 +217,7 @@ def test_a_killed_coordinator_leaves_nothing_behind_and_comes_back_with_its_plan
     answer(site, model, sampling_of(0), lambda: None, 1)
     epoch = plan_of(site)["epoch"]
     with pytest.raises(EdgelamError):
-        answer(site, model, sampling_of(0), site.coordinator.kill, 10)
+        answer(site, model, sampling_of(0), site.coordinator.kill, 10, recoveries_at_most=0)
     site.await_broker_gone()
     site.restart_coordinator()
     site.await_states(dict.fromkeys(("board1", "board2", "board3"), "online"))

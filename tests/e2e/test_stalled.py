@@ -130,3 +130,5 @@ def test_a_stalled_client_that_leaves_ends_what_it_asked_for(site: Site, model: 
     with callers(site, model, TOKENS):
         until(lambda: busy(site) == CLIENTS, 20.0, "all have asked")
     until(lambda: busy(site) == 0, 10.0, "their requests end with them")
+    answer = site.run(model, 2, max_tokens=2, prompt="hello world", **SETTINGS)
+    assert len(answer["token_ids"]) == 2, "and whoever asks next is answered"
