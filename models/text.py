@@ -82,6 +82,11 @@ class Tokenizer:
             template = ChatTemplate(source, bos, eos)
         return cls(encoders, template, checkpoint.stop_ids)
 
+    def to_json(self) -> str:
+        """tokenizer.json of what reads a user's text."""
+        text: str = self._encoders.plain.to_str()
+        return text
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None

@@ -144,6 +144,8 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    # What a large step took goes back to the C library, and with it to the kernel (agent.workers.memory).
+    options.enable_cpu_mem_arena = False
     # A pool that spins between steps takes the core from the transport, and a ring waits most of the time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

@@ -1,0 +1,242 @@
+"""What a worker that trains does with parcels.
+
+    coordinator --ROUND(meta, factors)--> device --UPDATE(meta, factors)--> coordinator
+
+One round at a time, step by step, so that connections are served in between. The same ROUND may come again, from the
+same coordinator or from one that was started anew: what is under way goes on, and what is done is answered again from
+memory. One of another number takes the place of what is under way. A lost connection loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+
+from agent.orders import is_inbox
+from agent.workers.requests import Tally
+from agent.workers.sending import UNSENT, Sender
+from agent.workers.stretch import Stretch
+from models.engine.base import EngineFailed
+from models.training.llama import TrainedStage
+from models.training.rounds import Diverged, Round
+from models.training.samples import Split
+from wire.channel import Delivery
+from wire.errors import PeerError
+from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
+from wire.messages import RoundMeta, StageError, StageOrder, StepMark, UpdateMeta, decode
+from wire.tensors import Dtype
+
+
+class Model(Protocol):
+    """agent.workers.training.Trainee."""
+
+    @property
+    def stage(self) -> TrainedStage: ...
+
+    @property
+    def shaped(self) -> Mapping[str, tuple[int, int]]: ...
+
+    @property
+    def rows(self) -> Split: ...
+
+    @property
+    def bad_rows(self) -> int: ...
+
+
+class _UnderWay(NamedTuple):
+    request: int
+    meta: RoundMeta
+    round: Round
+
+
+class RoundWork:
+    """`done(delivery)` returns credit to a sender; `fits()` raises EngineFailed when memory is over its limit."""
+
+    def __init__(
+        self,
+        order: StageOrder,
+        model: Model,
+        sender: Sender,
+        done: Callable[[Delivery], None],
+        stretch: Stretch,
+        site: str,
+        device: str,
+        fits: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.order = order
+        self.tally = Tally()
+        self.last_refusal = ""
+        self.ended = 0
+        self._model = model
+        self._sender = sender
+        self._done = done
+        self._stretch = stretch
+        self._site = site
+        self._device = device
+        self._fits = fits
+        self._under_way: _UnderWay | None = None
+        self._busy_s = 0.0
+        self._answer: tuple[str, Parcel] | None = None
+        """Of the last round: to whom, and what."""
+        self._unsent = False
+
+    @property
+    def live(self) -> int:
+        return int(self._under_way is not None)
+
+    @property
+    def marks(self) -> tuple[StepMark, ...]:
+        return ()
+
+    @property
+    def runnable(self) -> bool:
+        return self._under_way is not None
+
+    def accept(self, delivery: Delivery, _now_s: float) -> None:
+        """Take what arrived. Never raises for what came from the network."""
+        parcel = delivery.parcel
+        try:
+            if parcel.epoch != self.order.epoch & 0xFFFFFFFF:
+                self.tally.stale += 1
+            elif parcel.kind is Kind.ROUND and parcel.tensor is not None:
+                self._begin(parcel, parcel.tensor)
+            elif parcel.kind is Kind.CLOSE:
+                if self._under_way is not None and self._under_way.request == parcel.request:
+                    self._under_way = None
+            else:
+                self._refuse(f"{parcel.kind.name} is not for a worker that trains")
+        finally:
+            self._done(delivery)
+
+    def work(self, _now_s: float) -> bool:
+        """Make one step; False if there is none."""
+        under_way = self._under_way
+        if under_way is None:
+            return False
+        self._stretch.begin()
+        try:
+            more = under_way.round.step()
+            self._fits()
+        except (Diverged, EngineFailed, RuntimeError) as error:  # RuntimeError: torch, out of memory mostly
+            self._stretch.end()
+            self._fail(under_way, str(error))
+            return True
+        busy_s = self._stretch.end()
+        self._busy_s += busy_s
+        self.tally.prefill_steps += 1
+        self.tally.prefill_busy_s += busy_s
+        if not more:
+            self._finish(under_way)
+        return True
+
+    def tick(self, _now_s: float) -> None:
+        if self._unsent:
+            self._send()
+
+    def adopt(self, order: StageOrder) -> None:
+        """Take a new order; rounds of another epoch count no more."""
+        if order.epoch != self.order.epoch:
+            self._under_way, self._answer, self._unsent = None, None, False
+        self.order = order
+
+    def drop_all(self) -> None:
+        """A connection was lost: a round goes on, and its answer, which may not have come through, is sent again."""
+        self._unsent = self._answer is not None
+
+    def _begin(self, parcel: Parcel, tensor: Tensor) -> None:
+        try:
+            meta = decode(parcel.meta, RoundMeta, "round")
+        except PeerError as error:
+            self._refuse(error.message)
+            return
+        if not is_inbox(meta.reply.topic, self._site) or meta.reply.broker:
+            self._refuse(f"{meta.reply.topic!r} is not an inbox of this site")
+            return
+        under_way = self._under_way
+        if under_way is not None and under_way.request == parcel.request:
+            self._under_way = under_way._replace(meta=meta)
+            return
+        if self._answer is not None and self._answer[1].request == parcel.request:
+            self._answer = (meta.reply.topic, self._answer[1])
+            self._send()
+            return
+        try:
+            if tensor.dtype is not Dtype.F32 or len(tensor.shape) != 1:
+                raise ValueError("factors travel as one row of f32")
+            start = np.array(tensor.array(), np.float32)
+            if not np.isfinite(start).all():
+                raise ValueError("a factor that came is no number")
+            made = self._round(meta, start)
+        except ValueError as error:
+            self._refuse(str(error))
+            self._tell(meta.reply.topic, parcel.request, "protocol", str(error))
+            return
+        self.tally.requests += 1
+        self._busy_s = 0.0
+        self._under_way = _UnderWay(parcel.request, meta, made)
+
+    def _round(self, meta: RoundMeta, start: Any) -> Round:
+        task = self.order.training
+        assert task is not None
+        model = self._model
+        seed = device_seed(task.seed, self._device)
+        return Round(model.stage, model.shaped, model.rows, task, seed, meta.round, meta.parts, start, meta.train)
+
+    def _finish(self, under_way: _UnderWay) -> None:
+        meta, made = under_way.meta, under_way.round
+        try:
+            vector = made.vector() if meta.train else None
+        except Diverged as error:
+            self._fail(under_way, error.message)
+            return
+        update = UpdateMeta(
+            round=meta.round,
+            device=self._device,
+            samples=len(self._model.rows.trained),
+            bad_rows=self._model.bad_rows,
+            loss=made.loss,
+            held_out_loss=made.held_out_loss,
+            held_out_tokens=made.held_out_tokens,
+            compute_s=self._busy_s,
+        )
+        tensor = None if vector is None else Tensor.of(vector)
+        data = msgspec.json.encode(update)
+        parcel = Parcel(Kind.UPDATE, self.order.epoch, under_way.request, 0, FLAG_FINAL, tensor, data)
+        self._under_way, self._answer = None, (meta.reply.topic, parcel)
+        self.ended += 1
+        self._send()
+
+    def _send(self) -> None:
+        assert self._answer is not None
+        topic, parcel = self._answer
+        try:
+            self._sender.to_requester(topic, parcel)
+            self._unsent = False
+        except UNSENT:
+            self._unsent = True  # again at the next tick
+
+    def _fail(self, under_way: _UnderWay, text: str) -> None:
+        self._under_way = None
+        self.ended += 1
+        self._tell(under_way.meta.reply.topic, under_way.request, "engine", text)
+
+    def _tell(self, topic: str, request: int, code: Any, text: str) -> None:
+        error = StageError(stage=self.order.stage, device=self._device, code=code, text=text[:4096])
+        parcel = Parcel(Kind.ERROR, self.order.epoch, request, 0, FLAG_FINAL, None, msgspec.json.encode(error))
+        try:
+            self._sender.to_requester(topic, parcel)
+        except UNSENT:
+            self.tally.unsent += 1
+
+    def _refuse(self, text: str) -> None:
+        self.tally.refused += 1
+        self.last_refusal = text
+
+
+def device_seed(seed: int, device: str) -> int:
+    """By which a device draws its rows: another one than its neighbours'."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{device}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,95 @@
+"""The worker that trains on this device's data: `python -m agent.workers.training`, its assignment as the first line on
+stdin. The loop is that of agent.workers.inference; what it does in a round is in agent.workers.roundwork."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from msgspec import Struct
+
+from agent.workers.inference import Say, StageWorker, check_memory, done, hold_stage, spec_of
+from agent.workers.pipe import Assignment, Status
+from agent.workers.roundwork import RoundWork
+from agent.workers.work import Work
+from hwprofiles.measure import resident_bytes
+from models.engine.base import EngineFailed
+from models.engine.manifest import load_graph
+from models.engine.memory import map_weights
+from models.lora.adapter import AdapterSpec, initial, shapes
+from models.training.data import read
+from models.training.llama import TrainedStage
+from models.training.samples import Split, encoder_of, rows_of, split
+from wire.errors import CorruptData
+from wire.messages import StageOrder
+
+MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
+
+
+class Trainee(Struct, frozen=True, eq=False, kw_only=True):
+    """A model with factors, and the rows of this device."""
+
+    stage: TrainedStage
+    shaped: Mapping[str, tuple[int, int]]
+    rows: Split
+    bad_rows: int
+
+    @property
+    def name(self) -> str:
+        return f"torch {torch.__version__} cpu, {len(self.rows.trained)} rows, {len(self.rows.held_out)} held out"
+
+    @property
+    def held_bytes(self) -> int:
+        return resident_bytes()
+
+
+def main() -> int:
+    return hold_stage(load, TrainingWorker)
+
+
+def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
+    """Load model and data. Raises EngineFailed, CorruptData, UsageError."""
+    order, task = assignment.order, assignment.order.training
+    if task is None:
+        raise EngineFailed("the order says nothing of what to train")
+    torch.set_num_threads(assignment.threads)
+    say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
+    path = Path(assignment.tokenizer_path)
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise CorruptData(f"tokenizer of {path.stat().st_size} bytes, at most {MAX_TOKENIZER_BYTES} are read")
+    data = read(Path(assignment.data_path))
+    rows = rows_of(data.samples, encoder_of(path.read_text(encoding="utf-8")), task.row_tokens, task.end_id)
+    if not rows:
+        raise CorruptData(f"data {task.data}: no sample has two tokens", try_="longer texts")
+    spec = AdapterSpec(rank=task.rank, alpha=task.alpha, matrices=task.matrices, seed=task.seed)
+    _, manifest = load_graph(Path(assignment.graph_path), spec_of(order, assignment.threads))
+    weights = map_weights(manifest.weights, [Path(path) for path in assignment.weight_paths])
+    stage = TrainedStage(manifest, weights.tensors, spec, initial(manifest.config, spec), task.row_tokens)
+    trainee = Trainee(
+        stage=stage,
+        shaped=shapes(manifest.config, spec),
+        rows=split(rows, task.held_out, task.seed),
+        bad_rows=data.bad_rows + len(data.samples) - len(rows),
+    )
+    check_memory(assignment)
+    return trainee
+
+
+class TrainingWorker(StageWorker[Trainee]):
+    """On its connections."""
+
+    def _make_work(self, order: StageOrder) -> Work:
+        assignment = self._assignment
+        return RoundWork(
+            order, self._engine, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits
+        )
+
+    def _fits(self) -> None:
+        check_memory(self._assignment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

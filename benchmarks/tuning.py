@@ -1,0 +1,152 @@
+"""What rounds cost beyond computing and the factors themselves, and what they teach.
+
+Overhead: the model of tests (200,000 parameters, frozen) on boards of this machine, each with a little text and one
+step a round, so that a round is next to nothing but the way of about 1 MB of factors to and fro. Overhead of a round is
+its time less the longest step of any board.
+
+Perplexity: SmolLM2 with frozen 4 bit weights on boards that each have a part of a real text (benchmarks/texts); that on
+what all of them hold out, before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.parts.sites import MODEL, whole_site
+from benchmarks.report import Figure, at_most, emit, machine
+from coordinator.client import Client
+from coordinator.commands.tune import round_text
+from coordinator.rounds.job import Adapter, Job, Rounds
+from testbed.boards import BoardSpec, preset, with_data, with_link
+from testbed.links import preset as link_of
+from tests.e2e.site import write_tiny_model
+
+COUNTS = (2, 4, 8)
+ROUNDS = 8
+PARTS = ("overhead", "perplexity")
+TEXT = Path(__file__).parent / "texts" / "python_reference.txt"
+LEAST_LETTERS = 80
+"""Of a paragraph: headings and lines of code alone are left out."""
+
+RANK = 68
+"""Of all matrices of the model: 1 MB."""
+
+
+def boards_with_text(folder: Path, count: int, link: str) -> tuple[BoardSpec, ...]:
+    boards = preset("equal", count)
+    boards = with_link(boards, None if link == "none" else link_of(link))
+    for board in boards:
+        text = "\n".join(json.dumps({"text": f"{board.name} says hello world {line} times"}) for line in range(4))
+        (folder / f"{board.name}.jsonl").write_text(text, encoding="utf-8")
+    return with_data(boards, "notes", folder)
+
+
+def rounds_of(there: Client, model: str, rounds: int) -> list[dict[str, Any]]:
+    job = Job(
+        name="bench",
+        model=model,
+        data="notes",
+        precision="f32",
+        adapter=Adapter(rank=RANK, matrices=("q", "k", "v", "o", "gate", "up", "down")),
+        rounds=Rounds(count=rounds, steps=1, batch_rows=1, row_tokens=16, held_out=0.0, learning_rate=1e-4),
+    )
+    return events_of(there, job)[1:-1]  # the first waits for workers to load, the last trains nothing
+
+
+def events_of(there: Client, job: Job) -> list[dict[str, Any]]:
+    """The rounds of a job."""
+    found = []
+    for event in there.stream("/v1/jobs", job):
+        if event["event"] == "status":
+            print(f"... {event['text']}", file=sys.stderr)
+        elif event["event"] == "round":
+            print(f"... {round_text(event)}", file=sys.stderr)
+            found.append(event)
+        elif event["event"] == "end" and event["state"] != "done":
+            raise SystemExit(f"the job {event['state']}: {event['because']}")
+    return found
+
+
+def overhead_s(one: dict[str, Any]) -> float:
+    return float(one["wall_s"] - max(device["compute_s"] for device in one["devices"].values()))
+
+
+def measured(count: int, link: str, rounds: int) -> list[Figure]:
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        model = str(write_tiny_model(Path(folder)))
+        data = Path(folder) / "notes"
+        data.mkdir()
+        boards = boards_with_text(data, count, link)
+        with whole_site("f32", boards, model) as site:
+            found = rounds_of(site.there, model, rounds)
+    name = f"{count} boards, {link}"
+    payload = median(one["up_bytes"] / count for one in found)
+    took_s = median(overhead_s(one) for one in found)
+    return [
+        Figure(f"{name}: an update", payload / 1e6, "MB"),
+        Figure(f"{name}: a round", median(one["wall_s"] for one in found) * 1e3, "ms"),
+        Figure(f"{name}: beyond computing", took_s * 1e3, "ms"),
+    ]
+
+
+def learnt(precision: str, rounds: int) -> list[Figure]:
+    """What SmolLM2 learns of a text that lies on two boards."""
+    paragraphs = [part for part in TEXT.read_text(encoding="utf-8").split("\n\n") if len(part) > LEAST_LETTERS]
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        data = Path(folder)
+        boards = preset("equal", 2)
+        for number, board in enumerate(boards):
+            text = "\n\n".join(paragraphs[number :: len(boards)])
+            (data / f"{board.name}.txt").write_text(text, encoding="utf-8")
+        job = Job(
+            name="bench",
+            model=MODEL,
+            data="text",
+            precision=precision,  # type: ignore[arg-type]
+            adapter=Adapter(rank=8, matrices=("q", "v", "o", "down")),
+            rounds=Rounds(count=rounds, steps=8, batch_rows=2, row_tokens=64, held_out=0.1, learning_rate=2e-3),
+        )
+        began_s = time.monotonic()
+        with whole_site(precision, with_data(boards, "text", data)) as site:
+            found = events_of(site.there, job)
+    most = max(found[-2]["devices"].values(), key=lambda device: device["compute_s"])
+    before, after = found[0]["held_out_loss"], found[-1]["held_out_loss"]
+    name = f"smollm2 {precision}, 2 boards, {rounds} rounds"
+    return [
+        Figure(f"{name}: held-out perplexity before", math.exp(before), ""),
+        Figure(f"{name}: held-out perplexity after", math.exp(after), ""),
+        at_most(f"{name}: after / before", math.exp(after - before), "ratio", 0.98),
+        Figure(f"{name}: a board computes in a round", most["compute_s"], "s"),
+        Figure(f"{name}: sent by each board in a round", most["sent_bytes"] / 1e6, "MB"),
+        Figure(f"{name}: all of it", time.monotonic() - began_s, "s"),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description=__doc__.splitlines()[0])
+    parser.add_argument("--boards", type=int, nargs="+", default=list(COUNTS), help="how many take part")
+    parser.add_argument("--link", choices=("none", "ethernet", "wifi"), default="none")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--precision", choices=("int4", "int8", "f32"), default="int4", help="of smollm2's weights")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    given = parser.parse_args()
+    figures: list[Figure] = []
+    if "overhead" in given.parts:
+        for count in given.boards:
+            figures += measured(count, given.link, given.rounds + 1)
+    if "perplexity" in given.parts:
+        figures += learnt(given.precision, given.rounds)
+    conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}
+    return 0 if emit("tuning", conditions, figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

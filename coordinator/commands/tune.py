@@ -1,0 +1,187 @@
+"""`edgelam tune JOB.toml`, and what can be done with a job: status, follow, stop, resume, adapter."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from msgspec import Struct
+
+from coordinator.client import Client
+from coordinator.commands.common import (
+    CoordinatorUrl,
+    Json,
+    SiteKeyFile,
+    aside,
+    client,
+    model_name,
+    print_json,
+    status_line,
+    write_file,
+    write_text,
+)
+from coordinator.rounds.job import load_job
+from coordinator.rounds.store import FILES
+from coordinator.screens.table import table
+from wire.errors import ExitCode, Unreachable, UsageError
+from wire.units import bytes_text, seconds_text
+
+VERBS = ("status", "follow", "stop", "resume", "adapter")
+
+
+class Nothing(Struct, frozen=True):
+    """A body that says nothing."""
+
+
+def tune(
+    job: Annotated[str, typer.Argument(help="A job file (docs/tuning.md), or: status, follow, stop, resume, adapter.")],
+    name: Annotated[str, typer.Argument(help="Of which job, after one of these words.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the adapter (PEFT's layout).")
+    ] = None,
+    coordinator: CoordinatorUrl = None,
+    site_key_file: SiteKeyFile = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune a model with LoRA on the boards' own data.
+
+    The job goes on when this command is ended: edgelam tune follow JOB shows it again.
+
+    Example: edgelam tune notes.toml --output adapter/
+    """
+    if job in VERBS and not Path(job).is_file():
+        with client(coordinator, site_key_file) as there:
+            _verb(there, job, name, output, json)
+        return
+    if name:
+        raise UsageError(f"{job!r} is none of {', '.join(VERBS)}", try_="edgelam tune JOB.toml, or edgelam tune status")
+    wanted = load_job(Path(job))
+    wanted = msgspec.structs.replace(wanted, model=model_name(wanted.model))
+    with client(coordinator, site_key_file) as there:
+        _follow(there, "/v1/jobs", wanted, wanted.name, output, json)
+
+
+def _verb(there: Client, verb: str, name: str, output: Path | None, json: bool) -> None:
+    if output is not None and verb not in ("follow", "adapter"):
+        raise UsageError(f"edgelam tune {verb} gives no adapter", try_="without --output")
+    if json and verb == "adapter":
+        raise UsageError("edgelam tune adapter writes files", try_="without --json")
+    if verb == "status":
+        _status(there, name, json)
+        return
+    if not name:
+        raise UsageError(f"edgelam tune {verb}: of which job?", try_="edgelam tune status lists them")
+    if verb == "follow":
+        _follow(there, f"/v1/jobs/{name}/follow", Nothing(), name, output, json)
+    elif verb == "adapter":
+        _fetch(there, name, output or Path(name))
+    else:
+        row = there.post(f"/v1/jobs/{name}/{verb}")
+        if json:
+            print_json(row)
+        else:
+            write_text(_row_text(row))
+
+
+def _status(there: Client, name: str, json: bool) -> None:
+    found = there.get("/v1/jobs")
+    rows = [row for row in found["jobs"] if not name or row["job"] == name]
+    if name and not rows:
+        raise UsageError(f"no job {name!r}", try_="edgelam tune status lists them")
+    if json:
+        print_json({**found, "jobs": rows})
+    elif not rows:
+        write_text("no jobs; edgelam tune JOB.toml begins one")
+    else:
+        head = ("job", "model", "state", "round", "held out", "sent", "waits for")
+        lines = [
+            (
+                row["job"],
+                row["model"],
+                row["state"],
+                f"{row['round']} of {row['rounds']}",
+                _losses(row),
+                bytes_text(row["sent_bytes"]),
+                row["waits_for"] or row["because"] or "-",
+            )
+            for row in rows
+        ]
+        write_text(table(head, lines))
+
+
+def _follow(there: Client, path: str, body: Struct, name: str, output: Path | None, json: bool) -> None:
+    rounds: list[dict[str, Any]] = []
+    end: dict[str, Any] = {}
+    begun = isinstance(body, Nothing)
+    try:
+        for event in there.stream(path, body):
+            kind = event.get("event")
+            if kind == "begun":
+                begun = True
+                status_line(f"job {name} has begun; it goes on if this command is ended")
+            elif kind == "status":
+                status_line(event["text"])
+            elif kind == "refused":
+                status_line(f"round {event['round']}: {event['device']}: {event['because']}")
+            elif kind == "round":
+                rounds.append(event)
+                if not json:
+                    write_text(round_text(event))
+            elif kind == "end":
+                end = event
+    except KeyboardInterrupt:
+        if begun:
+            aside(f"job {name} goes on: edgelam tune follow {name}, edgelam tune stop {name}")
+        raise
+    if not end:
+        raise Unreachable("the coordinator ended the answer early", try_=f"edgelam tune follow {name}")
+    if json:
+        print_json({"schema": "edgelam.job/1", **{key: end[key] for key in end if key != "event"}, "each": rounds})
+    else:
+        write_text(_row_text(end))
+    if end["state"] != "done":
+        raise typer.Exit(int(ExitCode.FAILED))
+    if output is not None:
+        _fetch(there, name, output)
+
+
+def _fetch(there: Client, name: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: {(error.strerror or str(error)).lower()}", try_="another --output") from None
+    for file in FILES:
+        write_file(folder / file, there.file(f"/v1/jobs/{name}/{file}"))
+    status_line(f"adapter in {folder}")
+
+
+def round_text(event: dict[str, Any]) -> str:
+    """'round 3: loss 3.412, held out 3.388 (perplexity 29.6), 4 boards, 12.1 s, 14.7 MB'."""
+    devices = event["devices"]
+    counted = [device for device, found in devices.items() if not found["refused"]]
+    trained, judged = event["loss"], event["held_out_loss"]
+    parts = [
+        f"loss {trained:.3f}" if trained is not None else "",
+        f"held out {judged:.3f} (perplexity {math.exp(min(judged, 700)):.4g})" if judged is not None else "",
+        f"{len(counted)} of {len(devices)} boards",
+        seconds_text(event["wall_s"]),
+        bytes_text(event["down_bytes"] + event["up_bytes"]),
+    ]
+    left_out = [f"{device}: {found['refused']}" for device, found in devices.items() if found["refused"]]
+    what = f"round {event['round']}" if trained is not None else "at the end"
+    return f"{what}: {', '.join(part for part in parts if part)}" + "".join(f"\n  {line}" for line in left_out)
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    because = f": {row['because']}" if row["because"] else ""
+    return (
+        f"job {row['job']} {row['state']}{because}; {row['round']} of {row['rounds']} rounds, held out {_losses(row)}"
+    )
+
+
+def _losses(row: dict[str, Any]) -> str:
+    first, last = row["first_held_out_loss"], row["held_out_loss"]
+    return "-" if first is None else f"{first:.3f} -> {last:.3f}"

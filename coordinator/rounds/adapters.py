@@ -1,0 +1,118 @@
+"""A job's factors as a file that others load, with where they come from. Pure, but for numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.rounds.job import Adapter, Job
+from coordinator.rounds.store import ADAPTER, CONFIG, PROVENANCE, JobRecord, RoundRecord, digest_of
+from models.families.config import LlamaConfig
+from models.formats.safetensors import to_bytes
+from models.lora.adapter import AdapterSpec, flat, named, peft_modules, shapes, to_peft
+from models.lora.aggregate import Factors, Update, aggregated, sent, taken
+from wire.messages import UpdateMeta
+from wire.version import VERSION
+
+Floats = npt.NDArray[np.float32]
+
+
+def spec_of(job: Job, device: str = "") -> AdapterSpec:
+    """Of the job's adapter, or of the part of it that a device trains: its first ranks, which count as much there."""
+    adapter: Adapter = job.adapter
+    rank = adapter.rank_of(device)
+    alpha = adapter.scale_alpha * rank / adapter.rank
+    return AdapterSpec(rank=rank, alpha=alpha, matrices=adapter.matrices, seed=job.seed)
+
+
+def taken_by(config: LlamaConfig, job: Job, device: str, factors: Floats) -> Floats:
+    """What a device is sent of the job's factors: all, or the first ranks."""
+    if job.adapter.rank_of(device) == job.adapter.rank:
+        return factors
+    rule, rank = job.rounds.aggregation, job.adapter.rank_of(device)
+    whole = named(factors, shapes(config, spec_of(job)))
+    found: dict[str, Floats] = {}
+    for name in whole:
+        if name.endswith(".a"):
+            other = f"{name[:-1]}b"
+            found[name], found[other] = taken(rule, Factors(whole[name], whole[other]), rank)
+    return flat(found, shapes(config, spec_of(job, device)))
+
+
+def parts_of(job: Job, round_number: int) -> tuple[str, ...]:
+    """Which factors devices train and send in a round."""
+    return sent(job.rounds.aggregation, round_number)
+
+
+def aggregate(
+    config: LlamaConfig,
+    job: Job,
+    round_number: int,
+    start: Floats,
+    updates: Sequence[tuple[UpdateMeta, Floats]],
+) -> Floats:
+    """What the factors become by the updates, which hold the parts that were sent: the same bits in whatever order."""
+    shaped = shapes(config, spec_of(job))
+    parts = parts_of(job, round_number)
+    before = named(start, shaped)
+    sent_in = [(meta, named(vector, shapes(config, spec_of(job, meta.device)), parts)) for meta, vector in updates]
+    found: dict[str, Floats] = {}
+    for name in shaped:
+        if not name.endswith(".a"):
+            continue
+        other = f"{name[:-1]}b"
+        of_module = [
+            Update(
+                meta.device,
+                meta.samples,
+                Factors(factors.get(name, before[name]), factors.get(other, before[other])),
+            )
+            for meta, factors in sent_in
+        ]
+        made = aggregated(job.rounds.aggregation, of_module, round_number)
+        # Where nobody of the largest rank took part, the ranks beyond stay as they were.
+        found[name] = np.concatenate([made.a, before[name][made.rank :]])
+        found[other] = np.concatenate([made.b, before[other][:, made.rank :]], axis=1)
+    return flat(found, shaped)
+
+
+def files_of(
+    config: LlamaConfig, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]
+) -> dict[str, bytes]:
+    """PEFT's two files, and where the adapter comes from."""
+    job = record.job
+    spec = spec_of(job)
+    tensors = dict(to_peft(config, named(factors, shapes(config, spec))))
+    peft: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": job.model,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(peft_modules(spec.matrices)),
+    }
+    samples = {device: found.samples for done in rounds for device, found in done.devices.items() if not found.refused}
+    provenance: dict[str, Any] = {
+        "schema": "edgelam.adapter/1",
+        "edgelam": VERSION,
+        "job": msgspec.to_builtins(job),
+        "base": record.base,
+        "factors": digest_of(factors.astype("<f4", copy=False).tobytes()),
+        "rounds": sum(done.loss is not None for done in rounds),
+        "samples": samples,
+        "held_out_loss": [done.held_out_loss for done in rounds],
+        "privacy": "none: updates were sent without noise",
+    }
+    return {
+        ADAPTER: to_bytes(tensors, {"format": "pt"}),
+        CONFIG: msgspec.json.format(msgspec.json.encode(peft)),
+        PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance)),
+    }

@@ -1,0 +1,195 @@
+"""One round under way: the factors go out, updates come in, and each counts when it is on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.rounds.adapters import parts_of, spec_of, taken_by
+from coordinator.rounds.machine import RoundState
+from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord, now_unix
+from coordinator.rounds.updates import checked, farthest_of
+from coordinator.service import Coordinator
+from models.families.config import LlamaConfig
+from models.lora.adapter import flat, named, shapes
+from wire.errors import PeerError
+from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
+from wire.messages import RoundMeta, StageError, UpdateMeta, decode
+
+LOG = logging.getLogger("edgelam.rounds")
+
+Floats = npt.NDArray[np.float32]
+
+
+class Exchange:
+    """One round under way: what goes out and what comes in."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        store: JobStore,
+        record: JobRecord,
+        config: LlamaConfig,
+        start: Floats,
+        tell: Callable[[dict[str, Any]], None],
+        *,
+        train: bool,
+    ) -> None:
+        """The round that the record says; with `train` false its devices judge the factors alone."""
+        job, number, devices = record.job, record.round, record.chosen
+        self.number = number
+        self.start = start
+        self.train = train
+        self.changed = False
+        self.updates: dict[str, tuple[UpdateMeta, Floats | None]] = {}
+        self._coordinator = coordinator
+        self._store = store
+        self._record = record
+        self._tell = tell
+        self._over = False
+        self._parts = parts_of(job, number)
+        self._config = config
+        self._down_bytes = 0
+        self._keeping: set[str] = set()
+        self._requests = {request_of(job.name, record.epoch, number, device): device for device in devices}
+        if train:
+            known = store.updates(job.name, number)
+            self.updates.update({device: known[device] for device in devices if device in known})
+        deadline_s = time.monotonic() + job.rounds.timeout_s
+        at_least = job.rounds.at_least if train else 1
+        self.state = RoundState(number, devices, at_least, deadline_s, tuple(self.updates))
+
+    def ask(self, device: str) -> None:
+        """Send the factors that the round begins with."""
+        hub = self._coordinator.hub
+        parts: tuple[Any, ...] = self._parts
+        meta = RoundMeta(reply=hub.reply_inbox, round=self.number, parts=parts, train=self.train)
+        request = next(number for number, known in self._requests.items() if known == device)
+        [order] = self._record.orders[device]
+        tensor = Tensor.of(taken_by(self._config, self._record.job, device, self.start))
+        parcel = Parcel(Kind.ROUND, order.epoch, request, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
+        self._down_bytes += tensor.nbytes
+        hub.send(order.inbox, parcel, lambda why: LOG.warning("round %d to %s: %s", self.number, device, why))
+
+    def heard(self, parcel: Parcel) -> bool:
+        device = self._requests.get(parcel.request)
+        if device is None or parcel.epoch != self._record.epoch & 0xFFFFFFFF:
+            return False
+        if not self.state.wanted(device) or device in self._keeping:
+            return True
+        try:
+            if parcel.kind is Kind.ERROR:
+                error = decode(parcel.meta, StageError, f"an answer of {device}")
+                self._refuse(device, error.text)
+            elif parcel.kind is Kind.UPDATE:
+                self._take(device, parcel)
+        except PeerError as error:
+            self._refuse(device, error.message)
+        return True
+
+    def close(self) -> None:
+        """What comes from now on counts no more, and who is missing need not go on."""
+        if self._over:
+            return
+        self._over = True
+        for request, device in self._requests.items():
+            if self.state.wanted(device):
+                [order] = self._record.orders[device]
+                self._coordinator.hub.send(order.inbox, Parcel(Kind.CLOSE, order.epoch, request), lambda _why: None)
+
+    def record(self, wall_s: float) -> RoundRecord:
+        devices: dict[str, DeviceRound] = {}
+        for device, (meta, vector) in sorted(self.updates.items()):
+            devices[device] = DeviceRound(
+                samples=meta.samples,
+                bad_rows=meta.bad_rows,
+                loss=meta.loss,
+                held_out_loss=meta.held_out_loss,
+                held_out_tokens=meta.held_out_tokens,
+                compute_s=meta.compute_s,
+                sent_bytes=0 if vector is None else vector.nbytes,
+            )
+        for device, because in self.state.refused.items():
+            devices[device] = DeviceRound(refused=because)
+        for device in self.state.missing:
+            devices[device] = DeviceRound(refused="no answer in time")
+        counted = [found for found in devices.values() if not found.refused]
+        return RoundRecord(
+            round=self.number,
+            devices=devices,
+            loss=weighted([(found.loss, found.samples) for found in counted]),
+            held_out_loss=weighted([(found.held_out_loss, found.held_out_tokens) for found in counted]),
+            wall_s=wall_s,
+            down_bytes=self._down_bytes,
+            up_bytes=sum(found.sent_bytes for found in counted),
+            ended_unix=now_unix(),
+        )
+
+    def _take(self, device: str, parcel: Parcel) -> None:
+        meta = decode(parcel.meta, UpdateMeta, f"an update of {device}")
+        if not self.train:
+            if (meta.device, meta.round) != (device, self.number):
+                raise PeerError(f"is of round {meta.round} of {meta.device}")
+            self._counted(device, meta, None)
+            return
+        rounds = self._record.job.rounds
+        farthest = farthest_of(rounds.learning_rate, rounds.steps)
+        vector = checked(meta, parcel.tensor, device, self.number, self._sent_to(device), farthest)
+        self._keeping.add(device)
+        task = asyncio.ensure_future(self._keep(device, meta, vector))
+        task.add_done_callback(lambda done: self._kept(device, done))
+
+    def _sent_to(self, device: str) -> Floats:
+        """Of the factors that a device began with, the parts that it sends back."""
+        job = self._record.job
+        shaped = shapes(self._config, spec_of(job, device))
+        return flat(named(taken_by(self._config, job, device, self.start), shaped), shaped, self._parts)
+
+    async def _keep(self, device: str, meta: UpdateMeta, vector: Floats) -> None:
+        """On disk first, then it counts."""
+        store, name = self._store, self._record.name
+        digest = await asyncio.to_thread(store.write_update, name, self.number, device, vector)
+        if not self._over and self.state.wanted(device):
+            store.count_update(name, meta, digest)
+            self._counted(device, meta, vector)
+
+    def _kept(self, device: str, done: asyncio.Future[None]) -> None:
+        self._keeping.discard(device)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            self._refuse(device, f"its update could not be kept: {error}")
+
+    def _counted(self, device: str, meta: UpdateMeta, vector: Floats | None) -> None:
+        self.state.count(device)
+        self.updates[device] = (meta, vector)
+        self._ring()
+
+    def _refuse(self, device: str, because: str) -> None:
+        LOG.warning("round %d: %s: %s", self.number, device, because)
+        self.state.refuse(device, because)
+        self._tell({"event": "refused", "round": self.number, "device": device, "because": because})
+        self._ring()
+
+    def _ring(self) -> None:
+        self.changed = True
+        self._coordinator.changes.ring()
+
+
+def request_of(job: str, epoch: int, number: int, device: str) -> int:
+    """The same for the same question, so that a device knows it again when a restarted coordinator asks it."""
+    data = f"{job}/{epoch}/{number}/{device}".encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1 | 1
+
+
+def weighted(values: list[tuple[float | None, int]]) -> float | None:
+    """The mean of values by weight; None where there are none."""
+    known = [(value, weight) for value, weight in values if value is not None and weight > 0]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else None

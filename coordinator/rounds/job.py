@@ -1,0 +1,188 @@
+"""What a user wants trained: a TOML file, checked as a whole, so that all that is wrong with it is said at once.
+
+    model = "smollm2"
+    data = "notes"          # name of a data set in the settings of the boards
+
+    [adapter]
+    rank = 8
+
+    [rounds]
+    count = 20
+
+docs/tuning.md lists all keys with what they stand for when they are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from models.lora.aggregate import ANY_RANKS
+from wire.errors import UsageError
+from wire.ids import is_name
+from wire.limits import MAX_ADAPTER_RANK, MAX_PROMPT_TOKENS
+from wire.messages import Matrix
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_FILE_BYTES: Final = 1024 * 1024
+MOST_NAME: Final = 27
+"""Letters: 'tune-' goes before it in topics, which have 32."""
+
+Who = Literal["all", "random", "round-robin"]
+
+
+class Adapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    rank: Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)] = 8
+    alpha: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    """None: twice the rank."""
+    matrices: Annotated[tuple[Matrix, ...], Meta(min_length=1, max_length=7)] = ("q", "v")
+    ranks: dict[str, Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]] = {}
+    """Device -> its own rank, at most `rank`: it is sent and trains so many of the first."""
+
+    @property
+    def scale_alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def rank_of(self, device: str) -> int:
+        return self.ranks.get(device, self.rank)
+
+
+class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    count: Annotated[int, Meta(ge=1, le=100_000)] = 10
+    steps: Annotated[int, Meta(ge=1, le=100_000)] = 8
+    """Of each device in a round."""
+    batch_rows: Annotated[int, Meta(ge=1, le=4096)] = 4
+    row_tokens: Annotated[int, Meta(ge=2, le=MAX_PROMPT_TOKENS)] = 128
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
+    most_norm: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
+    """Of a step's gradient."""
+    aggregation: Literal["fedavg", "ffa", "rolora", "pad", "svd"] = "fedavg"
+    """models.lora.aggregate."""
+    who: Who = "all"
+    devices: Annotated[int, Meta(ge=1, le=256)] = 1
+    """In a round, where not all take part."""
+    at_least: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Updates without which a round does not count."""
+    timeout_s: Annotated[float, Meta(ge=1, le=1e6)] = 600.0
+    """After which a round goes on without those who are missing."""
+    held_out: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    """Share of each device's samples on which the loss is judged, and that is never trained on."""
+
+
+class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    model: str
+    data: str
+    mode: Literal["federated"] = "federated"
+    precision: Literal["int4", "int8", "f32"] = "int4"
+    """Of the frozen weights."""
+    devices: tuple[str, ...] = ()
+    """None: all that have the data."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    adapter: Adapter = Adapter()
+    rounds: Rounds = Rounds()
+
+
+def load_job(path: Path) -> Job:
+    """Read a job file; raise UsageError that lists all that is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UsageError(
+            f"job {path}: {(error.strerror or str(error)).lower()}", try_="edgelam tune JOB.toml"
+        ) from None
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"job {path}: more than {MAX_FILE_BYTES} bytes", try_="a TOML file, docs/tuning.md")
+    try:
+        raw = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"job {path}: not TOML: {error}", try_="docs/tuning.md") from None
+    return job_of({"name": path.stem.lower().replace("_", "-"), **raw}, str(path))
+
+
+def job_of(raw: Mapping[str, Any], where: str) -> Job:
+    """The job that a table says; raise UsageError that lists all that is wrong with it."""
+    problems: list[str] = []
+    values = _fields(Job, raw, "", problems)
+    if not problems:
+        problems += _contradictions(values)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise UsageError(f"job {where}:{lines}", try_="docs/tuning.md lists the keys")
+    return Job(**values)
+
+
+def checked(job: Job) -> Job:
+    """A job that came as JSON, where each field is right by itself; raise UsageError as `job_of`."""
+    return job_of(msgspec.to_builtins(job), job.name)
+
+
+def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    """The fields of a table, each checked for itself; what is wrong goes into `problems`."""
+    if not isinstance(raw, Mapping):
+        problems.append(f"{where.rstrip('.') or 'job'}: not a table")
+        return {}
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    problems += [f"{where}{key}: no such key; there are {', '.join(fields)}" for key in raw if key not in fields]
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in raw:
+            if field.required:
+                problems.append(f"{where}{name}: missing")
+            continue
+        if field.type in (Adapter, Rounds):
+            inner = _fields(field.type, raw[name], f"{name}.", problems)
+            values[name] = field.type(**inner)
+            continue
+        try:
+            values[name] = msgspec.convert(raw[name], type=field.type)
+        except msgspec.ValidationError as error:
+            problems.append(f"{where}{name}: {str(error).split(' - at ')[0]}")
+    return values
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with fields that are right by themselves."""
+    adapter, rounds = values.get("adapter", Adapter()), values.get("rounds", Rounds())
+    devices = values.get("devices", ())
+    found = []
+    if not is_name(values["name"]) or len(values["name"]) > MOST_NAME:
+        found.append(f"name: {values['name']!r} is none: up to {MOST_NAME} lower-case letters, digits and hyphens")
+    found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]
+    if len(set(devices)) != len(devices):
+        found.append("devices: one is listed twice")
+    found += [
+        f"adapter.ranks.{device}: {rank}, more than adapter.rank, {adapter.rank}"
+        for device, rank in adapter.ranks.items()
+        if rank > adapter.rank
+    ]
+    if any(rank != adapter.rank for rank in adapter.ranks.values()) and rounds.aggregation not in ANY_RANKS:
+        found.append(f"rounds.aggregation: {rounds.aggregation} needs one rank for all, not adapter.ranks")
+    if len(set(adapter.matrices)) != len(adapter.matrices):
+        found.append("adapter.matrices: one is listed twice")
+    if rounds.who == "all" and rounds.devices != 1:
+        found.append("rounds.devices: with who = 'all' all take part")
+    most = len(devices) or 256
+    if rounds.who != "all":
+        most = min(most, rounds.devices)
+        if devices and rounds.devices > len(devices):
+            found.append(f"rounds.devices: {rounds.devices} of {len(devices)} devices")
+    if rounds.at_least > most:
+        found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
+    return found
+
+
+def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    ranks = values.get("adapter", Adapter()).ranks
+    named = [("devices", device) for device in values.get("devices", ())]
+    return [("data", values["data"]), *named, *(("adapter.ranks", device) for device in ranks)]

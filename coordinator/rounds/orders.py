@@ -1,0 +1,138 @@
+"""What boards are told of a job: the whole model as one stage, and what to do in its rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.job import Job
+from coordinator.rounds.store import JobRecord, topic_name
+from coordinator.service import Coordinator
+from coordinator.shelf import Prepared
+from models.build.pack import Packed
+from models.build.stage import build_stage_graph
+from models.formats.contents import Checkpoint
+from wire import topics
+from wire.errors import Refused
+from wire.limits import MAX_DEVICES
+from wire.messages import ArtifactRef, InboxAddress, StageOrder, TrainingTask
+
+
+def make_orders(
+    site: str,
+    record: JobRecord,
+    able: Collection[str],
+    packed: Packed,
+    task: TrainingTask,
+    graph: ArtifactRef,
+    weights: tuple[ArtifactRef, ...],
+) -> dict[str, tuple[StageOrder, ...]]:
+    """The orders of all boards that have one, and of those that can take part now. Who has a number keeps it."""
+    stages = {device: order.stage for device, (order,) in record.orders.items()}
+    for device in sorted(able):
+        stages.setdefault(device, max(stages.values(), default=-1) + 1)
+    deployment, model = topic_name(record.name), packed.graph
+    orders: dict[str, tuple[StageOrder, ...]] = {}
+    for device, stage in sorted(stages.items()):
+        inbox = InboxAddress(topic=topics.INBOX.on(site, deployment, str(stage)))
+        order = StageOrder(
+            deployment=deployment,
+            epoch=record.epoch,
+            stage=stage,
+            stages=MAX_DEVICES,  # whoever comes later changes nothing of the others' orders
+            model=record.job.model,
+            engine="torch",
+            graph=graph,
+            weights=weights,
+            embedding=True,
+            head=True,
+            first_block=0,
+            end_block=model.blocks,
+            hidden=model.hidden,
+            vocabulary=model.vocabulary,
+            wire_dtype=model.wire_dtype,
+            context_tokens=max(2, record.job.rounds.row_tokens),
+            slots=1,
+            prefill_chunk_tokens=2,
+            inbox=inbox,
+            next=inbox,
+            config=msgspec.json.encode(packed.config).decode(),
+            runs="rounds",
+            training=msgspec.structs.replace(
+                task, rank=record.job.adapter.rank_of(device), alpha=spec_of(record.job, device).alpha
+            ),
+        )
+        orders[device] = (order,)
+    return orders
+
+
+def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTask:
+    """What a board of the adapter's rank does in each round."""
+    rounds = job.rounds
+    return TrainingTask(
+        data=job.data,
+        tokenizer=tokenizer,
+        end_id=end_id,
+        rank=job.adapter.rank,
+        alpha=job.adapter.scale_alpha,
+        matrices=job.adapter.matrices,
+        row_tokens=rounds.row_tokens,
+        batch_rows=rounds.batch_rows,
+        steps=rounds.steps,
+        learning_rate=rounds.learning_rate,
+        most_norm=rounds.most_norm,
+        held_out=rounds.held_out,
+        seed=job.seed,
+    )
+
+
+def able_devices(coordinator: Coordinator, job: Job) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Boards that can take part, and why others can't."""
+    able: list[str] = []
+    unable: dict[str, str] = dict.fromkeys(job.devices, "not heard of")
+    for device in coordinator.devices():
+        if job.devices and device.name not in job.devices:
+            continue
+        info = device.info
+        torch = next((engine for engine in info.engines if engine.name == "torch"), None) if info is not None else None
+        unable.pop(device.name, None)
+        if info is None or not coordinator.is_online(device.name):
+            unable[device.name] = "offline"
+        elif job.data not in info.data:
+            unable[device.name] = f"has no data {job.data!r}"
+        elif torch is None or not torch.version:
+            unable[device.name] = f"no torch: {torch.because if torch is not None else 'not looked for'}"
+        else:
+            able.append(device.name)
+    return tuple(sorted(able)), unable
+
+
+def llama_of(prepared: Prepared) -> Packed:
+    """Raises Refused for a model that is none of language."""
+    if not isinstance(prepared.packed, Packed):
+        raise Refused(f"{prepared.name} is no language model of the Llama family", try_="edgelam model list")
+    return prepared.packed
+
+
+def checkpoint_of(prepared: Prepared) -> Checkpoint:
+    """Of a language model."""
+    checkpoint: Any = prepared.checkpoint
+    llama_of(prepared)
+    return checkpoint  # type: ignore[no-any-return]
+
+
+def whole_graph(packed: Packed) -> bytes:
+    """All of a model as one stage."""
+    graph = packed.graph
+    return build_stage_graph(
+        packed.config,
+        graph.precision,
+        graph.wire_dtype,
+        first_block=0,
+        end_block=graph.blocks,
+        embedding=True,
+        head=True,
+    )

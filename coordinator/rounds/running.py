@@ -1,0 +1,222 @@
+"""One job under way: its rounds one after the other, each on disk before the next begins."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from coordinator.operations import Operations
+from coordinator.rounds.adapters import aggregate, files_of
+from coordinator.rounds.exchange import Exchange
+from coordinator.rounds.job import Job
+from coordinator.rounds.orders import (
+    able_devices,
+    checkpoint_of,
+    llama_of,
+    make_orders,
+    task_of,
+    whole_graph,
+)
+from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, topic_name
+from coordinator.service import Coordinator
+from models.build.pack import Packed
+from wire.errors import Refused
+from wire.frames import Parcel
+from wire.messages import Applied, ArtifactRef, StageReport, TrainingTask
+
+LOOK_PERIOD_S: Final = 1.0
+WAITING_SAID_S: Final = 30.0
+"""Between two words about boards that are waited for."""
+
+
+class Running:
+    """`task` runs it, and is whoever made it's to end."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, coordinator: Coordinator, operations: Operations, store: JobStore, record: JobRecord) -> None:
+        self.record = record
+        self.waits_for = ""
+        self.followers: set[asyncio.Queue[dict[str, Any] | None]] = set()
+        self._coordinator = coordinator
+        self._operations = operations
+        self._store = store
+        self._round: Exchange | None = None
+        self._placed = False
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def job(self) -> Job:
+        return self.record.job
+
+    def heard(self, parcel: Parcel) -> bool:
+        """Take a parcel; False if it is none of ours."""
+        return self._round is not None and self._round.heard(parcel)
+
+    def broker_up(self) -> None:
+        if self._round is not None:
+            self._round.state.ask_all_again()
+
+    def tell(self, event: dict[str, Any] | None) -> None:
+        """To all who follow; None: it is over."""
+        for queue in self.followers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(event)
+        self._coordinator.changes.ring()
+
+    async def run(self) -> None:
+        """All rounds that are left, and a last look at what came of them. Raises EdgelamError."""
+        job = self.job
+        prepared = await self._operations.preparing.prepare(job.model, job.precision, self._say)
+        packed = llama_of(prepared)
+        if await asyncio.to_thread(lambda: checkpoint_of(prepared).digest) != self.record.base:
+            raise Refused(f"{job.model} is another file than when the job began", try_="begin the job anew")
+        await self._operations.preparing.await_broker()
+        artifacts = self._coordinator.artifacts
+        words = (await asyncio.to_thread(prepared.tokenizer.to_json)).encode()
+        task = task_of(job, artifacts.add_bytes(words, "tokenizer.json"), checkpoint_of(prepared).eos_id)
+        data = await asyncio.to_thread(whole_graph, packed)
+        graph = artifacts.add_bytes(data, f"{topic_name(job.name)}.onnx")
+        while self.record.state == "running":
+            self._place(packed, task, graph)
+            number = self.record.round
+            last = number >= job.rounds.count
+            await self._choose(number, last, lambda: self._place(packed, task, graph))
+            start = self._store.factors(self.record)
+            round_ = self._round = Exchange(
+                self._coordinator, self._store, self.record, packed.config, start, self.tell, train=not last
+            )
+            try:
+                began_s = time.monotonic()
+                await self._over(round_)
+                round_.close()
+                await self._finish(packed, round_, time.monotonic() - began_s)
+            finally:
+                round_.close()
+                self._round = None
+
+    async def _over(self, round_: Exchange) -> None:
+        """Wait until a round is over, and ask whom it needs meanwhile. Raises Refused where nothing came of it."""
+        said = ""
+        while True:
+            for device, because in self._unable().items():
+                round_.state.refuse(device, because)
+            look = round_.state.look(time.monotonic(), self._ready())
+            for device in look.ask:
+                round_.ask(device)
+            self.waits_for = ", ".join(round_.state.missing)
+            if look.verdict == "over":
+                return
+            if look.verdict == "failed":
+                why = "; ".join(f"{device}: {because}" for device, because in round_.state.refused.items())
+                raise Refused(f"round {round_.number} has too few updates: {why}", try_="edgelam tune resume, later")
+            text = self._loading()
+            if text and text != said:
+                said = text
+                self._say(text)
+            round_.changed = False
+            await self._coordinator.changes.wait(lambda: round_.changed, LOOK_PERIOD_S)
+
+    async def _finish(self, packed: Packed, round_: Exchange, wall_s: float) -> None:
+        number, job = round_.number, self.job
+        updates = [round_.updates[device] for device in sorted(round_.updates)]
+        factors = round_.start
+        if round_.train:
+            vectors = [(meta, vector) for meta, vector in updates if vector is not None]
+            factors = await asyncio.to_thread(aggregate, packed.config, job, number, round_.start, vectors)
+        done = round_.record(wall_s)
+        state: State = "running" if round_.train else "done"
+        # First the adapter: who is killed before the journal knows does the round again, and comes to the same.
+        rounds = [*self._store.rounds(job.name), done]
+        files = await asyncio.to_thread(files_of, packed.config, self.record, factors, rounds)
+        await asyncio.to_thread(self._store.write_adapter, job.name, files)
+        digest = await asyncio.to_thread(self._store.write_next, self.record, factors)
+        self.record = self._store.finish_round(self.record, done, digest, state)
+        self.tell(round_event(done))
+
+    async def _choose(self, number: int, last: bool, place: Callable[[], None]) -> None:
+        """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
+        it. Waits while too few are there; `place` gives orders to those that have come."""
+        if self.record.chosen:
+            return
+        least = 1 if last else self.job.rounds.at_least
+        while len(able := self._able()) < least:
+            self.waits_for = f"{least} boards that are online and have the data"
+            self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
+            await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
+        place()
+        chosen = drawn(able, self.job, number, last)
+        self.record = msgspec.structs.replace(self.record, chosen=chosen)
+        self._store.save(self.record)
+
+    def _able(self) -> tuple[str, ...]:
+        return able_devices(self._coordinator, self.job)[0]
+
+    def _place(self, packed: Packed, task: TrainingTask, graph: ArtifactRef) -> None:
+        """Orders for all boards that can take part, those that have come meanwhile too: on disk first."""
+        coordinator = self._coordinator
+        able, _ = able_devices(coordinator, self.job)
+        weights = tuple(
+            coordinator.artifacts.add_file(digest, path, path.name) for digest, path in sorted(packed.files.items())
+        )
+        orders = make_orders(coordinator.site, self.record, able, packed, task, graph, weights)
+        if orders == self.record.orders and self._placed:
+            return
+        self.record, self._placed = msgspec.structs.replace(self.record, orders=orders), True
+        self._store.save(self.record)
+        coordinator.order_job(topic_name(self.job.name), self.record)
+
+    def _ready(self) -> dict[str, str]:
+        """Device -> the worker that it runs, of those that can take a round."""
+        return {
+            device: f"{applied.boot}/{report.restarts}"
+            for device, applied, report in self._reports()
+            if report.phase == "ready" and self._coordinator.is_online(device)
+        }
+
+    def _unable(self) -> dict[str, str]:
+        """Device -> why it can't take part."""
+        return {
+            device: report.detail or "it failed" for device, _, report in self._reports() if report.phase == "failed"
+        }
+
+    def _reports(self) -> Iterator[tuple[str, Applied, StageReport]]:
+        """What devices say of the job."""
+        mine = topic_name(self.job.name), self.record.epoch
+        for device, applied in self._coordinator.applied().items():
+            for report in applied.stages:
+                if (report.deployment, report.epoch) == mine:
+                    yield device, applied, report
+
+    def _loading(self) -> str:
+        """How far boards are that have not begun, in a line; '' when all have."""
+        ready = self._ready()
+        waits = [device for device in self.record.orders if device not in ready]
+        return (
+            f"{len(ready)} of {len(self.record.orders)} boards ready; waiting for {', '.join(waits)}" if waits else ""
+        )
+
+    def _say(self, text: str) -> None:
+        """Any thread."""
+        self._loop.call_soon_threadsafe(self.tell, {"event": "status", "text": text})
+
+
+def drawn(devices: Sequence[str], job: Job, number: int, last: bool) -> tuple[str, ...]:
+    """Who takes part in a round, of those that are there: the same for the same."""
+    devices, rounds = sorted(devices), job.rounds
+    if last or rounds.who == "all" or rounds.devices >= len(devices):
+        return tuple(devices)
+    if rounds.who == "random":
+        return tuple(sorted(random.Random(f"{job.seed} {number}").sample(devices, rounds.devices)))
+    return tuple(devices[(number * rounds.devices + place) % len(devices)] for place in range(rounds.devices))
+
+
+def round_event(done: RoundRecord) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.to_builtins(done)
+    return {"event": "round", **found}

@@ -1,0 +1,212 @@
+"""What is known of jobs, on disk before anybody is told.
+
+In the journal: a job's record, a record of each round that is over, and of each update that counts in the one under
+way. Beside it files, each written whole before the journal says that it is there, under `jobs/NAME/`:
+
+    factors-7.f32            with which round 7 begins
+    update-7-pi4.f32         what pi4 made of them
+    adapter_model.safetensors, adapter_config.json, provenance.json     of the last round that is over (PEFT)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from coordinator.config import write_atomically
+from coordinator.journal import Journal
+from coordinator.rounds.job import Job
+from wire.errors import CorruptData
+from wire.messages import StageOrder, UpdateMeta
+
+LOG = logging.getLogger("edgelam.rounds")
+
+Floats = npt.NDArray[np.float32]
+State = Literal["running", "stopped", "done", "failed"]
+
+ADAPTER: Final = "adapter_model.safetensors"
+CONFIG: Final = "adapter_config.json"
+PROVENANCE: Final = "provenance.json"
+FILES: Final = (ADAPTER, CONFIG, PROVENANCE)
+
+
+class JobRecord(Struct, frozen=True, kw_only=True):
+    """`round` is the one under way, or the next; `factors` the digest of what it begins with."""
+
+    job: Job
+    state: State
+    because: str = ""
+    round: int = 0
+    epoch: int = 0
+    factors: str = ""
+    base: str = ""
+    """Digest of the checkpoint that the adapter is of."""
+    orders: dict[str, tuple[StageOrder, ...]] = {}
+    chosen: tuple[str, ...] = ()
+    """Who takes part in the round under way; none before that is settled."""
+    began_unix: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+
+class DeviceRound(Struct, frozen=True, kw_only=True):
+    """What a device had to do with a round; `refused` why it did not count."""
+
+    samples: int = 0
+    bad_rows: int = 0
+    loss: float | None = None
+    held_out_loss: float | None = None
+    held_out_tokens: int = 0
+    compute_s: float = 0.0
+    sent_bytes: int = 0
+    refused: str = ""
+
+
+class RoundRecord(Struct, frozen=True, kw_only=True):
+    """A round that is over. `loss` is the mean while training, `held_out_loss` of the factors that it began with."""
+
+    round: int
+    devices: dict[str, DeviceRound]
+    loss: float | None
+    held_out_loss: float | None
+    wall_s: float
+    down_bytes: int
+    up_bytes: int
+    ended_unix: float
+
+
+class _Kept(Struct, frozen=True):
+    meta: UpdateMeta
+    digest: str
+
+
+class JobStore:
+    """One per coordinator; methods that write return when it is on disk."""
+
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        self._folder = folder
+        self._journal = journal
+
+    def folder_of(self, name: str) -> Path:
+        return self._folder / name
+
+    def records(self) -> dict[str, JobRecord]:
+        """All jobs."""
+        return records_in(self._journal)
+
+    def save(self, record: JobRecord) -> None:
+        self._journal.save_job(record.name, msgspec.json.encode(record))
+
+    def begin(self, record: JobRecord, factors: Floats) -> JobRecord:
+        """A new job, whatever one of its name has left."""
+        self._journal.forget_job(record.name)
+        for path in sorted(self.folder_of(record.name).glob("*")):
+            path.unlink()
+        record = msgspec.structs.replace(record, factors=self._write(self._factors(record), factors))
+        self.save(record)
+        return record
+
+    def factors(self, record: JobRecord) -> Floats:
+        """What the round of the record begins with; raises CorruptData."""
+        return self._read(self._factors(record), record.factors)
+
+    def write_update(self, name: str, number: int, device: str, vector: Floats) -> str:
+        """Put an update on disk, and give its digest: it counts when `count_update` has returned. Any thread."""
+        return self._write(self._update(name, number, device), vector)
+
+    def count_update(self, name: str, meta: UpdateMeta, digest: str) -> None:
+        record = msgspec.json.encode(_Kept(meta, digest))
+        self._journal.save_update(name, meta.round, meta.device, record)
+
+    def updates(self, name: str, number: int) -> dict[str, tuple[UpdateMeta, Floats]]:
+        """Those that count in a round, by device. One whose file is damaged is as if it had never come."""
+        found: dict[str, tuple[UpdateMeta, Floats]] = {}
+        for device, data in self._journal.updates(name, number).items():
+            try:
+                kept = msgspec.json.decode(data, type=_Kept)
+                found[device] = kept.meta, self._read(self._update(name, number, device), kept.digest)
+            except (msgspec.DecodeError, CorruptData) as error:
+                LOG.error("job %s, round %d: the update of %s is lost: %s", name, number, device, error)
+                self._journal.forget_update(name, number, device)
+        return found
+
+    def write_next(self, record: JobRecord, factors: Floats) -> str:
+        """Put what the next round begins with on disk, and give its digest. Any thread."""
+        return self._write(self._factors(msgspec.structs.replace(record, round=record.round + 1)), factors)
+
+    def finish_round(self, record: JobRecord, done: RoundRecord, factors: str, state: State) -> JobRecord:
+        """The round is over and came to the factors of this digest, which are on disk."""
+        ahead = msgspec.structs.replace(record, round=record.round + 1, state=state, chosen=(), factors=factors)
+        self._journal.finish_round(record.name, record.round, msgspec.json.encode(done), msgspec.json.encode(ahead))
+        for path in [*self.folder_of(record.name).glob(f"update-{record.round}-*.f32"), self._factors(record)]:
+            path.unlink(missing_ok=True)
+        return ahead
+
+    def rounds(self, name: str) -> list[RoundRecord]:
+        return [msgspec.json.decode(data, type=RoundRecord) for data in self._journal.rounds(name)]
+
+    def write_adapter(self, name: str, files: dict[str, bytes]) -> None:
+        for file, data in files.items():
+            write_atomically(self.folder_of(name) / file, data)
+
+    def _factors(self, record: JobRecord) -> Path:
+        return self.folder_of(record.name) / f"factors-{record.round}.f32"
+
+    def _update(self, name: str, number: int, device: str) -> Path:
+        return self.folder_of(name) / f"update-{number}-{device}.f32"
+
+    @staticmethod
+    def _write(path: Path, vector: Floats) -> str:
+        data = vector.astype("<f4", copy=False).tobytes()
+        write_atomically(path, data)
+        return digest_of(data)
+
+    @staticmethod
+    def _read(path: Path, digest: str) -> Floats:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CorruptData(f"{path}: {(error.strerror or str(error)).lower()}", try_="begin the job again") from None
+        if digest_of(data) != digest:
+            raise CorruptData(f"{path}: not what was written there", try_="begin the job again")
+        return np.frombuffer(data, "<f4").astype(np.float32)
+
+
+def records_in(journal: Journal) -> dict[str, JobRecord]:
+    """All jobs; one that can't be read any more is left out and told of in the log."""
+    found: dict[str, JobRecord] = {}
+    for name, data in journal.jobs().items():
+        try:
+            found[name] = msgspec.json.decode(data, type=JobRecord)
+        except msgspec.DecodeError as error:
+            LOG.error("job %s can't be read (%s): it is left alone", name, error)
+    return found
+
+
+def running_jobs(journal: Journal) -> list[JobRecord]:
+    """Jobs that devices have orders of: a coordinator that starts tells them the same again."""
+    return [record for record in records_in(journal).values() if record.state == "running" and record.orders]
+
+
+def topic_name(job: str) -> str:
+    """The deployment under which devices hold their part of a job."""
+    return f"tune-{job}"
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def now_unix() -> float:
+    """For people."""
+    return time.time()

@@ -1,0 +1,1 @@
+"""Adapters: low-rank factors beside frozen weights, and what becomes of several of them."""

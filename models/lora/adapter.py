@@ -1,0 +1,147 @@
+"""An adapter: which matrices have low-rank factors, of which rank, and how they are named in files.
+
+In a file its factors have the names and the layout of PEFT (`adapter_config.json` and `adapter_model.safetensors`), so
+that others can load it. Inside, a factor is named as its matrix: 'block.3.q.a' is A [r, in], 'block.3.q.b' is
+B [out, r].
+
+GGUF files of the arch 'llama' have the rows of q and k in another order than Hugging Face's, since their rotation
+pairs neighbours (models.families.config.rope_interleaved). B has a row for each row of its matrix: what leaves for a
+PEFT file is put into Hugging Face's order, and what comes from one into ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Final, get_args
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+from models.families.config import LlamaConfig
+from wire.limits import MAX_ADAPTER_RANK
+from wire.messages import Matrix
+
+Floats = npt.NDArray[np.float32]
+
+MATRICES: Final[tuple[Matrix, ...]] = get_args(Matrix)
+PARTS: Final = ("a", "b")
+
+_PEFT: Final[Mapping[str, str]] = {
+    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+
+
+class AdapterSpec(Struct, frozen=True, kw_only=True):
+    """`alpha` / rank is the scale of the product."""
+
+    rank: Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]
+    alpha: Annotated[float, Meta(gt=0, le=1e6)]
+    matrices: tuple[Matrix, ...] = ("q", "v")
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def sizes(config: LlamaConfig, matrix: Matrix) -> tuple[int, int]:
+    """(out, in) of a matrix."""
+    found = {
+        "q": (config.q_width, config.hidden),
+        "k": (config.kv_width, config.hidden),
+        "v": (config.kv_width, config.hidden),
+        "o": (config.hidden, config.q_width),
+        "gate": (config.ffn, config.hidden),
+        "up": (config.ffn, config.hidden),
+        "down": (config.hidden, config.ffn),
+    }
+    return found[matrix]
+
+
+def shapes(config: LlamaConfig, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """Name -> shape of all factors, blocks in order."""
+    found: dict[str, tuple[int, int]] = {}
+    for block in range(config.blocks):
+        for matrix in spec.matrices:
+            out, columns = sizes(config, matrix)
+            found[f"block.{block}.{matrix}.a"] = (spec.rank, columns)
+            found[f"block.{block}.{matrix}.b"] = (out, spec.rank)
+    return found
+
+
+def initial(config: LlamaConfig, spec: AdapterSpec) -> dict[str, Floats]:
+    """A of normal numbers with variance 1 / rank, B of zeros: the adapter changes nothing yet. The same on all
+    devices; A of a smaller rank is the beginning of that of a larger one, but for its size."""
+    factors: dict[str, Floats] = {}
+    for number, (name, shape) in enumerate(shapes(config, spec).items()):
+        if name.endswith(".b"):
+            factors[name] = np.zeros(shape, np.float32)
+            continue
+        drawn = np.random.default_rng([spec.seed, number]).standard_normal(shape, dtype=np.float32)
+        factors[name] = drawn / np.float32(np.sqrt(spec.rank))
+    return factors
+
+
+def flat(factors: Mapping[str, Floats], shaped: Mapping[str, tuple[int, int]], parts: Sequence[str] = PARTS) -> Floats:
+    """[n] the factors of these parts, one behind the other in the order of `shaped`: as they travel."""
+    found = [factors[name].reshape(-1) for name in shaped if name[-1] in parts]
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def length_of(shaped: Mapping[str, tuple[int, int]], parts: Sequence[str] = PARTS) -> int:
+    """Numbers that `flat` gives."""
+    return sum(rows * columns for name, (rows, columns) in shaped.items() if name[-1] in parts)
+
+
+def named(vector: Floats, shaped: Mapping[str, tuple[int, int]], parts: Sequence[str] = PARTS) -> dict[str, Floats]:
+    """The factors that `flat` laid out, as views; ValueError for a vector of another length."""
+    if len(vector) != length_of(shaped, parts):
+        raise ValueError(f"{len(vector)} numbers, the factors have {length_of(shaped, parts)}")
+    found: dict[str, Floats] = {}
+    start = 0
+    for name, (rows, columns) in shaped.items():
+        if name[-1] in parts:
+            found[name] = vector[start : start + rows * columns].reshape(rows, columns)
+            start += rows * columns
+    return found
+
+
+def peft_modules(matrices: Sequence[Matrix]) -> list[str]:
+    """PEFT's `target_modules`."""
+    return [_PEFT[matrix].rpartition(".")[2] for matrix in matrices]
+
+
+def to_peft(config: LlamaConfig, factors: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:
+    """Factors by PEFT's names, rows of q and k in Hugging Face's order."""
+    for name, values in factors.items():
+        block, matrix, part = name.removeprefix("block.").split(".")
+        rows = _paired(config, matrix, values, to_halves=True) if part == "b" else values
+        letter = "A" if part == "a" else "B"
+        yield (
+            f"base_model.model.model.layers.{block}.{_PEFT[matrix]}.lora_{letter}.weight",
+            np.ascontiguousarray(rows),
+        )
+
+
+def from_peft(config: LlamaConfig, tensors: Mapping[str, Floats]) -> dict[str, Floats]:
+    """The other way round; KeyError for a tensor that is of no matrix of ours."""
+    names = {long: short for short, long in _PEFT.items()}
+    factors: dict[str, Floats] = {}
+    for name, values in tensors.items():
+        block, rest = name.removeprefix("base_model.model.model.layers.").split(".", 1)
+        long, letter = rest.removesuffix(".weight").rsplit(".lora_", 1)
+        matrix = names[long]
+        rows = _paired(config, matrix, values, to_halves=False) if letter == "B" else values
+        factors[f"block.{int(block)}.{matrix}.{letter.lower()}"] = np.ascontiguousarray(rows)
+    return factors
+
+
+def _paired(config: LlamaConfig, matrix: str, rows: Floats, to_halves: bool) -> Floats:
+    """Rows of q or k, where a rotation turns neighbours, with both halves of a head one behind the other; or back."""
+    if not config.rope_interleaved or matrix not in ("q", "k"):
+        return rows
+    heads = rows.reshape(-1, config.head_dim, rows.shape[1])
+    order = np.arange(config.head_dim).reshape(-1, 2).T.reshape(-1)
+    return heads[:, order if to_halves else np.argsort(order)].reshape(rows.shape)

@@ -1,0 +1,1 @@
+"""Training on torch: frozen weights as they are packed, adapters beside them. Nobody else imports torch for this."""

@@ -1,0 +1,164 @@
+"""A device's own data: files of text, read row by row. What is no sample is counted and left out.
+
+    .jsonl  one object per line with `text`; or with `prompt` and `text`, of which the text alone is learnt
+    .csv    with a header line that names the column `text`, and perhaps `prompt`
+    .txt    one sample per paragraph; paragraphs are parted by empty lines
+
+A folder stands for the files of these kinds in it, by name.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from wire.errors import CorruptData, UsageError
+
+KINDS: Final = (".jsonl", ".csv", ".txt")
+MAX_ROW_BYTES: Final = 4 * 1024 * 1024
+MAX_ROWS: Final = 10_000_000
+MAX_SAID: Final = 8
+
+
+class Sample(Struct, frozen=True):
+    """A text to be learnt, behind a prompt that is not."""
+
+    text: str
+    prompt: str = ""
+
+
+class BadRow(Struct, frozen=True):
+    where: str
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.because}"
+
+
+class DataSet(Struct, frozen=True, kw_only=True):
+    samples: tuple[Sample, ...]
+    bad_rows: int = 0
+    said: tuple[BadRow, ...] = ()
+    """The first of them."""
+
+
+class _Row(Struct, frozen=True):
+    text: str
+    prompt: str = ""
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a path stands for; raise UsageError if there are none that can be read."""
+    try:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS and file.is_file())
+            if not found:
+                raise UsageError(f"data {path}: no {', '.join(KINDS)} in it", try_="one file of text at least")
+            return found
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise UsageError(f"data {path}: {(error.strerror or str(error)).lower()}", try_="see --data") from None
+    if path.suffix.lower() not in KINDS:
+        raise UsageError(f"data {path}: kind {path.suffix or 'without a name'!r} is not read", try_=", ".join(KINDS))
+    return [path]
+
+
+def read(path: Path) -> DataSet:
+    """All samples under a path. Raises UsageError for what can't be read, CorruptData where no sample is left."""
+    samples: list[Sample] = []
+    bad = 0
+    said: list[BadRow] = []
+    for file in files_of(path):
+        for found in _rows(file):
+            if isinstance(found, Sample):
+                samples.append(found)
+            else:
+                bad += 1
+                if len(said) < MAX_SAID:
+                    said.append(found)
+            if len(samples) > MAX_ROWS:
+                raise UsageError(f"data {path}: more than {MAX_ROWS} samples", try_="fewer")
+    if not samples:
+        why = f"; {said[0]}" if said else ""
+        raise CorruptData(f"data {path}: no sample in it{why}", try_='rows such as {"text": "..."}')
+    return DataSet(samples=tuple(samples), bad_rows=bad, said=tuple(said))
+
+
+def _rows(file: Path) -> Iterator[Sample | BadRow]:
+    try:
+        if file.suffix.lower() == ".csv":
+            with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+                yield from _of_csv(file, lines)
+            return
+        with file.open("rb") as raw:
+            yield from _of_objects(file, raw) if file.suffix.lower() == ".jsonl" else _of_paragraphs(file, raw)
+    except OSError as error:
+        raise UsageError(f"data {file}: {(error.strerror or str(error)).lower()}", try_="see --data") from None
+
+
+def _of_objects(file: Path, raw: Any) -> Iterator[Sample | BadRow]:
+    for number in itertools.count(1):
+        line = raw.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            return
+        where = f"{file.name}:{number}"
+        if len(line) > MAX_ROW_BYTES:
+            yield BadRow(where, f"longer than {MAX_ROW_BYTES} bytes")
+            while line and not line.endswith(b"\n"):
+                line = raw.readline(MAX_ROW_BYTES)
+        elif line.strip():
+            try:
+                row = msgspec.json.decode(line, type=_Row)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                yield BadRow(where, str(error))
+            else:
+                yield _sample(where, row.text, row.prompt)
+
+
+def _of_csv(file: Path, lines: Iterable[str]) -> Iterator[Sample | BadRow]:
+    rows = csv.reader(lines)
+    try:
+        header = next(rows, [])
+        if "text" not in header:
+            raise CorruptData(
+                f"data {file}: no column 'text' but {header[:8]}", try_="a first line that names the columns"
+            )
+        text, prompt = header.index("text"), header.index("prompt") if "prompt" in header else -1
+        for row in rows:
+            where = f"{file.name}:{rows.line_num}"
+            if len(row) != len(header):
+                yield BadRow(where, f"{len(row)} columns, the first line has {len(header)}")
+            else:
+                yield _sample(where, row[text], row[prompt] if prompt >= 0 else "")
+    except csv.Error as error:
+        yield BadRow(f"{file.name}:{rows.line_num}", f"{error}; the rest of the file is left out")
+
+
+def _of_paragraphs(file: Path, raw: Any) -> Iterator[Sample | BadRow]:
+    began, lines, size = 1, list[bytes](), 0
+    for number in itertools.count(1):
+        line = raw.readline(MAX_ROW_BYTES + 1)
+        if line.strip() and size <= MAX_ROW_BYTES:
+            began = began if lines else number
+            lines.append(line)
+            size += len(line)
+        elif not line.strip() and lines:
+            where = f"{file.name}:{began}"
+            if size > MAX_ROW_BYTES:
+                yield BadRow(where, f"longer than {MAX_ROW_BYTES} bytes")
+            else:
+                yield _sample(where, b"".join(lines).decode("utf-8", "replace").strip(), "")
+            lines, size = [], 0
+        if not line:
+            return
+
+
+def _sample(where: str, text: str, prompt: str) -> Sample | BadRow:
+    return Sample(text, prompt) if text.strip() else BadRow(where, "its text is empty")

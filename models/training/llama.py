@@ -1,0 +1,209 @@
+"""The Llama family in torch for training: whole sequences, gradients of low-rank factors, frozen weights as packed.
+
+Frozen matrices stay quantised and are expanded for one product at a time, forwards and again backwards, so that a
+worker holds little more than the packed model (QLoRA's idea, arXiv 2305.14314, with our own codes). The residual stream
+is float32 throughout: gradients want more than the wire dtype has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from models.build.layout import head_matrix, matrix_size, table_precision
+from models.build.quantise import BLOCK, ZERO_POINT_8BIT, blocks_in
+from models.engine.base import Array
+from models.engine.manifest import Precision, StageManifest
+from models.engine.memory import rope_tables
+from models.lora.adapter import AdapterSpec
+from models.training.samples import IGNORED
+
+
+class Frozen:
+    """A matrix [out, in] that is not trained, in the form that it is packed in."""
+
+    def __init__(self, stored: Mapping[str, Array], name: str, out: int, columns: int, precision: Precision) -> None:
+        self._columns = columns
+        weight = _tensor(stored[f"{name}.weight"])
+        self._whole: Tensor | None = None
+        if precision == "f32":
+            self._whole = weight.T if weight.shape == (columns, out) and name.startswith("block.") else weight
+            return
+        self._codes = weight
+        self._scales = _tensor(stored[f"{name}.scales"]).reshape(out, blocks_in(columns), 1)
+        zeros = stored.get(f"{name}.zero_points")
+        self._zeros = None if zeros is None else _tensor(zeros).reshape(out, -1)
+
+    def rows(self, wanted: Tensor | slice = slice(None)) -> Tensor:
+        """[n, in] float32, of all rows or of these."""
+        if self._whole is not None:
+            return self._whole[wanted]
+        codes, scales = self._codes[wanted], self._scales[wanted]
+        if self._zeros is None:
+            steps = codes.float() - ZERO_POINT_8BIT
+        else:
+            steps = _halves(codes).reshape(*codes.shape[:2], BLOCK).float()
+            steps -= _halves(self._zeros[wanted])[:, : codes.shape[1], None].float()
+        return (steps * scales).flatten(1)[:, : self._columns]
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with a frozen W, which is expanded again for the gradient rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, matrix: Frozen) -> Tensor:
+        ctx.matrix = matrix
+        return given @ matrix.rows().T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.matrix.rows(), None
+
+
+def product(given: Tensor, matrix: Frozen) -> Tensor:
+    found: Tensor = _Product.apply(given, matrix)
+    return found
+
+
+class TrainedStage:
+    """Blocks of a model with factors beside some matrices; with the embedding and the head if the stage has them."""
+
+    def __init__(
+        self,
+        manifest: StageManifest,
+        stored: Mapping[str, Array],
+        spec: AdapterSpec,
+        factors: Mapping[str, Array],
+        context_tokens: int,
+    ) -> None:
+        """`stored` as engine.memory.map_weights gives them, `factors` by name (models.lora.adapter); those of other
+        blocks are left alone."""
+        self._manifest, self._spec, config = manifest, spec, manifest.config
+        tables = (["embedding"] if manifest.embedding else []) + ([head_matrix(config)] if manifest.head else [])
+        self._tables = {
+            name: Frozen(stored, name, config.vocabulary, config.hidden, table_precision(manifest.precision))
+            for name in dict.fromkeys(tables)
+        }
+        self._matrices = {
+            f"block.{block}.{name}": Frozen(
+                stored, f"block.{block}.{name}", *matrix_size(config, name), manifest.precision
+            )
+            for block in manifest.blocks
+            for name in ("qkv", "o", "gate", "up", "down")
+        }
+        self._vectors = {
+            info.name: _tensor(stored[info.name]) for info in manifest.weights if info.name.endswith(("norm", "bias"))
+        }
+        self.factors = {
+            name: torch.tensor(np.asarray(values, np.float32), requires_grad=True)
+            for name, values in factors.items()
+            if int(name.split(".")[1]) in manifest.blocks
+        }
+        cosines, sines = rope_tables(config, context_tokens)
+        self._cosines, self._sines = torch.from_numpy(cosines), torch.from_numpy(sines)
+
+    def take(self, factors: Mapping[str, Array]) -> None:
+        """Go on with these factors, of the same names and shapes."""
+        with torch.no_grad():
+            for name, factor in self.factors.items():
+                factor.copy_(torch.from_numpy(np.array(factors[name], np.float32)))
+
+    def train_only(self, parts: tuple[str, ...]) -> None:
+        """Of 'a' and 'b', those that get gradients."""
+        for name, factor in self.factors.items():
+            factor.requires_grad_(name[-1] in parts)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """[n, T] -> [n, T, hidden]."""
+        return self._tables["embedding"].rows(ids.flatten()).reshape(*ids.shape, -1)
+
+    def run(self, residual: Tensor, remember: bool = True) -> Tensor:
+        """All blocks over [n, T, hidden]. With `remember` false what a block needs for its gradient is computed again
+        instead of kept (activation checkpointing)."""
+        for block in self._manifest.blocks:
+            if remember:
+                residual = self._block(block, residual)
+            else:
+                residual = checkpoint(self._block, block, residual, use_reentrant=False)
+        return residual
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """[n, T, hidden] -> [n, T, vocabulary]."""
+        return product(self._norm(residual, "final_norm"), self._tables[head_matrix(self._manifest.config)])
+
+    def loss(self, residual: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy over the targets [n, T] that are not IGNORED: row t is to say targets[t]. The rows that
+        count alone are put through the head, whose logits are what takes most memory."""
+        counted = targets != IGNORED
+        return functional.cross_entropy(self.logits(residual[counted]), targets[counted])
+
+    def _block(self, block: int, before: Tensor) -> Tensor:
+        prefix = f"block.{block}."
+        middle = before + self._attended(prefix, self._norm(before, f"{prefix}attention_norm"))
+        normed = self._norm(middle, f"{prefix}ffn_norm")
+        gate = functional.silu(self._through(prefix, "gate", normed))
+        return middle + self._through(prefix, "down", gate * self._through(prefix, "up", normed))
+
+    def _attended(self, prefix: str, normed: Tensor) -> Tensor:
+        config = self._manifest.config
+        stacked = product(normed, self._matrices[f"{prefix}qkv"])
+        if config.qkv_bias:
+            stacked = stacked + self._vectors[f"{prefix}qkv_bias"]
+        parts = stacked.split([config.q_width, config.kv_width, config.kv_width], dim=-1)
+        query, key, value = (
+            self._added(prefix, name, normed, part).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+            for name, part in zip(("q", "k", "v"), parts, strict=True)
+        )
+        if config.qk_norm:
+            query, key = self._norm(query, f"{prefix}q_norm"), self._norm(key, f"{prefix}k_norm")
+        shared = config.heads // config.kv_heads
+        attended = functional.scaled_dot_product_attention(
+            self._rotated(query),
+            self._rotated(key).repeat_interleave(shared, dim=1),
+            value.repeat_interleave(shared, dim=1),
+            is_causal=True,
+        )
+        return self._through(prefix, "o", attended.transpose(1, 2).flatten(2))
+
+    def _through(self, prefix: str, name: str, given: Tensor) -> Tensor:
+        return self._added(prefix, name, given, product(given, self._matrices[prefix + name]))
+
+    def _added(self, prefix: str, name: str, given: Tensor, made: Tensor) -> Tensor:
+        """What the adapter adds to a matrix's product."""
+        a = self.factors.get(f"{prefix}{name}.a")
+        if a is None:
+            return made
+        return made + self._spec.scale * ((given @ a.T) @ self.factors[f"{prefix}{name}.b"].T)
+
+    def _rotated(self, heads: Tensor) -> Tensor:
+        """Turn each pair of dimensions of [n, heads, T, head_dim] by its position's angle."""
+        cosines, sines = self._cosines[: heads.shape[2]], self._sines[: heads.shape[2]]
+        if self._manifest.config.rope_interleaved:
+            first, second = heads[..., 0::2], heads[..., 1::2]
+            turned = (first * cosines - second * sines, first * sines + second * cosines)
+            return torch.stack(turned, dim=-1).flatten(-2)
+        first, second = heads.chunk(2, dim=-1)
+        return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+
+    def _norm(self, values: Tensor, weight: str) -> Tensor:
+        scale = torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + self._manifest.config.rms_eps)
+        return values * scale * self._vectors[weight]
+
+
+def _tensor(values: Array) -> Tensor:
+    """Of mapped weights, which nobody writes to: torch warns of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(values))
+
+
+def _halves(codes: Tensor) -> Tensor:
+    """Two 4 bit codes of each byte, the lower first, side by side in the last dimension."""
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)

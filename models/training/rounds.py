@@ -1,0 +1,117 @@
+"""One device's part in a round: from the factors that it is sent, so many steps on its own rows.
+
+Nothing is remembered between rounds, so who begins a round again comes to the same factors, bit for bit, on the same
+number of threads: rows are drawn by seed, round and step, and AdamW begins each round with no moments
+(Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019; without decay: the factors begin at nothing).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+
+from models.lora.adapter import Floats, flat, named
+from models.training.llama import TrainedStage
+from models.training.samples import Batch, Split, batches, drawn
+from wire.errors import EdgelamError
+from wire.messages import TrainingTask
+
+BETAS: Final = (0.9, 0.95)
+"""The second as language models are tuned with: rounds are short."""
+
+CHECKPOINT_TOKENS: Final = 512
+"""Batches of more tokens keep nothing of a block for its gradient but what came in."""
+
+
+class Diverged(EdgelamError):
+    """A loss or a factor is no number."""
+
+
+class Round:
+    """Of one job on one device. `step` is called until it gives False."""
+
+    def __init__(
+        self,
+        stage: TrainedStage,
+        shaped: Mapping[str, tuple[int, int]],
+        rows: Split,
+        task: TrainingTask,
+        seed: int,
+        number: int,
+        parts: Sequence[str],
+        start: Floats,
+        train: bool = True,
+    ) -> None:
+        """`seed`: of the device. Raises ValueError for factors of another length."""
+        self._stage, self._shaped, self._rows, self._task = stage, shaped, rows, task
+        self._seed, self._number, self._parts = seed, number, tuple(parts)
+        stage.take(named(start, shaped))
+        stage.train_only(self._parts)
+        leaves = [factor for name, factor in stage.factors.items() if name[-1] in self._parts]
+        self._optimiser = torch.optim.AdamW(leaves, lr=task.learning_rate, betas=BETAS, weight_decay=0.0)
+        self._leaves = leaves
+        self._held_out = batches(rows.held_out, task.batch_rows)
+        self._to_train = task.steps if train and rows.trained else 0
+        self._done = 0
+        self._loss = 0.0
+        self._held_out_loss = 0.0
+        self._held_out_tokens = 0
+        self._judged = 0
+
+    def step(self) -> bool:
+        """Judge one batch of what is held out, or train on one; False when all is done. Raises Diverged."""
+        if self._judged < len(self._held_out):
+            batch = self._held_out[self._judged]
+            with torch.no_grad():
+                loss = float(self._loss_of(batch))
+            self._held_out_loss += loss * batch.counted
+            self._held_out_tokens += batch.counted
+            self._judged += 1
+        elif self._done < self._to_train:
+            self._train(drawn(self._rows.trained, self._task.batch_rows, self._seed, self._number, self._done))
+            self._done += 1
+        return self._judged < len(self._held_out) or self._done < self._to_train
+
+    @property
+    def steps_left(self) -> int:
+        return len(self._held_out) - self._judged + self._to_train - self._done
+
+    @property
+    def loss(self) -> float | None:
+        return self._loss / self._done if self._done else None
+
+    @property
+    def held_out_loss(self) -> float | None:
+        return self._held_out_loss / self._held_out_tokens if self._held_out_tokens else None
+
+    @property
+    def held_out_tokens(self) -> int:
+        return self._held_out_tokens
+
+    def vector(self) -> Floats:
+        """The factors of the parts that were trained; raises Diverged."""
+        factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
+        found = flat(factors, self._shaped, self._parts)
+        if not np.isfinite(found).all():
+            raise Diverged("a factor is no number after the round", try_="a lower learning_rate")
+        return found
+
+    def _train(self, batch: Batch) -> None:
+        self._optimiser.zero_grad(set_to_none=True)
+        loss = self._loss_of(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._leaves, self._task.most_norm)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} in step {self._done}", try_="a lower learning_rate")
+        self._optimiser.step()
+        self._loss += value
+
+    def _loss_of(self, batch: Batch) -> torch.Tensor:
+        ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
+        remember = ids.numel() <= CHECKPOINT_TOKENS
+        return self._stage.loss(self._stage.run(self._stage.embedded(ids), remember), targets)

@@ -1,0 +1,117 @@
+"""Samples as rows of token ids, and which of them a step takes.
+
+A row is the ids of a prompt, of the text behind it, and the token that ends a text if the model has one. Each id is to
+say the one after it; the ids of the prompt are given, not learnt. What is drawn depends on seed, round and step alone,
+so that a device that begins a round again does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from models.training.data import Sample
+from wire.errors import CorruptData
+
+Ids = npt.NDArray[np.int64]
+
+IGNORED: Final = -100
+"""A target that counts for nothing."""
+
+LEAST_LEARNT: Final = 1
+
+
+class Row(NamedTuple):
+    """`learnt_from`: the first of `ids` that is to be said by the row before it."""
+
+    ids: Ids
+    learnt_from: int
+
+
+class Batch(NamedTuple):
+    """[n, T] each; rows that are shorter are filled up with zeros whose targets are IGNORED."""
+
+    ids: Ids
+    targets: Ids
+
+    @property
+    def counted(self) -> int:
+        return int((self.targets != IGNORED).sum())
+
+
+class Split(NamedTuple):
+    trained: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+
+
+def encoder_of(tokenizer_json: str) -> Callable[[str, bool], list[int]]:
+    """`encode(text, at_start)`: ids of a text as users write it; raises CorruptData for what is no tokenizer."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the library raises bare Exception for all that it finds wrong
+        raise CorruptData(f"tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+
+    def encode(text: str, at_start: bool) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=at_start).ids
+        return ids
+
+    return encode
+
+
+def rows_of(
+    samples: Sequence[Sample], encode: Callable[[str, bool], list[int]], row_tokens: int, end_id: int | None
+) -> list[Row]:
+    """Those that are long enough to teach something; what is longer than `row_tokens` is cut at its end."""
+    found = []
+    for sample in samples:
+        given = encode(sample.prompt, True) if sample.prompt else []
+        text = encode(sample.text, not given)
+        ids = [*given, *text, *([end_id] if end_id is not None else [])][:row_tokens]
+        learnt_from = max(1, len(given))
+        if len(ids) - learnt_from >= LEAST_LEARNT:
+            found.append(Row(np.array(ids, np.int64), learnt_from))
+    return found
+
+
+def split(rows: Sequence[Row], held_out: float, seed: int) -> Split:
+    """Which rows are never trained on: so many of them, drawn by the seed; one at least if any, and not all."""
+    count = min(len(rows) - 1, max(1, round(held_out * len(rows)))) if held_out > 0 and len(rows) > 1 else 0
+    order = np.random.default_rng([seed, 1]).permutation(len(rows))
+    held = set(order[:count].tolist())
+    return Split(
+        tuple(row for number, row in enumerate(rows) if number not in held),
+        tuple(row for number, row in enumerate(rows) if number in held),
+    )
+
+
+def drawn(rows: Sequence[Row], count: int, seed: int, round_number: int, step: int) -> Batch:
+    """The batch of a step: rows go round in an order that is drawn anew each time all were taken in a round."""
+    count = min(count, len(rows))
+    start = step * count
+    taken = []
+    for place in range(start, start + count):
+        turn, at = divmod(place, len(rows))
+        order = np.random.default_rng([seed, 2, round_number, turn]).permutation(len(rows))
+        taken.append(rows[int(order[at])])
+    return batch_of(taken)
+
+
+def batches(rows: Sequence[Row], count: int) -> list[Batch]:
+    """All rows in order."""
+    return [batch_of(rows[start : start + count]) for start in range(0, len(rows), count)]
+
+
+def batch_of(rows: Sequence[Row]) -> Batch:
+    length = max(len(row.ids) for row in rows)
+    ids, targets = np.zeros((len(rows), length), np.int64), np.full((len(rows), length), IGNORED, np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = row.ids
+        targets[number, row.learnt_from - 1 : len(row.ids) - 1] = row.ids[row.learnt_from :]
+    return Batch(ids, targets)

@@ -1,0 +1,228 @@
+"""A worker that trains: one round at a time, the same question twice is one, and a lost connection loses nothing."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from agent.workers import roundwork  # noqa: E402
+from agent.workers.roundwork import RoundWork, device_seed  # noqa: E402
+from agent.workers.stretch import Stretch  # noqa: E402
+from models.training.rounds import Diverged  # noqa: E402
+from models.training.samples import Row, Split  # noqa: E402
+from wire.frames import Kind, Parcel, Tensor  # noqa: E402
+from wire.messages import (  # noqa: E402
+    ArtifactRef,
+    InboxAddress,
+    RoundMeta,
+    StageError,
+    StageOrder,
+    TrainingTask,
+    UpdateMeta,
+)
+from wire.transport import NotConnected  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+SITE = "lab"
+REPLY = "edgelam/v1/lab/act/requester-1/0/in"
+TASK = TrainingTask(
+    data="d", tokenizer=ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), rank=1, alpha=1.0, matrices=("q",),
+    row_tokens=8, batch_rows=1, steps=2, learning_rate=0.1, most_norm=1.0, held_out=0.0, seed=1,
+)  # fmt: skip
+INBOX = InboxAddress(topic="edgelam/v1/lab/act/tune-n/0/in")
+ORDER = StageOrder(
+    deployment="tune-n", epoch=7, stage=0, stages=1, model="m", engine="torch", graph=TASK.tokenizer, weights=(),
+    embedding=True, head=True, first_block=0, end_block=1, hidden=4, vocabulary=8, wire_dtype="f32", context_tokens=8,
+    slots=1, prefill_chunk_tokens=2, inbox=INBOX, next=INBOX, runs="rounds", training=TASK,
+)  # fmt: skip
+START = np.zeros(4, np.float32)
+
+
+class Delivery:
+    def __init__(self, parcel: Parcel) -> None:
+        self.parcel = parcel
+
+
+class Sender:
+    next_backlog_bytes = 0
+    next_bytes = 0
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Parcel]] = []
+        self.down = False
+
+    def to_next(self, parcel: Parcel) -> None:
+        raise AssertionError("there is no next stage")
+
+    def to_requester(self, topic: str, parcel: Parcel) -> None:
+        if self.down:
+            raise NotConnected("down")
+        self.sent.append((topic, parcel))
+
+
+class FakeRound:
+    """Two steps that add 1 each."""
+
+    made: ClassVar[list[FakeRound]] = []
+
+    def __init__(self, stage: Any, shaped: Any, rows: Any, task: Any, seed: int, number: int, parts: Any, start: Any,
+                 train: bool = True) -> None:  # fmt: skip
+        if len(start) != 4:
+            raise ValueError("the factors have 4")
+        self.number, self.start, self.done, self.error = number, start, 0, None
+        self.loss, self.held_out_loss, self.held_out_tokens = 1.5, None, 0
+        FakeRound.made.append(self)
+
+    def step(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        self.done += 1
+        return self.done < 2
+
+    def vector(self) -> Any:
+        return self.start + np.float32(self.done)
+
+
+class Model:
+    stage: Any = None
+    shaped: Any = None
+    rows = Split((Row(np.array([1, 2]), 1),), ())
+    bad_rows = 3
+
+
+class Bench:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        FakeRound.made = []
+        monkeypatch.setattr(roundwork, "Round", FakeRound)
+        self.sender = Sender()
+        self.returned = 0
+        self.work = RoundWork(ORDER, Model(), self.sender, self._done, Stretch(1.0, 1), SITE, "pi4")  # type: ignore[arg-type]
+
+    def _done(self, _delivery: Any) -> None:
+        self.returned += 1
+
+    def give(self, kind: Kind = Kind.ROUND, request: int = 5, epoch: int = 7, tensor: Any = START, **meta: Any) -> None:
+        fields = {"reply": InboxAddress(topic=REPLY), "round": 2, "parts": ("a", "b"), **meta}
+        data = msgspec.json.encode(RoundMeta(**fields))
+        parcel = Parcel(kind, epoch, request, 0, 0, None if tensor is None else Tensor.of(tensor), data)
+        self.work.accept(Delivery(parcel), 0.0)  # type: ignore[arg-type]
+
+    def go(self) -> None:
+        while self.work.work(0.0):
+            pass
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+def test_a_round_is_trained_and_its_update_sent(bench: Bench) -> None:
+    bench.give()
+    assert bench.work.runnable and bench.work.live == 1
+    bench.go()
+    [(topic, parcel)] = bench.sender.sent
+    assert topic == REPLY and parcel.kind is Kind.UPDATE and (parcel.epoch, parcel.request) == (7, 5)
+    assert parcel.tensor is not None and parcel.tensor.array().tolist() == [2, 2, 2, 2]
+    meta = msgspec.json.decode(parcel.meta, type=UpdateMeta)
+    assert (meta.round, meta.device, meta.samples, meta.bad_rows, meta.loss) == (2, "pi4", 1, 3, 1.5)
+    assert bench.returned == 1 and not bench.work.live
+
+
+def test_the_same_question_again_goes_on_and_is_answered_from_memory(bench: Bench) -> None:
+    bench.give()
+    bench.work.work(0.0)
+    other = InboxAddress(topic=REPLY.replace("requester-1", "requester-2"))
+    bench.give(reply=other)
+    bench.go()
+    bench.give()
+    assert len(FakeRound.made) == 1
+    assert [topic for topic, _ in bench.sender.sent] == [other.topic, REPLY]
+    assert bench.sender.sent[0][1] is bench.sender.sent[1][1]
+
+
+def test_another_round_takes_the_place_of_what_is_under_way(bench: Bench) -> None:
+    bench.give()
+    bench.work.work(0.0)
+    bench.give(request=6, round=3)
+    bench.go()
+    assert [made.number for made in FakeRound.made] == [2, 3]
+    assert [parcel.request for _, parcel in bench.sender.sent] == [6]
+
+
+def test_a_lost_connection_loses_nothing(bench: Bench) -> None:
+    bench.give()
+    bench.sender.down = True
+    bench.work.drop_all()
+    bench.go()
+    assert bench.sender.sent == []
+    bench.work.tick(0.0)
+    bench.sender.down = False
+    bench.work.tick(0.0)
+    bench.work.tick(0.0)
+    assert len(bench.sender.sent) == 1
+    bench.work.drop_all()
+    bench.work.tick(0.0)
+    assert len(bench.sender.sent) == 2, "it may not have come through"
+
+
+def test_rounds_of_another_epoch_end(bench: Bench) -> None:
+    bench.give()
+    bench.work.adopt(msgspec.structs.replace(ORDER, stages=2))
+    assert bench.work.live == 1, "a board has come; that changes nothing here"
+    bench.work.adopt(msgspec.structs.replace(ORDER, epoch=8))
+    assert bench.work.live == 0
+    bench.give()
+    assert bench.work.live == 0 and bench.work.tally.stale == 1
+
+
+def test_a_close_ends_its_round_alone(bench: Bench) -> None:
+    bench.give()
+    bench.give(Kind.CLOSE, request=99, tensor=None)
+    assert bench.work.live == 1
+    bench.give(Kind.CLOSE, tensor=None)
+    assert bench.work.live == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": Kind.HIDDEN},
+        {"tensor": None},
+        {"tensor": START.astype(np.float16)},
+        {"tensor": START.reshape(2, 2)},
+        {"tensor": START[:2]},
+        {"tensor": np.full(4, np.nan, np.float32)},
+        {"reply": InboxAddress(topic="edgelam/v1/other/act/requester-1/0/in")},
+        {"reply": InboxAddress(topic=REPLY, broker="mqtt://10.0.0.1:1")},
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_counted(changes: dict[str, Any], bench: Bench) -> None:
+    bench.give(**changes)
+    assert bench.work.live == 0 and bench.work.tally.refused == 1 and bench.work.last_refusal
+    assert bench.returned == 1
+    bench.give()
+    assert bench.work.live == 1
+
+
+@pytest.mark.parametrize("error", [Diverged("the loss is nan"), RuntimeError("out of memory")])
+def test_what_goes_wrong_is_told(error: Exception, bench: Bench) -> None:
+    bench.give()
+    FakeRound.made[0].error = error  # type: ignore[assignment]
+    bench.go()
+    [(_, parcel)] = bench.sender.sent
+    assert parcel.kind is Kind.ERROR
+    assert msgspec.json.decode(parcel.meta, type=StageError).text == str(error)
+    assert bench.work.live == 0
+
+
+def test_devices_draw_differently() -> None:
+    names = ["raspberrypi1", "raspberrypi2", "a", "b", ""]
+    assert len({device_seed(1, name) for name in names}) == 5
+    assert all(0 <= device_seed(2**62, name) < 2**63 for name in names)

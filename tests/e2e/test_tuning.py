@@ -1,0 +1,234 @@
+"""Jobs on real processes: boards train on their own data, over MQTT, and whoever is killed, the result is the same."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+pytest.importorskip("torch")
+
+from coordinator.rounds.job import Adapter, Job, Rounds
+from models.formats import safetensors
+from testbed import commands
+from testbed.boards import BoardSpec, with_data
+from testbed.site import CoordinatorProcess
+from tests.e2e.site import Site
+from wire.errors import EdgelamError, UsageError
+
+pytestmark = pytest.mark.torch
+
+BOARDS = ("board1", "board2", "idle")
+TRAINED = BOARDS[:2]
+
+
+@pytest.fixture(scope="module")
+def tuning_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Two boards with notes, one without."""
+    folder = tmp_path_factory.mktemp("tuning")
+    notes = folder / "notes"
+    notes.mkdir()
+    for number, board in enumerate(TRAINED):
+        lines = [{"text": f"board {number} says hello world {line} times"} for line in range(12 + 6 * number)]
+        text = "\n".join([*(json.dumps(line) for line in lines), "no json"])
+        (notes / f"{board}.jsonl").write_text(text)
+    name = f"tune-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+    coordinator = CoordinatorProcess(folder, name)
+    site = Site(folder, coordinator, coordinator.start())
+    try:
+        specs = with_data(tuple(BoardSpec(name=board, memory_bytes=2 << 30) for board in BOARDS), "notes", notes)
+        site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
+        site.testbed.await_connected(print)
+        site.await_states(dict.fromkeys(BOARDS, "online"))
+        yield site
+    except BaseException:
+        print(coordinator.log_end(60))
+        raise
+    finally:
+        if site.testbed is not None:
+            site.testbed.down()
+        coordinator.stop()
+
+
+def job(model: str, name: str, **rounds: Any) -> Job:
+    wanted = {"count": 2, "steps": 3, "row_tokens": 24, "batch_rows": 2, "learning_rate": 0.02, "held_out": 0.2}
+    adapter = Adapter(rank=2, matrices=("q", "v", "down"))
+    return Job(name=name, model=model, data="notes", precision="f32", seed=5, adapter=adapter,
+               rounds=Rounds(**{**wanted, **rounds}))  # fmt: skip
+
+
+def follow(site: Site, wanted: Job, on_event: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """All that happens in a job; gives its end."""
+    end: dict[str, Any] = {}
+    with site.client() as there:
+        for event in there.stream("/v1/jobs", wanted):
+            on_event(event)
+            end = event
+    assert end["event"] == "end", end
+    return end
+
+
+def adapter_of(site: Site, name: str) -> dict[str, Any]:
+    with site.client() as there:
+        data = there.file(f"/v1/jobs/{name}/adapter_model.safetensors")
+    path = site.folder / f"{name}.safetensors"
+    path.write_bytes(data)
+    return {key: np.array(values) for key, values in safetensors.read(path).items()}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tuning_site: Site, tiny_model: str) -> dict[str, Any]:
+    """The adapter of a job in which nothing happened."""
+    events: list[dict[str, Any]] = []
+    end = follow(tuning_site, job(tiny_model, "calm"), events.append)
+    assert (end["state"], end["round"], end["rounds"]) == ("done", 2, 2), end
+    rounds = [event for event in events if event["event"] == "round"]
+    assert [one["round"] for one in rounds] == [0, 1, 2]
+    for one in rounds[:2]:
+        assert set(one["devices"]) == set(TRAINED), "who has no data takes no part"
+        assert [one["devices"][board]["bad_rows"] for board in TRAINED] == [1, 1]
+        assert one["up_bytes"] == one["down_bytes"]
+    assert rounds[2]["held_out_loss"] < rounds[0]["held_out_loss"], "two rounds have taught it something"
+    return adapter_of(tuning_site, "calm")
+
+
+def test_an_adapter_comes_out_that_has_peft_s_layout(tuning_site: Site, undisturbed: dict[str, Any]) -> None:
+    with tuning_site.client() as there:
+        config = msgspec.json.decode(there.file("/v1/jobs/calm/adapter_config.json"))
+        provenance = msgspec.json.decode(there.file("/v1/jobs/calm/provenance.json"))
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 4.0)
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    assert provenance["rounds"] == 2 and set(provenance["samples"]) == set(TRAINED)
+    key = "base_model.model.model.layers.3.mlp.down_proj.lora_B.weight"
+    assert undisturbed[key].shape == (64, 2) and np.abs(undisturbed[key]).max() > 0
+    assert len(undisturbed) == 4 * 3 * 2
+
+
+@pytest.mark.slow
+def test_the_same_job_gives_the_same_bits(tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]) -> None:
+    follow(tuning_site, job(tiny_model, "again"))
+    assert same(adapter_of(tuning_site, "again"), undisturbed)
+
+
+def worker_of(site: Site, board: str) -> psutil.Process:
+    """The process that trains on a board."""
+    pid = next(found.pid for found in site.boards.status().boards if found.name == board)
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        for child in psutil.Process(pid).children(recursive=True):
+            if "agent.workers.training" in " ".join(child.cmdline()):
+                return child
+        time.sleep(0.05)
+    raise AssertionError(f"nobody trains on {board}")
+
+
+def test_a_worker_that_is_killed_does_its_round_again(
+    tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
+) -> None:
+    killed = []
+
+    def kill_once(event: dict[str, Any]) -> None:
+        if event["event"] == "round" and not killed:
+            killed.append(worker_of(tuning_site, "board2"))
+            killed[0].kill()
+
+    end = follow(tuning_site, job(tiny_model, "killed-worker"), kill_once)
+    assert killed and end["state"] == "done"
+    assert same(adapter_of(tuning_site, "killed-worker"), undisturbed)
+
+
+def test_a_coordinator_that_is_killed_goes_on_with_the_round(
+    tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
+) -> None:
+    wanted = job(tiny_model, "killed-hub")
+    began = threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(EdgelamError):  # it is killed under us
+            follow(tuning_site, wanted, lambda event: began.set() if event["event"] == "round" else None)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    assert began.wait(120)
+    tuning_site.coordinator.kill()
+    watching.join(30)
+    tuning_site.await_broker_gone()
+    tuning_site.restart_coordinator()
+    tuning_site.await_states(dict.fromkeys(BOARDS, "online"))
+    deadline_s = time.monotonic() + 120
+    while (row := jobs(tuning_site)["killed-hub"])["state"] == "running":
+        assert time.monotonic() < deadline_s, row
+        time.sleep(0.2)
+    assert row["state"] == "done", row
+    assert same(adapter_of(tuning_site, "killed-hub"), undisturbed)
+
+
+def jobs(site: Site) -> dict[str, dict[str, Any]]:
+    return {row["job"]: row for row in site.get("/v1/jobs")["jobs"]}
+
+
+@pytest.mark.slow
+def test_a_job_is_stopped_and_goes_on_where_it_stood(
+    tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
+) -> None:
+    def stop_once(event: dict[str, Any]) -> None:
+        if event["event"] == "begun":
+            with tuning_site.client() as other:
+                other.post("/v1/jobs/stopped/stop")
+
+    end = follow(tuning_site, job(tiny_model, "stopped"), stop_once)
+    assert end["state"] == "stopped" and end["round"] < 2
+    done = tuning_site.cli("tune", "resume", "stopped")
+    assert done.returncode == 0, done.stderr
+    done = tuning_site.cli("tune", "follow", "stopped", "--json", timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state"] == "done"
+    assert same(adapter_of(tuning_site, "stopped"), undisturbed)
+
+
+def test_the_command_line_trains_and_fetches_the_adapter(
+    tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "typed.toml"
+    path.write_text(
+        f'model = "{tiny_model}"\ndata = "notes"\nprecision = "f32"\nseed = 5\n'
+        '[adapter]\nrank = 2\nmatrices = ["q", "v", "down"]\n'
+        "[rounds]\ncount = 2\nsteps = 3\nrow_tokens = 24\nbatch_rows = 2\nlearning_rate = 0.02\nheld_out = 0.2\n"
+    )
+    done = tuning_site.cli("tune", str(path), "--output", str(tmp_path / "out"), timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    assert "round 0: loss" in done.stdout and "job typed done; 2 of 2 rounds" in done.stdout
+    found = safetensors.read(tmp_path / "out" / "adapter_model.safetensors")
+    assert same({key: np.array(values) for key, values in found.items()}, undisturbed)
+    listed = tuning_site.cli("tune", "status")
+    assert listed.returncode == 0 and "typed" in listed.stdout and "2 of 2" in listed.stdout
+
+
+def test_what_can_not_be_is_refused_before_anything_starts(tuning_site: Site, tiny_model: str, tmp_path: Path) -> None:
+    wanted = job(tiny_model, "no-such-data")
+    with pytest.raises(EdgelamError, match="has no data 'poems'"):
+        follow(tuning_site, msgspec.structs.replace(wanted, data="poems"))
+    with pytest.raises(UsageError, match="nothere"):
+        follow(tuning_site, msgspec.structs.replace(wanted, model="nothere"))
+    with pytest.raises(EdgelamError, match="context"):
+        follow(tuning_site, job(tiny_model, "too-long", row_tokens=4096))
+    bad = tmp_path / "bad.toml"
+    bad.write_text("model = 3\nrank = 4\n[rounds]\nsteps = 0\n")
+    done = tuning_site.cli("tune", str(bad))
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in ("model:", "data: missing", "rank: no such key", "rounds.steps:"))
+    assert tuning_site.cli("tune", "follow", "nobody").returncode == 2

@@ -1,0 +1,118 @@
+"""What devices are sent, what becomes of their updates, and the files that others load."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+
+from coordinator.rounds.adapters import aggregate, files_of, parts_of, spec_of, taken_by
+from coordinator.rounds.job import Adapter, Job, Rounds
+from coordinator.rounds.store import JobRecord
+from models.formats import safetensors
+from models.lora.adapter import flat, from_peft, initial, named, shapes
+from tests.models.tiny import tiny_config
+from wire.messages import UpdateMeta
+
+CONFIG = tiny_config(rope_interleaved=True)
+
+
+def job(aggregation: str = "fedavg", **ranks: int) -> Job:
+    adapter = Adapter(rank=4, matrices=("q", "down"), ranks=ranks)
+    return Job(name="n", model="m", data="d", adapter=adapter, rounds=Rounds(aggregation=aggregation))  # type: ignore[arg-type]
+
+
+def start_of(wanted: Job):
+    return flat(initial(CONFIG, spec_of(wanted)), shapes(CONFIG, spec_of(wanted)))
+
+
+def meta(device: str, samples: int) -> UpdateMeta:
+    return UpdateMeta(round=0, device=device, samples=samples)
+
+
+def moved(wanted: Job, device: str, seed: int, round_number: int = 0):
+    """What a device might make of what it is sent."""
+    shaped = shapes(CONFIG, spec_of(wanted, device))
+    sent = flat(
+        named(taken_by(CONFIG, wanted, device, start_of(wanted)), shaped), shaped, parts_of(wanted, round_number)
+    )
+    return sent + 0.01 * np.random.default_rng(seed).standard_normal(len(sent), np.float32)
+
+
+def test_a_device_of_less_rank_is_sent_the_first_ranks_and_they_count_as_much() -> None:
+    wanted = job("pad", small=2)
+    whole, part = spec_of(wanted), spec_of(wanted, "small")
+    assert (part.rank, part.scale) == (2, pytest.approx(whole.scale))
+    start = start_of(wanted)
+    assert taken_by(CONFIG, wanted, "large", start) is start
+    sent = named(taken_by(CONFIG, wanted, "small", start), shapes(CONFIG, part))
+    before = named(start, shapes(CONFIG, whole))
+    assert (sent["block.1.down.a"] == before["block.1.down.a"][:2]).all()
+    assert (sent["block.1.down.b"] == before["block.1.down.b"][:, :2]).all()
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "rolora", "svd", "pad"])
+def test_the_order_in_which_updates_come_changes_no_bit(rule: str) -> None:
+    wanted = job(rule, **({"b": 2} if rule in ("svd", "pad") else {}))
+    updates = [(meta(device, 3 + number), moved(wanted, device, number)) for number, device in enumerate("abc")]
+    found = aggregate(CONFIG, wanted, 0, start_of(wanted), updates)
+    assert (aggregate(CONFIG, wanted, 0, start_of(wanted), updates[::-1]) == found).all()
+    assert len(found) == len(start_of(wanted)) and found.dtype == np.float32
+
+
+def test_the_mean_is_by_samples_and_what_was_not_sent_stays() -> None:
+    wanted = job("ffa")
+    start = start_of(wanted)
+    shaped = shapes(CONFIG, spec_of(wanted))
+    updates = [(meta("a", 1), moved(wanted, "a", 1)), (meta("b", 3), moved(wanted, "b", 2))]
+    found, before = named(aggregate(CONFIG, wanted, 0, start, updates), shaped), named(start, shaped)
+    one, other = (named(vector, shaped, ("b",)) for _, vector in updates)
+    for name in shaped:
+        if name.endswith(".a"):
+            assert (found[name] == before[name]).all()
+        else:
+            np.testing.assert_allclose(found[name], 0.25 * one[name] + 0.75 * other[name], rtol=1e-6, atol=1e-8)
+
+
+def test_svd_of_different_ranks_is_the_mean_product() -> None:
+    """Its rank is at most that of the adapter here, so nothing is lost."""
+    wanted = job("svd", a=2, b=2)
+    updates = [(meta("a", 1), moved(wanted, "a", 1)), (meta("b", 1), moved(wanted, "b", 2))]
+    found = named(aggregate(CONFIG, wanted, 0, start_of(wanted), updates), shapes(CONFIG, spec_of(wanted)))
+    parts = [named(vector, shapes(CONFIG, spec_of(wanted, entry.device))) for entry, vector in updates]
+    for name in ("block.0.q", "block.3.down"):
+        mean = sum(part[f"{name}.b"] @ part[f"{name}.a"] for part in parts) / 2
+        made = found[f"{name}.b"] @ found[f"{name}.a"]
+        best = np.linalg.svd(mean)[1][2:]  # the largest of them has rank 2
+        assert np.linalg.norm(mean - made) == pytest.approx(np.linalg.norm(best), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["pad", "svd"])
+def test_ranks_of_which_nobody_took_part_stay_as_they_were(rule: str) -> None:
+    wanted = job(rule, small=2)
+    shaped = shapes(CONFIG, spec_of(wanted))
+    start = start_of(wanted) + np.float32(0.5)
+    sent = taken_by(CONFIG, wanted, "small", start)
+    found = named(aggregate(CONFIG, wanted, 0, start, [(meta("small", 1), sent * 2)]), shaped)
+    before = named(start, shaped)
+    assert (found["block.1.down.a"][2:] == before["block.1.down.a"][2:]).all()
+    assert (found["block.1.down.b"][:, 2:] == before["block.1.down.b"][:, 2:]).all()
+    assert not (found["block.1.down.b"][:, :2] == before["block.1.down.b"][:, :2]).all()
+
+
+def test_files_come_back_as_they_went() -> None:
+    wanted = job()
+    factors = start_of(wanted) + np.float32(0.1)
+    files = files_of(CONFIG, JobRecord(job=wanted, state="running", base="sha256:x"), factors, [])
+    assert set(files) == {"adapter_model.safetensors", "adapter_config.json", "provenance.json"}
+    config = msgspec.json.decode(files["adapter_config.json"])
+    assert config["target_modules"] == ["down_proj", "q_proj"] and config["r"] == 4
+
+
+def test_the_tensors_are_those_of_the_job(tmp_path) -> None:
+    wanted = job()
+    factors = start_of(wanted) + np.float32(0.1)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(files_of(CONFIG, JobRecord(job=wanted, state="done"), factors, [])["adapter_model.safetensors"])
+    back = from_peft(CONFIG, {name: np.array(values) for name, values in safetensors.read(path).items()})
+    assert (flat(back, shapes(CONFIG, spec_of(wanted))) == factors).all()

@@ -1,0 +1,117 @@
+"""Job files: what they say, and all that is wrong with one at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coordinator.rounds.job import Adapter, Job, Rounds, checked, load_job
+from wire.errors import UsageError
+
+SMALL = 'model = "smollm2"\ndata = "notes"\n'
+
+
+def load(folder: Path, text: str, name: str = "my_notes.toml") -> Job:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return load_job(path)
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        load(folder, text)
+    return [line.strip() for line in str(caught.value.message).splitlines()[1:]]
+
+
+def test_what_is_left_out_has_values_and_the_file_gives_the_name(tmp_path: Path) -> None:
+    assert load(tmp_path, SMALL) == Job(name="my-notes", model="smollm2", data="notes")
+
+
+def test_all_that_can_be_said_is_taken(tmp_path: Path) -> None:
+    text = """
+        name = "n1"
+        model = "smollm2"
+        data = "notes"
+        precision = "int8"
+        devices = ["pi4", "pi5"]
+        seed = 7
+        [adapter]
+        rank = 4
+        alpha = 4
+        matrices = ["q", "down"]
+        [rounds]
+        count = 3
+        steps = 2
+        batch_rows = 1
+        row_tokens = 64
+        learning_rate = 0.01
+        most_norm = 0.5
+        aggregation = "rolora"
+        who = "round-robin"
+        devices = 1
+        at_least = 1
+        timeout_s = 20
+        held_out = 0
+    """
+    job = load(tmp_path, text)
+    assert job.devices == ("pi4", "pi5") and job.seed == 7
+    assert job.adapter == Adapter(rank=4, alpha=4.0, matrices=("q", "down")) and job.adapter.scale_alpha == 4.0
+    assert job.rounds.aggregation == "rolora" and job.rounds.held_out == 0
+    assert checked(job) == job
+
+
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    said = problems(
+        tmp_path,
+        """
+        modle = "smollm2"
+        data = 5
+        mode = "magic"
+        [adapter]
+        rank = 0
+        [rounds]
+        learning_rate = "high"
+        held_out = 1.0
+        speed = 3
+        """,
+    )
+    starts = [line.split(":")[0] for line in said]
+    assert starts == [
+        "modle", "model", "data", "mode", "adapter.rank", "rounds.speed", "rounds.learning_rate", "rounds.held_out",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ('devices = ["pi4", "pi4"]', "devices"),
+        ('devices = ["Pi 4"]', "devices"),
+        ('name = "has spaces"', "name"),
+        ("[rounds]\nwho = 'all'\ndevices = 3", "rounds.devices"),
+        ("devices = ['a']\n[rounds]\nwho = 'random'\ndevices = 3\n", "rounds.devices"),
+        ("devices = ['a']\n[rounds]\nat_least = 2\n", "rounds.at_least"),
+        ("[adapter]\nmatrices = ['q', 'q']", "adapter.matrices"),
+        ("[adapter]\nranks = { pi4 = 9 }\n[rounds]\naggregation = 'pad'", "adapter.ranks.pi4"),
+        ("[adapter]\nranks = { 'Pi 4' = 2 }\n[rounds]\naggregation = 'svd'", "adapter.ranks"),
+        ("[adapter]\nranks = { pi4 = 2 }", "rounds.aggregation"),
+        ("adapter = 3", "adapter"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(more: str, key: str, tmp_path: Path) -> None:
+    assert [line.split(":")[0] for line in problems(tmp_path, SMALL + more)] == [key]
+
+
+@pytest.mark.parametrize("text", ["= 3", "model = ", "\x00"])
+def test_what_is_no_toml_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not TOML"):
+        load(tmp_path, text)
+    with pytest.raises(UsageError, match="no such file"):
+        load_job(tmp_path / "gone.toml")
+
+
+def test_a_job_that_came_as_json_is_checked_too() -> None:
+    job = Job(name="n", model="m", data="d", rounds=Rounds(at_least=3), devices=("a",))
+    with pytest.raises(UsageError, match=r"rounds\.at_least"):
+        checked(msgspec.json.decode(msgspec.json.encode(job), type=Job))
