@@ -63,7 +63,7 @@ def parser() -> Parser:
         command.add_argument("--config", metavar="FILE", help="JSON file with settings (EDGELAM_CONFIG)")
         for setting in SETTINGS:
             what = f"{setting.what} ({setting.variable})".replace("%", "%%")
-            command.add_argument(f"--{setting.flag}", metavar=setting.placeholder, help=what)
+            command.add_argument(f"--{setting.flag}", metavar=setting.metavar, help=what)
     commands.add_parser("version", help="print the version")
     return top
 

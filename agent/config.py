@@ -24,6 +24,8 @@ from wire.ids import checked_name
 from wire.messages import EngineName
 from wire.units import bytes_text
 
+MOST_DATA: Final = 64
+"""Data sets of a board (wire.messages.DeviceInfo)."""
 MEASURE_BUDGET_S: Final = 0.5
 """Seconds per point of a measurement: a kit has some 18 points, and a board that joins should soon be of use."""
 
@@ -64,6 +66,8 @@ class AgentConfig(Struct, frozen=True, kw_only=True):
     emulate_speed: float = 1.0
     emulate_throttle: str = ""
     """A file with the share of its speed that a virtual board has now; '' = all of it, always."""
+    emulate_shared: str = ""
+    """A folder in which virtual boards of one machine share what it was measured to be; '' = each measures it."""
     emulate_memory_bytes: int = 0
     """0 = not emulated."""
     threads: int = 0
@@ -76,6 +80,8 @@ class AgentConfig(Struct, frozen=True, kw_only=True):
     """0 = the one of last time, or any."""
     data_address: str = ""
     """HOST:PORT; '' = as it is."""
+    data: tuple[tuple[str, str], ...] = ()
+    """(name, file or folder) of what this board may be trained on; it stays here."""
     site_key: str = ""
     log_level: str = "info"
 
@@ -230,6 +236,17 @@ def _key(text: str) -> str:
     return lines[0].strip()
 
 
+def _data(text: str) -> tuple[tuple[str, str], ...]:
+    """'notes=/srv/notes.jsonl,mail=/srv/mail'"""
+    found: dict[str, str] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, separator, path = part.partition("=")
+        if not separator or not path or name in found or len(found) == MOST_DATA:
+            raise UsageError(f"--data {part!r}: not NAME=FILE, or too many", try_="--data notes=/srv/notes.jsonl")
+        found[checked_name(name, "data set")] = _path(path)
+    return tuple(found.items())
+
+
 def _addresses(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (piece.strip() for piece in text.split(","))))
 
@@ -239,7 +256,7 @@ class Setting(NamedTuple):
 
     field: str
     flag: str
-    placeholder: str
+    metavar: str
     parse: Callable[[str], object]
     what: str
 
@@ -259,6 +276,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("via", "via", "mqtt=H:P,http=H:P", via, "dial these instead of the coordinator's addresses (tunnels)"),
     Setting("emulate_speed", "emulate-speed", "F", _speed, "pretend to be a slower processor: 0 < F <= 1"),
     Setting("emulate_throttle", "emulate-throttle", "FILE", _path, "file with the share of that speed there is now"),
+    Setting("emulate_shared", "emulate-shared", "DIR", _path, "where boards of one machine share what it measured"),
     Setting("emulate_memory_bytes", "emulate-memory", "SIZE", size_bytes, "pretend to have only so much memory"),
     Setting("threads", "threads", "N", _threads, "threads of an engine (default: all processors that may be used)"),
     Setting("engines", "engines", "A,B", _engines, "to measure besides the processor (auto: those for a GPU; none)"),
@@ -266,6 +284,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("data_broker", "data-broker", "on|off", _on_off, "a broker of its own for activations (default: on)"),
     Setting("data_port", "data-port", "PORT", _port, "of that broker (default: the one of last time, or any)"),
     Setting("data_address", "data-address", "H:P", _data_address, "where others reach that broker (tunnels)"),
+    Setting("data", "data", "NAME=FILE,...", _data, "what jobs may train this board on; it stays here"),
     Setting("site_key", "site-key-file", "FILE", _key, "file with the site's key, for broker and artifacts"),
     Setting("log_level", "log-level", "LEVEL", _level, "debug, info, warning or error"),
 )  # fmt: skip

@@ -80,7 +80,7 @@ Action = Fetch | Start | Adopt | Stop
 # What an engine is loaded from. All other fields of an order may change under a loaded engine.
 _LOADED = (
     "engine", "graph", "weights", "embedding", "head", "first_block", "end_block", "hidden", "vocabulary",
-    "wire_dtype", "context_tokens", "slots", "config", "runs", "standard_graph",
+    "wire_dtype", "context_tokens", "slots", "config", "runs", "standard_graph", "training",
 )  # fmt: skip
 
 
@@ -99,9 +99,10 @@ def light(order: StageOrder) -> StageOrder:
 
 
 def files_of(order: StageOrder) -> tuple[ArtifactRef, ...]:
-    """Graphs and weights, each digest once."""
+    """Graphs, weights and tokenizer, each digest once."""
     graphs = (order.graph,) if order.standard_graph is None else (order.graph, order.standard_graph)
-    return tuple({ref.digest: ref for ref in (*graphs, *order.weights)}.values())
+    tokenizer = () if order.training is None else (order.training.tokenizer,)
+    return tuple({ref.digest: ref for ref in (*graphs, *order.weights, *tokenizer)}.values())
 
 
 def actions(

@@ -32,6 +32,7 @@ def device_info(survey: Survey, config: AgentConfig, boot: str) -> DeviceInfo:
         addresses=tuple(addresses[:16]),
         cache_bytes=config.cache_limit_bytes,
         emulated=config.emulation,
+        data=tuple(name for name, _ in config.data),
     )
 
 

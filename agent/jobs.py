@@ -30,6 +30,8 @@ class Subject(Struct, frozen=True, kw_only=True):
     threads: int
     speed: float
     throttle_path: str = ""
+    shared_folder: str = ""
+    """As in a measuring task."""
     emulation: str
     budget_s: float
     profile_path: Path

@@ -31,6 +31,9 @@ STDERR_LINES: Final = 20
 POLITE_S: Final = 5.0
 """A worker that does not end by itself after its input was closed is killed after this."""
 
+LEAN: Final = "agent.workers.lean"
+"""What starts each worker."""
+
 
 class Line(Struct, frozen=True):
     """A worker said something."""
@@ -94,7 +97,7 @@ class ProcessLauncher:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             environment[name] = str(threads)
-        command = [sys.executable, "-m", module]
+        command = [sys.executable, "-m", LEAN, module]
         kills = oom_kills()
         process = subprocess.Popen(
             command,

@@ -98,6 +98,10 @@ def problem_with(desired: Desired, site: str, device: str) -> str:
         for codec in (order.codec_in, order.codec_out, order.row_codec_in, order.row_codec_out):
             if not is_codec_for(codec, order.wire_dtype, order.hidden):
                 return f"{what}: no codec {codec} for {order.wire_dtype} rows of {order.hidden}"
+        if (order.runs == "rounds") != (order.training is not None):
+            return f"{what}: rounds and what to do in them belong together"
+        if order.training is not None and not (order.embedding and order.head and order.first_block == 0):
+            return f"{what}: rounds are of whole models"
         if order.end_block < order.first_block:
             return f"{what}: blocks {order.first_block} to {order.end_block}"
     return ""

@@ -352,6 +352,7 @@ class Service:
             throttle_path=throttle,
             memory_limit_bytes=memory,
             engines_path=str(config.cache_dir / "engines"),
+            data=dict(config.data),
         )
         self._stages = Stages(
             bench, self._launcher, self._store, self._fetcher, self._login, self._artifact_url, self._data_broker
@@ -362,6 +363,7 @@ class Service:
             threads=self._threads,
             speed=speed,
             throttle_path=throttle,
+            shared_folder=config.emulate_shared,
             emulation=config.emulation,
             budget_s=config.measure_budget_s,
             profile_path=config.state_dir / "profile.json",

@@ -6,7 +6,7 @@ Belongs to the supervisor's thread. `converge` may be called as often as one lik
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -25,7 +25,11 @@ from models.engine.names import FALLBACKS
 from wire.messages import ArtifactRef, Desired, StageCounters, StageOrder, StageReport
 
 LOG = logging.getLogger("edgelam.stages")
-WORKER_MODULES: Final = {"tokens": "agent.workers.inference", "items": "agent.workers.items"}
+WORKER_MODULES: Final = {
+    "tokens": "agent.workers.inference",
+    "items": "agent.workers.items",
+    "rounds": "agent.workers.training",
+}
 """By what a stage runs."""
 
 MAX_WORDS: Final = 1024
@@ -42,6 +46,8 @@ class Bench(Struct, frozen=True, kw_only=True):
     throttle_path: str = ""
     memory_limit_bytes: int = 0
     engines_path: str = ""
+    data: Mapping[str, str] = {}
+    """Name -> file or folder of what may be trained on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +74,7 @@ class _Stage:
     hung: str = ""
     """Why the worker was killed, until it is gone."""
     unreached: str = ""
-    """Why the stage can't be reached where the order says; no worker is started for it then."""
+    """Why the stage can't be reached where the order says, or not be trained here; no worker is started for it then."""
 
 
 class BoardBroker(Protocol):
@@ -192,8 +198,10 @@ class Stages:
             LOG.info("%s: %s %s", _name(stage.wanted), status.phase, status.detail)
         stage.status = status
         if status.phase == "ready":
+            # A step of training takes minutes on a slow board.
+            patient = stage.wanted.runs == "rounds"
             if stage.sign is None or stage.sign.loading:
-                stage.sign = Sign(now_s, self._bench.speed)
+                stage.sign = Sign(now_s, self._bench.speed, loading=patient)
             stage.note = ""
         if stage.sign is not None:
             stage.sign.heard(now_s)
@@ -232,8 +240,12 @@ class Stages:
         self._fetcher.want(action.refs, lambda digest: self._url_of(base, digest))
 
     def _start(self, stage: _Stage, order: StageOrder, now_s: float) -> None:
-        bench = self._bench
+        bench, task = self._bench, order.training
         if not self._reached(stage, order):
+            return
+        if task is not None and task.data not in bench.data:
+            there = ", ".join(sorted(bench.data)) or "none"
+            stage.unreached = f"no data set {task.data!r} on this board; there are: {there} (edgelam-agent --data)"
             return
         self._store.touch([ref.digest for ref in converge.files_of(order)])
         self._launches += 1
@@ -246,6 +258,8 @@ class Stages:
             graph_path=str(self._store.path_of(order.graph.digest)),
             weight_paths=tuple(str(self._store.path_of(ref.digest)) for ref in order.weights),
             standard_graph_path=str(self._store.path_of(standard.digest)) if standard else "",
+            tokenizer_path=str(self._store.path_of(task.tokenizer.digest)) if task is not None else "",
+            data_path=bench.data[task.data] if task is not None else "",
             engines_path=bench.engines_path,
             crashed=stage.crashed,
             login=login,

@@ -13,6 +13,12 @@
     POST /v1/generate               GenerateRequest -> NDJSON stream of events
     POST /v1/items                  ItemsRequest -> NDJSON stream of events
     GET  /v1/artifacts/{digest}     file by digest, with ranges
+    POST /v1/jobs                   coordinator.rounds.job.Job -> begin to train (NDJSON: what happens, until its end)
+    GET  /v1/jobs                   one row per job
+    POST /v1/jobs/{name}/follow     what happens in it (NDJSON)
+    POST /v1/jobs/{name}/stop       end it where it stands -> its row
+    POST /v1/jobs/{name}/resume     go on there -> its row
+    GET  /v1/jobs/{name}/{file}     a file of its adapter
     GET  /metrics                   for Prometheus (coordinator.metrics)
 
 Programs that speak OpenAI's HTTP have a door of their own beside it (coordinator.openai.door).
@@ -28,6 +34,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -54,6 +61,8 @@ from coordinator.operations import Operations
 from coordinator.planning.explain import explain
 from coordinator.pump import pumped
 from coordinator.replies import error_body, error_reply, json_reply
+from coordinator.rounds.job import Job, checked
+from coordinator.rounds.tuning import Tuning
 from coordinator.service import Coordinator
 from coordinator.view import device_rows, status_row
 from models.catalog import entries
@@ -131,7 +140,15 @@ async def _with_progress(
 class Api:
     """Handlers; one instance per coordinator."""
 
-    def __init__(self, coordinator: Coordinator, operations: Operations, serving: Serving, items: ItemServing) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        operations: Operations,
+        serving: Serving,
+        items: ItemServing,
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.tuning = tuning
         self.coordinator = coordinator
         self.operations = operations
         self.serving = serving
@@ -214,6 +231,43 @@ class Api:
             )
         return Handed(path, digest, self.coordinator.artifacts.handed)
 
+    @property
+    def _tuning(self) -> Tuning:
+        assert self.tuning is not None
+        return self.tuning
+
+    async def begin_job(self, request: Request) -> Response:
+        job = checked(await body_of(request, Job))
+        return Lines(self._begun(job))
+
+    async def _begun(self, job: Job) -> AsyncGenerator[dict[str, Any], None]:
+        async def work(progress: Callable[[str], None]) -> dict[str, Any]:
+            await self._tuning.begin(job, progress)
+            return {"event": "begun", "job": job.name}
+
+        async with aclosing(_with_progress(work)) as events:
+            async for event in events:
+                yield event
+        async with aclosing(self._tuning.follow(job.name)) as events:
+            async for event in events:
+                yield event
+
+    async def jobs(self, _request: Request) -> Response:
+        return json_reply({"schema": "edgelam.jobs/1", "jobs": self._tuning.rows()})
+
+    async def follow_job(self, request: Request) -> Response:
+        return Lines(self._tuning.follow(request.path_params["name"]))
+
+    async def stop_job(self, request: Request) -> Response:
+        return json_reply(await self._tuning.stop(request.path_params["name"]))
+
+    async def resume_job(self, request: Request) -> Response:
+        return json_reply(self._tuning.resume(request.path_params["name"]))
+
+    async def job_file(self, request: Request) -> Response:
+        name, file = request.path_params["name"], request.path_params["file"]
+        return Response(self._tuning.file(name, file), media_type="application/octet-stream")
+
     def routes(self) -> list[Route]:
         def route(path: str, handler: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
             return Route(path, _guarded(handler), methods=[method])
@@ -232,6 +286,12 @@ class Api:
             route("/v1/generate", self.generate, "POST"),
             route("/v1/items", self.answer_items, "POST"),
             route("/v1/artifacts/{digest}", self.artifact),
+            route("/v1/jobs", self.begin_job, "POST"),
+            route("/v1/jobs", self.jobs),
+            route("/v1/jobs/{name}/follow", self.follow_job, "POST"),
+            route("/v1/jobs/{name}/stop", self.stop_job, "POST"),
+            route("/v1/jobs/{name}/resume", self.resume_job, "POST"),
+            route("/v1/jobs/{name}/{file}", self.job_file),
             route("/metrics", self.metrics.page),
         ]
 
@@ -254,9 +314,10 @@ def make_app(
     items: ItemServing,
     site_key: str,
     names: frozenset[str] = LOOPBACK_NAMES,
+    tuning: Tuning | None = None,
 ) -> ASGIApp:
     """The door. `names`: under which names of this machine it is served (coordinator.guard)."""
-    api = Api(coordinator, operations, serving, items)
+    api = Api(coordinator, operations, serving, items, tuning)
     app = Starlette(
         routes=[*api.routes(), *Door(coordinator, operations, serving, items, api.metrics).routes()],
         exception_handlers={HTTPException: _no_such_route, Exception: _failed},

@@ -76,9 +76,10 @@ def _add_heavier_commands() -> None:
     from coordinator.commands.items import embed, infer
     from coordinator.commands.report import app as report_app
     from coordinator.commands.top import top
+    from coordinator.commands.tune import tune
     from coordinator.commands.up import up
 
-    for command in (up, top, bench, demo, embed, infer):
+    for command in (up, top, bench, demo, embed, infer, tune):
         app.command()(command)
     app.add_typer(report_app, name="report")
 

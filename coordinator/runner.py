@@ -38,6 +38,8 @@ from coordinator.notices import notice
 from coordinator.operations import Operations
 from coordinator.pump import end_stalled
 from coordinator.replanning import Replanner
+from coordinator.rounds.store import JobStore
+from coordinator.rounds.tuning import Tuning
 from coordinator.service import Coordinator
 from coordinator.shelf import Shelf
 from models.cache import cache_dir
@@ -149,6 +151,7 @@ class Runner:
         self._server: uvicorn.Server | None = None
         self._door: socket.socket | None = None
         self._lock: IO[bytes] | None = None
+        self.tuning: Tuning | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.stopping = asyncio.Event()
 
@@ -207,8 +210,10 @@ class Runner:
         operations = Operations(self.coordinator, self.shelf)
         serving = Serving(self.coordinator, operations)
         items = ItemServing(self.coordinator, operations)
+        self.tuning = Tuning(self.coordinator, operations, JobStore(options.state / "jobs", self.coordinator.journal))
         self.coordinator.open()
         await self._await_broker(transport, url)
+        self.tuning.restore()
         self._tasks.append(asyncio.create_task(self._serve_http(operations, serving, items)))
         self._advertise(url)
         self._tasks.append(asyncio.create_task(self._watch()))
@@ -274,7 +279,15 @@ class Runner:
     async def _serve_http(self, operations: Operations, serving: Serving, items: ItemServing) -> None:
         assert self.coordinator is not None and self._door is not None
         config = uvicorn.Config(
-            make_app(self.coordinator, operations, serving, items, self.key, door_names(self.options.listen)),
+            make_app(
+                self.coordinator,
+                operations,
+                serving,
+                items,
+                self.key,
+                door_names(self.options.listen),
+                self.tuning,
+            ),
             host=self.options.listen,
             port=self.http_port,
             log_level="warning",
@@ -364,6 +377,8 @@ class Runner:
             await asyncio.to_thread(self._browser.close)
         if self._server is not None:
             self._server.should_exit = True
+        if self.tuning is not None:
+            await self.tuning.close()
         for task in self._tasks[1:]:
             task.cancel()
         if self._tasks:

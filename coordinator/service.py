@@ -18,7 +18,15 @@ from coordinator.artifacts import Artifacts
 from coordinator.borne import Borne
 from coordinator.calls import Calls
 from coordinator.changes import Changes
-from coordinator.deployments import check_orders, desired_for, ended_stages, fallbacks, works_on
+from coordinator.deployments import (
+    Ordering,
+    check_orders,
+    check_told,
+    desired_for,
+    ended_stages,
+    fallbacks,
+    works_on,
+)
 from coordinator.distrust import Trust, Verdict, with_doubt
 from coordinator.fallen import Failure, Fallen
 from coordinator.fleet import (
@@ -43,6 +51,7 @@ from coordinator.journal import DeploymentRecord, Journal
 from coordinator.notices import Notice, notice
 from coordinator.planning.plan import Plan
 from coordinator.planning.slowed import Slowed
+from coordinator.rounds.store import running_jobs, topic_name
 from coordinator.slowlinks import SlowLinks
 from coordinator.slowness import Slowness
 from hwprofiles.profile import Profile
@@ -91,13 +100,19 @@ class Coordinator:
         """Level -> notices so far, also those that are kept no more."""
         self.refused_messages = 0
         self.broker_up = False
+        self.up_since_s = 0.0
+        """When the connection to the broker was made last."""
         self.journal = Journal(state / "journal.sqlite")
         self.artifacts = Artifacts(state / "artifacts", self.journal)
         self.on_parcel: Callable[[Parcel], None] = lambda _parcel: None
         self.on_deployment_lost: Callable[[str, str], None] = lambda _name, _reason: None
         """What was under way on it is gone; it, or another one, will do the same again."""
         self.on_deployment_removed: Callable[[str, str], None] = lambda _name, _reason: None
+        self.on_broker_up: Callable[[], None] = lambda: None
+        """What was sent before may not have come through."""
         self._records: dict[str, DeploymentRecord] = {}
+        self._jobs: dict[str, Ordering] = {}
+        """What devices are told of jobs; coordinator.rounds keeps it."""
         self._given_up: set[tuple[str, int]] = set()
         """Deployments, by name and epoch, on which a stage did not answer: to be replaced, even if it comes back."""
         self._kit: Kit | None = None
@@ -110,9 +125,10 @@ class Coordinator:
         self.journal.open()
         self.artifacts.open()
         self._records = {record.name: record for record in self.journal.deployments()}
+        self._jobs = {topic_name(job.name): job for job in running_jobs(self.journal)}
         self.trust = Trust(self.journal.distrusts())
         self._prune_artifacts()
-        self._ordered = {device for record in self._records.values() for device in record.orders}
+        self._ordered = {device for record in self._ordering() for device in record.orders}
         # What was taken out of force shortly before a crash may not have been published: a fresh epoch makes devices
         # look again. Stages keep the epoch of their plan, so nothing is loaded anew.
         self._desired_epoch = self.journal.next_epoch()
@@ -211,9 +227,11 @@ class Coordinator:
     def _on_link(self, up: bool, reason: str) -> None:
         self.broker_up = up
         now_s = time.monotonic()
+        self.up_since_s = now_s if up else self.up_since_s
         self._feed(LinkUp(now_s) if up else LinkDown(now_s))
         if up:
             self._publish_all()
+            self.on_broker_up()
         else:
             self.note(notice("broker-lost", url=self.mqtt_url, reason=reason))
             for name in list(self._records):
@@ -390,8 +408,7 @@ class Coordinator:
     def put_in_force(self, record: DeploymentRecord, because: str = "") -> None:
         """Journal a deployment and publish it; replaces one of the same name, `because` of something. Raises Refused,
         and changes nothing, if a device could not be told: the message would be too large."""
-        others = [other for other in self._records.values() if other.name != record.name]
-        check_orders(record, others, self.artifacts_url)
+        check_orders(record, self._others(record.name), self.artifacts_url)
         self.journal.save_deployment(record)
         if record.name in self._records:
             replaced = f"{record.name} was replaced by epoch {record.plan.epoch} of it"
@@ -409,14 +426,38 @@ class Coordinator:
     def amend(self, record: DeploymentRecord) -> None:
         """Journal and publish a deployment that differs from the one in force in copies that wait: its ring, its epoch
         and what runs on it stay. Raises Refused, and changes nothing, if a device could not be told."""
-        others = [other for other in self._records.values() if other.name != record.name]
-        check_orders(record, others, self.artifacts_url)
+        check_orders(record, self._others(record.name), self.artifacts_url)
         self.journal.save_deployment(record)
         self._records[record.name] = record
         self._desired_epoch = self.next_epoch()
         self._publish_orders()
         self.hub.publish(topics.PLAN, msgspec.json.encode(record.plan), record.name)
         self.changes.ring()
+
+    def order_job(self, name: str, job: Ordering) -> None:
+        """Tell devices what to train, under this name of a deployment; the caller has journaled it. Raises Refused,
+        and changes nothing, if a device could not be told."""
+        epoch = self.next_epoch()
+        check_told(job, self._others(name), self.artifacts_url, epoch)
+        self._jobs[name] = job
+        self._desired_epoch = epoch
+        self._publish_orders()
+        self.changes.ring()
+
+    def end_job(self, name: str) -> None:
+        """Devices need not train for it any more."""
+        if self._jobs.pop(name, None) is not None:
+            self._desired_epoch = self.next_epoch()
+            self._publish_orders()
+            self.changes.ring()
+
+    def _ordering(self) -> list[Ordering]:
+        return [*self._records.values(), *self._jobs.values()]
+
+    def _others(self, name: str) -> list[Ordering]:
+        """All but the deployment or job of this name."""
+        records = [record for record in self._records.values() if record.name != name]
+        return [*records, *(job for known, job in self._jobs.items() if known != name)]
 
     def take_out_of_force(self, name: str) -> None:
         self.journal.remove_deployment(name)
@@ -432,9 +473,11 @@ class Coordinator:
         """Keep on disk what a deployment in force or the kit refers to."""
         modules = self._kit.modules if self._kit is not None else ()
         keep = {ref.digest for module in modules for _, ref in (*module.graphs, *module.standard)}
-        for record in self._records.values():
+        for record in self._ordering():
             for order in (order for orders in record.orders.values() for order in orders):
-                keep |= {ref.digest for ref in (order.graph, order.standard_graph, *order.weights) if ref is not None}
+                tokenizer = order.training.tokenizer if order.training is not None else None
+                refs = (order.graph, order.standard_graph, tokenizer, *order.weights)
+                keep |= {ref.digest for ref in refs if ref is not None}
         self.artifacts.prune(keep, time.time())
 
     def offer_kit(self, kit: Kit) -> None:
@@ -443,9 +486,10 @@ class Coordinator:
 
     def _publish_orders(self) -> None:
         """Desired state for every device that has, or had, stages."""
-        self._ordered |= {device for record in self._records.values() for device in record.orders}
+        ordering = self._ordering()
+        self._ordered |= {device for record in ordering for device in record.orders}
         for device in sorted(self._ordered):
-            desired = desired_for(device, self._desired_epoch, self._records.values(), self.artifacts_url)
+            desired = desired_for(device, self._desired_epoch, ordering, self.artifacts_url)
             self.hub.publish(topics.DESIRED, messages.encode(desired), device)
 
     def _publish_all(self) -> None:

@@ -34,6 +34,10 @@ LEAST_SHARE: Final = 0.05
 THROTTLE_FILE: Final = "throttle"
 """In a board's folder: which share of its speed it has now (`edgelam testbed slow`)."""
 
+SHARED: Final = ".measured"
+"""Next to the boards' folders: what the machine was measured to be, which each of them would measure again. No board
+is named so."""
+
 DATA: Final = "data"
 DATA_OWN: Final = "data-own"
 """Of a board with a shaped link: where others reach its own broker, over the link, and where that listens."""
@@ -48,6 +52,8 @@ class BoardSpec(Struct, frozen=True, kw_only=True):
     link: LinkSpec | None = None
     data_broker: bool = True
     """Whether it may have a broker of its own; False is a board without mosquitto."""
+    data: tuple[tuple[str, str], ...] = ()
+    """(name, file or folder) of what it may be trained on."""
 
     def text(self) -> str:
         """For people: 'pi4: 0.25 of a core, 1.0 GB, 20 Mbit/s, 5.0 ms one way'."""
@@ -95,6 +101,29 @@ def preset(name: str, count: int, link: str | None = None) -> tuple[BoardSpec, .
 def with_link(boards: Sequence[BoardSpec], link: LinkSpec | None) -> tuple[BoardSpec, ...]:
     """Give the same boards with another link."""
     return tuple(msgspec.structs.replace(board, link=link) for board in boards)
+
+
+def with_data(boards: Sequence[BoardSpec], name: str, folder: Path) -> tuple[BoardSpec, ...]:
+    """Give each board as data of that name what is called like it in a folder: pi4.jsonl, or a folder pi4. Those for
+    whom there is nothing stay as they are; UsageError if that is all of them."""
+    checked_name(name, "data set")
+    try:
+        there = {path.stem if path.is_file() else path.name: path.resolve() for path in sorted(folder.iterdir())}
+    except OSError as error:
+        raise UsageError(
+            f"data {folder}: {(error.strerror or str(error)).lower()}", try_="--data NAME=FOLDER"
+        ) from None
+    if not any(board.name in there for board in boards):
+        names = ", ".join(board.name for board in boards)
+        raise UsageError(
+            f"data {folder}: nothing in it is called like a board ({names})", try_=f"{boards[0].name}.jsonl"
+        )
+    return tuple(
+        msgspec.structs.replace(board, data=(*board.data, (name, str(there[board.name]))))
+        if board.name in there
+        else board
+        for board in boards
+    )
 
 
 def checked_boards(boards: Sequence[BoardSpec]) -> tuple[BoardSpec, ...]:
@@ -161,6 +190,8 @@ def agent_arguments(board: BoardSpec, options: AgentOptions, folder: Path, via: 
     dialled = {name: address for name, address in via.items() if name not in (DATA, DATA_OWN)}
     if dialled:
         arguments += ["--via", ",".join(f"{name}={address.text()}" for name, address in dialled.items())]
+    if board.data:
+        arguments += ["--data", ",".join(f"{name}={path}" for name, path in board.data)]
     if not board.data_broker:
         arguments += ["--data-broker", "off"]
     elif DATA in via:
@@ -169,5 +200,6 @@ def agent_arguments(board: BoardSpec, options: AgentOptions, folder: Path, via: 
         arguments += ["--emulate-speed", f"{board.speed:g}"]
     if options.emulate:
         arguments += ["--emulate-throttle", str(folder / THROTTLE_FILE)]
+        arguments += ["--emulate-shared", str(folder.parent / SHARED)]
         arguments += ["--emulate-memory", str(board.memory_bytes)]
     return [*arguments, "--threads", str(options.threads)]

@@ -73,7 +73,7 @@ after `try:` what to do.
 
 
 def settings_page() -> str:
-    rows = [(f"`--{row.flag} {row.placeholder}`", f"`{row.variable}`", f"`{row.flag}`", row.what) for row in SETTINGS]
+    rows = [(f"`--{row.flag} {row.metavar}`", f"`{row.variable}`", f"`{row.flag}`", row.what) for row in SETTINGS]
     return f"""{MADE.format(source="agent/config.py")}
 # Settings of the agent
 

@@ -97,6 +97,10 @@ class Kind(IntEnum):
     """One row of each of several requests: hidden states [b, hidden] or token ids [b]; meta says whose (wire.rows)."""
     ITEM = 10
     """All tensors of an item that cross a cut, or come out behind the last, as bytes [n]; meta is an ItemMeta."""
+    ROUND = 11
+    """The factors that a round begins with, float32 [n]; meta is a RoundMeta."""
+    UPDATE = 12
+    """What a device made of them, float32 [m], or none; meta is an UpdateMeta."""
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}

@@ -56,6 +56,9 @@ than this alone may be queued when nothing else is."""
 MAX_CONTROL_BYTES: Final = 262_144
 """Largest JSON control message."""
 
+MAX_ADAPTER_RANK: Final = 256
+"""Of factors that a job trains: beyond it the whole matrix is as cheap."""
+
 LEAST_CONTEXT_TOKENS: Final = 2
 """One token of a prompt and one of an answer."""
 

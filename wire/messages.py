@@ -25,8 +25,8 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 BootId = Annotated[str, Meta(pattern=r"^[0-9a-f]{1,32}$")]
 
 
-Runs = Literal["tokens", "items"]
-"""What a stage is worked with: requests that it keeps rows of, or items of which it keeps nothing."""
+Runs = Literal["tokens", "items", "rounds"]
+"""What a stage is worked with: requests that it keeps rows of, items of which it keeps nothing, or rounds of a job."""
 
 CodecName = Literal["as-is", "f16", "bf16", "int8-group", "int8-token"]
 """In which form hidden states cross a cut: wire.codecs."""
@@ -73,6 +73,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     data_broker_because: Text = ""
     emulated: Text = ""
     """Not '' on a virtual board: what is emulated, in words."""
+    data: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    """Names of what it may be trained on. The data itself stays there."""
 
 
 class ArtifactRef(Struct, frozen=True, kw_only=True):
@@ -92,6 +94,38 @@ class InboxAddress(Struct, frozen=True, kw_only=True):
 
 EngineName = Literal["tensorrt", "onnxruntime-cuda", "onnxruntime", "torch-cuda", "torch"]
 """What can compute a stage (models.engine.choice)."""
+
+
+Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
+"""Matrices of a block that can have low-rank factors."""
+
+
+class TrainingTask(Struct, frozen=True, kw_only=True):
+    """What a device does in each round of a job: so many steps of AdamW on the factors, from those that it is sent.
+
+    The factors of all matrices of a block, A [rank, in] and B [out, rank], blocks in order, travel as one vector of
+    float32; the product B A counts by `alpha` / `rank`.
+    """
+
+    data: Name
+    """Name of a data set in the device's own settings."""
+    tokenizer: ArtifactRef
+    """tokenizer.json of the model."""
+    end_id: Annotated[int, Meta(ge=0, lt=limits.MAX_DIM)] | None = None
+    """The token that ends a text."""
+    rank: Annotated[int, Meta(ge=1, le=limits.MAX_ADAPTER_RANK)]
+    alpha: Annotated[float, Meta(gt=0, le=1e6)]
+    matrices: Annotated[tuple[Matrix, ...], Meta(min_length=1, max_length=7)]
+    row_tokens: Annotated[int, Meta(ge=2, le=limits.MAX_PROMPT_TOKENS)]
+    """Of a sample; what is longer is cut."""
+    batch_rows: Annotated[int, Meta(ge=1, le=4096)]
+    steps: Annotated[int, Meta(ge=1, le=1_000_000)]
+    learning_rate: Annotated[float, Meta(gt=0, le=10)]
+    most_norm: Annotated[float, Meta(gt=0, le=1e9)]
+    """Of a step's gradient; what is longer is shortened to it."""
+    held_out: Annotated[float, Meta(ge=0, lt=1)]
+    """Share of the samples that is never trained on."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):
@@ -133,6 +167,8 @@ class StageOrder(Struct, frozen=True, kw_only=True):
     order puts it in its stage's place (docs/decisions/0013-replicas.md)."""
     standard_graph: ArtifactRef | None = None
     """The same stage in operators of ONNX alone, for engines that know no others."""
+    training: TrainingTask | None = None
+    """With rounds."""
 
 
 class Desired(Message, frozen=True, kw_only=True):
@@ -326,6 +362,34 @@ class ItemMeta(Struct, frozen=True, kw_only=True):
     rows: Annotated[int, Meta(ge=1, le=limits.MAX_DIM)]
     stages: Annotated[tuple[StageTime, ...], Meta(max_length=128)] = ()
     """Of the stages that it went through."""
+
+
+class RoundMeta(Struct, frozen=True, kw_only=True):
+    """Rides in front of the factors that a round begins with, to each device that takes part."""
+
+    reply: InboxAddress
+    round: Count
+    parts: Annotated[tuple[Literal["a", "b"], ...], Meta(min_length=1, max_length=2)]
+    """Which factors are trained and sent back; the others stay as they came."""
+    train: bool = True
+    """False: only the loss on what is held out is asked for."""
+
+
+class UpdateMeta(Struct, frozen=True, kw_only=True):
+    """Rides in front of what a device made of the factors: those of the parts that the round asked for."""
+
+    round: Count
+    device: Name
+    samples: Count
+    """That it has to train on; its weight among the others."""
+    bad_rows: Count = 0
+    """Of its data, left out since they are no samples."""
+    loss: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    """Mean over the round's steps, in nats per token; None where nothing was trained."""
+    held_out_loss: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    """Of the factors that came, before any step; None where nothing is held out."""
+    held_out_tokens: Count = 0
+    compute_s: Seconds = 0.0
 
 
 class Inquiry(Struct, frozen=True, kw_only=True):

@@ -296,6 +296,8 @@ class StageWorker(ABC, Generic[E]):
             self._parent.say(Status(phase="loading", epoch=self._work.order.epoch, detail=self._waits_for))
 
     def _report(self, answered: bool = False) -> None:
+        if answered and not self._work.live:
+            give_back_memory()  # that of a prompt's large steps
         order, tally = self._work.order, self._work.tally.since(self._at_adoption)
         counters = StageCounters(
             deployment=order.deployment,

@@ -47,6 +47,9 @@ class Assignment(Struct, frozen=True, kw_only=True):
     weight_paths: tuple[str, ...]
     standard_graph_path: str = ""
     """Belongs to `order.standard_graph`; '' if it has none."""
+    tokenizer_path: str = ""
+    data_path: str = ""
+    """Belong to `order.training`."""
     engines_path: str = ""
     """Folder of engines that were built on this board."""
     crashed: dict[str, str] = {}
@@ -126,6 +129,11 @@ class MeasureTask(Struct, frozen=True, kw_only=True):
     speed: float
     throttle_path: str = ""
     """As in an assignment."""
+    shared_folder: str = ""
+    """Where emulated boards of one machine keep for each other what it was measured to be; '' = nowhere."""
+    shared_since_s: float = 0.0
+    """What they measured before, by the machine's monotonic clock, is not taken: somebody asked for it anew. Whoever is
+    asked at the same time still measures once for all."""
     budget_s: float = 0.5
     """Seconds per point."""
     nice: int = 0

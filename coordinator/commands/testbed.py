@@ -16,7 +16,7 @@ from coordinator.commands.common import Json, print_json, status_line, write_tex
 from coordinator.config import Address, read_address, state_dir
 from coordinator.screens.table import table
 from testbed import commands, throttle
-from testbed.boards import preset
+from testbed.boards import preset, with_data
 from testbed.links import LinkSpec
 from testbed.relink import relink
 from testbed.state import STATE_FILE
@@ -86,6 +86,12 @@ def up(
     broker: Annotated[
         str, typer.Option(help="mqtt://HOST:PORT of the coordinator's broker; default: the boards find it by mDNS.")
     ] = "",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER: data to be trained on, of each board what is called like it there (pi4.jsonl)."
+        ),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Come back at once; end with: edgelam testbed down.")
     ] = False,
@@ -97,9 +103,13 @@ def up(
     Example: edgelam testbed up --boards 4 --preset shelf
     """
     site = site or default_site()
+    shelf = preset(preset_name, boards, link)
+    for given in data or ():
+        name, _, path = given.partition("=")
+        shelf = with_data(shelf, name, Path(path).expanduser())
     options = commands.UpOptions(
         site=site,
-        boards=preset(preset_name, boards, link),
+        boards=shelf,
         state_dir=folder_of(site, folder),
         coordinator=broker,
         coordinator_http=_http_of(site) if broker else "",

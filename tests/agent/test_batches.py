@@ -178,7 +178,7 @@ def test_a_next_stage_that_takes_nothing_is_said_to_all_of_a_group() -> None:
 
 
 def test_a_group_and_a_long_prompt_take_turns() -> None:
-    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8, "slots": 4})
+    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 4, "slots": 4})
     for request in range(3):
         ring.ask([1, 2], request=request, max_new_tokens=30)
     for _ in range(3):
@@ -186,10 +186,10 @@ def test_a_group_and_a_long_prompt_take_turns() -> None:
     for _ in range(8):
         ring.works[0].work(0.0)
     before = len(ring.engines[0].steps)
-    ring.ask([3] * 64, request=9)
+    ring.ask([3] * 32, request=9)
     ring.run()
     steps = [rows for _, _, rows in ring.engines[0].steps[before:]]
-    assert steps[:32] == [8, 1, 1, 1] * 8
+    assert steps[:32] == [4, 1, 1, 1] * 8
     assert all(len(ring.tokens(request)) == 30 for request in range(3)) and len(ring.tokens(9)) == 5
 
 

@@ -400,7 +400,7 @@ def test_kinds_of_steps_that_are_remembered_are_few() -> None:
     now, stretch = stretched(0.5)
     for number in range(3000):
         now.step(stretch, 0.001, kind="chunk", context=64 * number)
-    assert len(stretch._lately) <= MAX_KINDS
+    assert len(stretch._undisturbed._lately) <= MAX_KINDS
 
 
 def test_full_speed_never_sleeps() -> None:

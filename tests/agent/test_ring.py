@@ -293,15 +293,15 @@ def test_an_answer_ends_where_the_context_is_full() -> None:
 
 
 def test_answers_under_way_go_on_while_a_long_prompt_enters() -> None:
-    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 8})
+    ring = Ring(1, changes={"context_tokens": 4096, "prefill_chunk_tokens": 4})
     ring.ask([1, 2], request=1, max_new_tokens=30)
     ring.works[0].accept(Given(ring.queues[0].popleft()), 0.0)  # type: ignore[arg-type]
     for _ in range(5):
         ring.works[0].work(0.0)
-    ring.ask([3] * 64, request=2)
+    ring.ask([3] * 32, request=2)
     ring.run()
     steps = ring.engines[0].steps[5:]
-    assert [rows for _, _, rows in steps[:16]] == [8, 1] * 8
+    assert [rows for _, _, rows in steps[:16]] == [4, 1] * 8
     assert len(ring.tokens(1)) == 30 and len(ring.tokens(2)) == 5
 
 
@@ -546,7 +546,7 @@ def entering(row_s: float, step_s: float, prompt: int, chunk: int = 64) -> list[
 def test_a_prompt_that_enters_beside_an_answer_comes_in_pieces_that_take_about_as_long_as_its_steps() -> None:
     assert entering(row_s=0.001, step_s=0.0104, prompt=128) == [15, 15, 15, 15, 4, 15, 15, 15, 15, 4]
     costly = entering(row_s=0.010, step_s=0.001, prompt=64)
-    assert costly[:3] == [8, 8, 8], "never less than 8 rows, but the last"
+    assert costly[:3] == [4, 4, 4], "never less than 4 rows, but the last"
     assert entering(row_s=0.0001, step_s=0.1, prompt=128) == [64, 64], "cheap rows need no cutting"
 
 

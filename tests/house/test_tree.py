@@ -28,6 +28,11 @@ ON_EVERY_BOARD = ("wire", "hwprofiles", "agent", "models/engine", "models/sampli
 ALLOWED_ELSEWHERE = {
     "wire/embedded.py": {"amqtt"},
     "models/engine/torch.py": {"torch"},
+    "models/training/llama.py": {"torch"},
+    "models/training/rounds.py": {"torch"},
+    "models/training/samples.py": {"tokenizers"},
+    "agent/workers/training.py": {"torch"},
+    "agent/workers/roundwork.py": {"torch"},
 }
 """Files that are imported only where their extra is installed, and by no one at import time (checked below)."""
 

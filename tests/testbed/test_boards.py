@@ -65,7 +65,7 @@ def test_the_agents_command_line_says_what_the_board_is() -> None:
     assert " ".join(agent_arguments(board, options, Path("/b/pi4"), via)) == (
         "agent run --site lab --name pi4 --state-dir /b/pi4/state --cache-dir /b/pi4/cache --interfaces 127.0.0.1 "
         "--via mqtt=127.0.0.1:4001,http=127.0.0.1:4002 --emulate-speed 0.25 "
-        "--emulate-throttle /b/pi4/throttle --emulate-memory 1073741824 --threads 1"
+        "--emulate-throttle /b/pi4/throttle --emulate-shared /b/.measured --emulate-memory 1073741824 --threads 1"
     )
 
 
