@@ -73,7 +73,7 @@ class _Stage:
     """Of the worker."""
     hung: str = ""
     """Why the worker was killed, until it is gone."""
-    unreached: str = ""
+    impossible: str = ""
     """Why the stage can't be reached where the order says, or not be trained here; no worker is started for it then."""
 
 
@@ -137,7 +137,7 @@ class Stages:
         self._have_bytes = {digest: have for digest, have in self._have_bytes.items() if digest in self.wanted_files}
         for order in desired.stages:
             stage = self._stages.setdefault(converge.key_of(order), _Stage(order))
-            stage.wanted, stage.unreached = order, ""
+            stage.wanted, stage.impossible = order, ""
             if stage.deaths_epoch != desired.epoch:
                 stage.deaths, stage.deaths_epoch, stage.crashed = Deaths(), desired.epoch, {}
 
@@ -245,7 +245,7 @@ class Stages:
             return
         if task is not None and task.data not in bench.data:
             there = ", ".join(sorted(bench.data)) or "none"
-            stage.unreached = f"no data set {task.data!r} on this board; there are: {there} (edgelam-agent --data)"
+            stage.impossible = f"no data set {task.data!r} on this board; there are: {there} (edgelam-agent --data)"
             return
         self._store.touch([ref.digest for ref in converge.files_of(order)])
         self._launches += 1
@@ -284,8 +284,8 @@ class Stages:
 
     def _adopt(self, stage: _Stage, order: StageOrder) -> None:
         if not self._reached(stage, order):
-            if stage.unreached:
-                self._stop(stage, stage.unreached)
+            if stage.impossible:
+                self._stop(stage, stage.impossible)
             return
         LOG.info("%s: takes epoch %d without loading again", _name(order), order.epoch)
         self._launcher.tell(stage.worker, line_of(Tell(adopt=converge.light(order), data_broker=self._own_at)))
@@ -299,14 +299,14 @@ class Stages:
         """Whether a stage is reached where the order says: on the site's broker, or on this board's own. While that one
         is starting the stage waits; if it is elsewhere, or there is none, the plan must be made anew."""
         address, at = order.inbox.broker, self._own_at
-        stage.unreached = ""
+        stage.impossible = ""
         if not address or (at is not None and at.address == address):
             return True
         if self._own_broker is not None and self._own_broker.starting:
             stage.note = "waits for this board's own broker"
             return False
         here = f"it is at {at.address}" if at is not None else "there is none"
-        stage.unreached = f"the plan says that this board's own broker is at {address}; {here}"
+        stage.impossible = f"the plan says that this board's own broker is at {address}; {here}"
         return False
 
     def _stop(self, stage: _Stage, because: str) -> None:
@@ -384,8 +384,8 @@ def _phase_of(stage: _Stage, now_s: float) -> tuple[converge.Phase, str]:
         return "failed", next(iter(stage.fetch_failed.values()))
     if stage.fetching:
         return "fetching", stage.fetch_note
-    if stage.unreached:
-        return "failed", stage.unreached
+    if stage.impossible:
+        return "failed", stage.impossible
     if stage.deaths.gave_up:
         return "failed", stage.note
     if now_s < stage.deaths.until_s:

@@ -13,15 +13,9 @@
     POST /v1/generate               GenerateRequest -> NDJSON stream of events
     POST /v1/items                  ItemsRequest -> NDJSON stream of events
     GET  /v1/artifacts/{digest}     file by digest, with ranges
-    POST /v1/jobs                   coordinator.rounds.job.Job -> begin to train (NDJSON: what happens, until its end)
-    GET  /v1/jobs                   one row per job
-    POST /v1/jobs/{name}/follow     what happens in it (NDJSON)
-    POST /v1/jobs/{name}/stop       end it where it stands -> its row
-    POST /v1/jobs/{name}/resume     go on there -> its row
-    GET  /v1/jobs/{name}/{file}     a file of its adapter
     GET  /metrics                   for Prometheus (coordinator.metrics)
 
-Programs that speak OpenAI's HTTP have a door of their own beside it (coordinator.openai.door).
+Beside it: jobs (coordinator.rounds.door), and a door for programs that speak OpenAI's HTTP (coordinator.openai.door).
 
 NDJSON: one JSON object per line; an error is {"event": "error", "message", "try", "exit_code"}. Plain answers give
 errors as the same object with an HTTP status. Bodies are sent as application/json. With a site key, every caller that
@@ -31,19 +25,17 @@ is not on this machine must send `Authorization: Bearer KEY`; pages in a browser
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Send
+from starlette.types import ASGIApp
 
 from coordinator.bodies import body_of
 from coordinator.calls import MeasureRequest
@@ -54,87 +46,19 @@ from coordinator.inference.serve import Serving
 from coordinator.items.requests import ItemsRequest, answer_events
 from coordinator.items.serve import ItemServing
 from coordinator.journal import DeployRequest
+from coordinator.lines import Lines, defect, guarded, with_progress
 from coordinator.metrics import Metrics, Watched
 from coordinator.openai.door import Door
 from coordinator.openai.errors import reply_at
 from coordinator.operations import Operations
 from coordinator.planning.explain import explain
 from coordinator.pump import pumped
-from coordinator.replies import error_body, error_reply, json_reply
-from coordinator.rounds.job import Job, checked
-from coordinator.rounds.tuning import Tuning
+from coordinator.replies import json_reply
 from coordinator.service import Coordinator
 from coordinator.view import device_rows, status_row
 from models.catalog import entries
-from wire.errors import EdgelamError, UsageError
+from wire.errors import UsageError
 from wire.ids import is_digest
-
-LOG = logging.getLogger("edgelam.api")
-
-
-def _defect(error: Exception) -> EdgelamError:
-    """What a caller is told of an error that nobody foresaw; the log has the rest."""
-    return EdgelamError(f"the coordinator failed: {type(error).__name__}: {error}", try_="see the coordinator's log")
-
-
-def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    async def run(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except EdgelamError as error:
-            return error_reply(error)
-
-    return run
-
-
-class Lines(StreamingResponse):
-    """Events as NDJSON; an error becomes the last line. A client that goes away closes the events at once: what they
-    hold (a turn, a request at the stages) must not wait for the garbage collector."""
-
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
-        self._events = events
-        super().__init__(self._encoded(), media_type="application/x-ndjson")
-
-    async def _encoded(self) -> AsyncGenerator[bytes, None]:
-        try:
-            async for event in self._events:
-                yield msgspec.json.encode(event) + b"\n"
-        except EdgelamError as error:
-            yield msgspec.json.encode(error_body(error)) + b"\n"
-        except Exception as error:
-            LOG.exception("an error that was not foreseen")
-            yield msgspec.json.encode(error_body(_defect(error))) + b"\n"
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
-        finally:
-            await self._events.aclose()
-
-
-async def _with_progress(
-    work: Callable[[Callable[[str], None]], Awaitable[dict[str, Any]]],
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Run `work(progress)`; yield its status lines while it runs and its result at the end."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-
-    def progress(text: str) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, {"event": "status", "text": text})
-
-    async def run() -> dict[str, Any]:
-        try:
-            return await work(progress)
-        finally:
-            loop.call_soon(queue.put_nowait, None)
-
-    task = asyncio.ensure_future(run())
-    try:
-        while (event := await queue.get()) is not None:
-            yield event
-        yield await task
-    finally:
-        task.cancel()
 
 
 class Api:
@@ -146,9 +70,7 @@ class Api:
         operations: Operations,
         serving: Serving,
         items: ItemServing,
-        tuning: Tuning | None = None,
     ) -> None:
-        self.tuning = tuning
         self.coordinator = coordinator
         self.operations = operations
         self.serving = serving
@@ -182,7 +104,7 @@ class Api:
             lines = await asyncio.to_thread(explain, plan, prepared.packed.graph, candidates, time.time())
             return {"event": "plan", "plan": msgspec.to_builtins(plan), "explanation": list(lines)}
 
-        return Lines(_with_progress(work))
+        return Lines(with_progress(work))
 
     async def candidates(self, request: Request) -> Response:
         wanted = await body_of(request, DeployRequest)
@@ -191,7 +113,7 @@ class Api:
             boards = await self.operations.preparing.boards(wanted, progress)
             return {"event": "candidates", "candidates": msgspec.to_builtins(boards)}
 
-        return Lines(_with_progress(work))
+        return Lines(with_progress(work))
 
     async def measure(self, request: Request) -> Response:
         wanted = await body_of(request, MeasureRequest)
@@ -199,7 +121,7 @@ class Api:
         async def work(progress: Callable[[str], None]) -> dict[str, Any]:
             return {"event": "measured", "unmeasured": await self.operations.preparing.measure(wanted, progress)}
 
-        return Lines(_with_progress(work))
+        return Lines(with_progress(work))
 
     async def deploy(self, request: Request) -> Response:
         wanted = await body_of(request, DeployRequest)
@@ -208,7 +130,7 @@ class Api:
             record = await self.operations.deploy(wanted, progress)
             return {"event": "deployed", "plan": msgspec.to_builtins(record.plan)}
 
-        return Lines(_with_progress(work))
+        return Lines(with_progress(work))
 
     async def undeploy(self, request: Request) -> Response:
         await self.operations.remove(request.path_params["name"])
@@ -231,46 +153,9 @@ class Api:
             )
         return Handed(path, digest, self.coordinator.artifacts.handed)
 
-    @property
-    def _tuning(self) -> Tuning:
-        assert self.tuning is not None
-        return self.tuning
-
-    async def begin_job(self, request: Request) -> Response:
-        job = checked(await body_of(request, Job))
-        return Lines(self._begun(job))
-
-    async def _begun(self, job: Job) -> AsyncGenerator[dict[str, Any], None]:
-        async def work(progress: Callable[[str], None]) -> dict[str, Any]:
-            await self._tuning.begin(job, progress)
-            return {"event": "begun", "job": job.name}
-
-        async with aclosing(_with_progress(work)) as events:
-            async for event in events:
-                yield event
-        async with aclosing(self._tuning.follow(job.name)) as events:
-            async for event in events:
-                yield event
-
-    async def jobs(self, _request: Request) -> Response:
-        return json_reply({"schema": "edgelam.jobs/1", "jobs": self._tuning.rows()})
-
-    async def follow_job(self, request: Request) -> Response:
-        return Lines(self._tuning.follow(request.path_params["name"]))
-
-    async def stop_job(self, request: Request) -> Response:
-        return json_reply(await self._tuning.stop(request.path_params["name"]))
-
-    async def resume_job(self, request: Request) -> Response:
-        return json_reply(self._tuning.resume(request.path_params["name"]))
-
-    async def job_file(self, request: Request) -> Response:
-        name, file = request.path_params["name"], request.path_params["file"]
-        return Response(self._tuning.file(name, file), media_type="application/octet-stream")
-
     def routes(self) -> list[Route]:
         def route(path: str, handler: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
-            return Route(path, _guarded(handler), methods=[method])
+            return Route(path, guarded(handler), methods=[method])
 
         return [
             route("/v1/status", self.status),
@@ -286,12 +171,6 @@ class Api:
             route("/v1/generate", self.generate, "POST"),
             route("/v1/items", self.answer_items, "POST"),
             route("/v1/artifacts/{digest}", self.artifact),
-            route("/v1/jobs", self.begin_job, "POST"),
-            route("/v1/jobs", self.jobs),
-            route("/v1/jobs/{name}/follow", self.follow_job, "POST"),
-            route("/v1/jobs/{name}/stop", self.stop_job, "POST"),
-            route("/v1/jobs/{name}/resume", self.resume_job, "POST"),
-            route("/v1/jobs/{name}/{file}", self.job_file),
             route("/metrics", self.metrics.page),
         ]
 
@@ -304,7 +183,7 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """Starlette raises the error again afterwards, so the server logs it."""
-    return reply_at(request.url.path, _defect(error), 500)
+    return reply_at(request.url.path, defect(error), 500)
 
 
 def make_app(
@@ -314,12 +193,13 @@ def make_app(
     items: ItemServing,
     site_key: str,
     names: frozenset[str] = LOOPBACK_NAMES,
-    tuning: Tuning | None = None,
+    more: Sequence[Route] = (),
 ) -> ASGIApp:
-    """The door. `names`: under which names of this machine it is served (coordinator.guard)."""
-    api = Api(coordinator, operations, serving, items, tuning)
+    """The door. `names`: under which names of this machine it is served (coordinator.guard); `more`: paths beside those
+    of this module."""
+    api = Api(coordinator, operations, serving, items)
     app = Starlette(
-        routes=[*api.routes(), *Door(coordinator, operations, serving, items, api.metrics).routes()],
+        routes=[*api.routes(), *more, *Door(coordinator, operations, serving, items, api.metrics).routes()],
         exception_handlers={HTTPException: _no_such_route, Exception: _failed},
     )
     return Guard(app, site_key, names)

@@ -38,6 +38,7 @@ from coordinator.notices import notice
 from coordinator.operations import Operations
 from coordinator.pump import end_stalled
 from coordinator.replanning import Replanner
+from coordinator.rounds.door import JobsDoor
 from coordinator.rounds.store import JobStore
 from coordinator.rounds.tuning import Tuning
 from coordinator.service import Coordinator
@@ -277,7 +278,7 @@ class Runner:
                 task.result()
 
     async def _serve_http(self, operations: Operations, serving: Serving, items: ItemServing) -> None:
-        assert self.coordinator is not None and self._door is not None
+        assert self.coordinator is not None and self.tuning is not None and self._door is not None
         config = uvicorn.Config(
             make_app(
                 self.coordinator,
@@ -286,7 +287,7 @@ class Runner:
                 items,
                 self.key,
                 door_names(self.options.listen),
-                self.tuning,
+                JobsDoor(self.tuning).routes(),
             ),
             host=self.options.listen,
             port=self.http_port,

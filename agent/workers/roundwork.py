@@ -184,7 +184,7 @@ class RoundWork:
         assert task is not None
         model = self._model
         seed = device_seed(task.seed, self._device)
-        return Round(model.stage, model.shaped, model.rows, task, seed, meta.round, meta.parts, start, meta.train)
+        return Round(model.stage, model.shaped, model.rows, task, seed, meta, start)
 
     def _finish(self, under_way: _UnderWay) -> None:
         meta, made = under_way.meta, under_way.round

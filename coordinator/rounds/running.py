@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -84,10 +84,11 @@ class Running:
         data = await asyncio.to_thread(whole_graph, packed)
         graph = artifacts.add_bytes(data, f"{topic_name(job.name)}.onnx")
         while self.record.state == "running":
-            self._place(packed, task, graph)
             number = self.record.round
             last = number >= job.rounds.count
-            await self._choose(number, last, lambda: self._place(packed, task, graph))
+            await self._await_boards(number, last)
+            self._place(packed, task, graph)
+            self._choose(number, last)
             start = self._store.factors(self.record)
             round_ = self._round = Exchange(
                 self._coordinator, self._store, self.record, packed.config, start, self.tell, train=not last
@@ -140,20 +141,20 @@ class Running:
         self.record = self._store.finish_round(self.record, done, digest, state)
         self.tell(round_event(done))
 
-    async def _choose(self, number: int, last: bool, place: Callable[[], None]) -> None:
-        """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
-        it. Waits while too few are there; `place` gives orders to those that have come."""
-        if self.record.chosen:
-            return
-        least = 1 if last else self.job.rounds.at_least
+    async def _await_boards(self, number: int, last: bool) -> None:
+        """Until enough boards are there for a round that nobody was chosen for yet."""
+        least = 0 if self.record.chosen else 1 if last else self.job.rounds.at_least
         while len(able := self._able()) < least:
             self.waits_for = f"{least} boards that are online and have the data"
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
             await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
-        place()
-        chosen = drawn(able, self.job, number, last)
-        self.record = msgspec.structs.replace(self.record, chosen=chosen)
-        self._store.save(self.record)
+
+    def _choose(self, number: int, last: bool) -> None:
+        """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
+        it."""
+        if not self.record.chosen:
+            self.record = msgspec.structs.replace(self.record, chosen=drawn(self._able(), self.job, number, last))
+            self._store.save(self.record)
 
     def _able(self) -> tuple[str, ...]:
         return able_devices(self._coordinator, self.job)[0]
@@ -195,12 +196,11 @@ class Running:
                     yield device, applied, report
 
     def _loading(self) -> str:
-        """How far boards are that have not begun, in a line; '' when all have."""
+        """How far those are that take part and have not begun, in a line; '' when all have."""
         ready = self._ready()
-        waits = [device for device in self.record.orders if device not in ready]
-        return (
-            f"{len(ready)} of {len(self.record.orders)} boards ready; waiting for {', '.join(waits)}" if waits else ""
-        )
+        waits = [device for device in self.record.chosen if device not in ready]
+        there = len(self.record.chosen) - len(waits)
+        return f"{there} of {len(self.record.chosen)} boards ready; waiting for {', '.join(waits)}" if waits else ""
 
     def _say(self, text: str) -> None:
         """Any thread."""

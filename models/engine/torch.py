@@ -203,17 +203,26 @@ class TorchStage:
     def _rotated(self, heads: Tensor, position: int) -> Tensor:
         """Turn each pair of dimensions of [heads, n, head_dim] by its position's angle."""
         rows = slice(position, position + heads.shape[1])
-        cosines, sines = self._cosines[rows], self._sines[rows]
-        if self._manifest.config.rope_interleaved:
-            first, second = heads[..., 0::2], heads[..., 1::2]
-            turned = (first * cosines - second * sines, first * sines + second * cosines)
-            return torch.stack(turned, dim=-1).flatten(-2)
-        first, second = heads.chunk(2, dim=-1)
-        return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+        return turned(heads, self._cosines[rows], self._sines[rows], self._manifest.config.rope_interleaved)
 
     def _norm(self, values: Tensor, weight: str) -> Tensor:
-        scale = torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + self._manifest.config.rms_eps)
-        return values * scale * self._tensors[weight]
+        return rms_norm(values, self._tensors[weight], self._manifest.config.rms_eps)
+
+
+def turned(heads: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Tensor:
+    """Turn each pair of dimensions of [..., n, head_dim] by its position's angle, of [n, head_dim / 2] (Su et al.,
+    RoFormer, 2021): neighbours where `interleaved`, else those half a head apart."""
+    if interleaved:
+        first, second = heads[..., 0::2], heads[..., 1::2]
+        pairs = (first * cosines - second * sines, first * sines + second * cosines)
+        return torch.stack(pairs, dim=-1).flatten(-2)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+
+
+def rms_norm(values: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Over the last dimension (Zhang and Sennrich, Root Mean Square Layer Normalization, 2019)."""
+    return values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + epsilon) * weight
 
 
 class _Slot:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
+from models.build.layout import matrix_size
 from models.families.config import LlamaConfig
 from wire.limits import MAX_ADAPTER_RANK
 from wire.messages import Matrix
@@ -48,16 +49,8 @@ class AdapterSpec(Struct, frozen=True, kw_only=True):
 
 def sizes(config: LlamaConfig, matrix: Matrix) -> tuple[int, int]:
     """(out, in) of a matrix."""
-    found = {
-        "q": (config.q_width, config.hidden),
-        "k": (config.kv_width, config.hidden),
-        "v": (config.kv_width, config.hidden),
-        "o": (config.hidden, config.q_width),
-        "gate": (config.ffn, config.hidden),
-        "up": (config.ffn, config.hidden),
-        "down": (config.hidden, config.ffn),
-    }
-    return found[matrix]
+    rows_of_qkv = {"q": config.q_width, "k": config.kv_width, "v": config.kv_width}
+    return (rows_of_qkv[matrix], config.hidden) if matrix in rows_of_qkv else matrix_size(config, matrix)
 
 
 def shapes(config: LlamaConfig, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
@@ -118,11 +111,8 @@ def to_peft(config: LlamaConfig, factors: Mapping[str, Floats]) -> Iterator[tupl
     for name, values in factors.items():
         block, matrix, part = name.removeprefix("block.").split(".")
         rows = _paired(config, matrix, values, to_halves=True) if part == "b" else values
-        letter = "A" if part == "a" else "B"
-        yield (
-            f"base_model.model.model.layers.{block}.{_PEFT[matrix]}.lora_{letter}.weight",
-            np.ascontiguousarray(rows),
-        )
+        long = f"base_model.model.model.layers.{block}.{_PEFT[matrix]}.lora_{part.upper()}.weight"
+        yield long, np.ascontiguousarray(rows)
 
 
 def from_peft(config: LlamaConfig, tensors: Mapping[str, Floats]) -> dict[str, Floats]:

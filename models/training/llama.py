@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.build.layout import head_matrix, matrix_size, table_precision
+from models.build.layout import MATRICES, head_matrix, matrix_size, table_precision
 from models.build.quantise import BLOCK, ZERO_POINT_8BIT, blocks_in
 from models.engine.base import Array
 from models.engine.manifest import Precision, StageManifest
 from models.engine.memory import rope_tables
+from models.engine.torch import rms_norm, turned
 from models.lora.adapter import AdapterSpec
 from models.training.samples import IGNORED
 
@@ -96,7 +97,7 @@ class TrainedStage:
                 stored, f"block.{block}.{name}", *matrix_size(config, name), manifest.precision
             )
             for block in manifest.blocks
-            for name in ("qkv", "o", "gate", "up", "down")
+            for name in MATRICES
         }
         self._vectors = {
             info.name: _tensor(stored[info.name]) for info in manifest.weights if info.name.endswith(("norm", "bias"))
@@ -184,17 +185,11 @@ class TrainedStage:
 
     def _rotated(self, heads: Tensor) -> Tensor:
         """Turn each pair of dimensions of [n, heads, T, head_dim] by its position's angle."""
-        cosines, sines = self._cosines[: heads.shape[2]], self._sines[: heads.shape[2]]
-        if self._manifest.config.rope_interleaved:
-            first, second = heads[..., 0::2], heads[..., 1::2]
-            turned = (first * cosines - second * sines, first * sines + second * cosines)
-            return torch.stack(turned, dim=-1).flatten(-2)
-        first, second = heads.chunk(2, dim=-1)
-        return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+        rows = slice(heads.shape[2])
+        return turned(heads, self._cosines[rows], self._sines[rows], self._manifest.config.rope_interleaved)
 
     def _norm(self, values: Tensor, weight: str) -> Tensor:
-        scale = torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + self._manifest.config.rms_eps)
-        return values * scale * self._vectors[weight]
+        return rms_norm(values, self._vectors[weight], self._manifest.config.rms_eps)
 
 
 def _tensor(values: Array) -> Tensor:

@@ -8,7 +8,7 @@ number of threads: rows are drawn by seed, round and step, and AdamW begins each
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -18,7 +18,7 @@ from models.lora.adapter import Floats, flat, named
 from models.training.llama import TrainedStage
 from models.training.samples import Batch, Split, batches, drawn
 from wire.errors import EdgelamError
-from wire.messages import TrainingTask
+from wire.messages import RoundMeta, TrainingTask
 
 BETAS: Final = (0.9, 0.95)
 """The second as language models are tuned with: rounds are short."""
@@ -41,21 +41,19 @@ class Round:
         rows: Split,
         task: TrainingTask,
         seed: int,
-        number: int,
-        parts: Sequence[str],
+        asked: RoundMeta,
         start: Floats,
-        train: bool = True,
     ) -> None:
         """`seed`: of the device. Raises ValueError for factors of another length."""
         self._stage, self._shaped, self._rows, self._task = stage, shaped, rows, task
-        self._seed, self._number, self._parts = seed, number, tuple(parts)
+        self._seed, self._number, self._parts = seed, asked.round, asked.parts
         stage.take(named(start, shaped))
         stage.train_only(self._parts)
         leaves = [factor for name, factor in stage.factors.items() if name[-1] in self._parts]
         self._optimiser = torch.optim.AdamW(leaves, lr=task.learning_rate, betas=BETAS, weight_decay=0.0)
         self._leaves = leaves
         self._held_out = batches(rows.held_out, task.batch_rows)
-        self._to_train = task.steps if train and rows.trained else 0
+        self._to_train = task.steps if asked.train and rows.trained else 0
         self._done = 0
         self._loss = 0.0
         self._held_out_loss = 0.0
@@ -75,10 +73,6 @@ class Round:
             self._train(drawn(self._rows.trained, self._task.batch_rows, self._seed, self._number, self._done))
             self._done += 1
         return self._judged < len(self._held_out) or self._done < self._to_train
-
-    @property
-    def steps_left(self) -> int:
-        return len(self._held_out) - self._judged + self._to_train - self._done
 
     @property
     def loss(self) -> float | None:

@@ -71,11 +71,10 @@ class FakeRound:
 
     made: ClassVar[list[FakeRound]] = []
 
-    def __init__(self, stage: Any, shaped: Any, rows: Any, task: Any, seed: int, number: int, parts: Any, start: Any,
-                 train: bool = True) -> None:  # fmt: skip
+    def __init__(self, stage: Any, shaped: Any, rows: Any, task: Any, seed: int, asked: RoundMeta, start: Any) -> None:
         if len(start) != 4:
             raise ValueError("the factors have 4")
-        self.number, self.start, self.done, self.error = number, start, 0, None
+        self.number, self.start, self.done, self.error = asked.round, start, 0, None
         self.loss, self.held_out_loss, self.held_out_tokens = 1.5, None, 0
         FakeRound.made.append(self)
 

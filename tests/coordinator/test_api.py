@@ -15,14 +15,16 @@ import pytest
 from starlette.testclient import TestClient
 
 from coordinator import api
-from coordinator.api import Lines, make_app
+from coordinator.api import make_app
 from coordinator.bodies import MAX_BODY_BYTES
 from coordinator.client import raise_told
 from coordinator.guard import door_names
 from coordinator.hub import Hub
 from coordinator.inference.requests import GenerateRequest
 from coordinator.journal import DeployRequest
+from coordinator.lines import Lines, with_progress
 from coordinator.planning.planner import Candidate
+from coordinator.rounds import door as jobs
 from coordinator.service import Coordinator
 from tests.coordinator.memory_site import SITE, make_coordinator
 from tests.coordinator.plans import plan_of
@@ -220,11 +222,14 @@ def test_an_answer_streams_as_lines(door: Door) -> None:
 def test_every_documented_route_is_there_and_no_other(door: Door) -> None:
     documented = {
         (method, path)
-        for line in (api.__doc__ or "").splitlines()
+        for line in f"{api.__doc__}\n{jobs.__doc__}".splitlines()
         if line.startswith("    ") and (words := line.split()) and words[0] in ("GET", "POST", "DELETE")
         for method, path in [words[:2]]
     }
-    routes = api.Api(door.coordinator, None, None, None).routes()  # type: ignore[arg-type]
+    routes = [
+        *api.Api(door.coordinator, None, None, None).routes(),  # type: ignore[arg-type]
+        *jobs.JobsDoor(None).routes(),  # type: ignore[arg-type]
+    ]
     served = {(method, route.path) for route in routes for method in (route.methods or ()) if method != "HEAD"}
     assert served == documented
 
@@ -583,7 +588,7 @@ def test_a_client_that_goes_away_stops_the_work_behind_its_status_lines() -> Non
         return {}
 
     async def scenario() -> None:
-        events = api._with_progress(work)
+        events = with_progress(work)
         assert await anext(events) == {"event": "status", "text": "working"}
         await events.aclose()
         await asyncio.sleep(0.01)

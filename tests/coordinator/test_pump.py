@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from coordinator.api import Lines
+from coordinator.lines import Lines
 from coordinator.pump import MOST_UNREAD, Pump, end_stalled, pumped
 from wire.errors import Refused
 

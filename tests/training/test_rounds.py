@@ -15,7 +15,7 @@ from models.training.rounds import Diverged, Round  # noqa: E402
 from models.training.samples import Row, Split  # noqa: E402
 from tests.models.stages import packed_tiny  # noqa: E402
 from tests.training.test_llama import stage  # noqa: E402
-from wire.messages import ArtifactRef, TrainingTask  # noqa: E402
+from wire.messages import ArtifactRef, InboxAddress, RoundMeta, TrainingTask  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -33,8 +33,9 @@ def made(folder: Path, task: TrainingTask = TASK, count: int = 6, **changes):
     rng = np.random.default_rng(5)
     rows = tuple(Row(rng.integers(0, packed.graph.vocabulary, 4 + number), 1) for number in range(count))
     trained = stage(packed, folder, 0, packed.graph.blocks, initial(packed.config, SPEC), SPEC)
-    options = {"seed": 11, "number": 0, "parts": ("a", "b"), "start": start, **changes}
-    return Round(trained, shaped, Split(rows[1:], rows[:1]), task, **options), shaped, start
+    start_now = changes.pop("start", start)
+    asked = RoundMeta(**{"reply": InboxAddress(topic="t"), "round": 0, "parts": ("a", "b"), **changes})
+    return Round(trained, shaped, Split(rows[1:], rows[:1]), task, 11, asked, start_now), shaped, start
 
 
 def through(made_round: Round):
@@ -49,7 +50,7 @@ def test_the_same_round_gives_the_same_bits(tmp_path: Path) -> None:
     one, other = through(first), through(again)
     assert (one == other).all() and not (one == start).all()
     assert first.loss == again.loss and first.held_out_loss == again.held_out_loss
-    another, _, _ = made(tmp_path, number=1)
+    another, _, _ = made(tmp_path, round=1)
     assert not (through(another) == one).all()
 
 
