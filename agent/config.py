@@ -25,6 +25,7 @@ from wire.messages import EngineName
 from wire.units import bytes_text
 
 MOST_DATA: Final = 64
+MOST_EPSILON: Final = 1e6
 """Data sets of a board (wire.messages.DeviceInfo)."""
 MEASURE_BUDGET_S: Final = 0.5
 """Seconds per point of a measurement: a kit has some 18 points, and a board that joins should soon be of use."""
@@ -82,6 +83,8 @@ class AgentConfig(Struct, frozen=True, kw_only=True):
     """HOST:PORT; '' = as it is."""
     data: tuple[tuple[str, str], ...] = ()
     """(name, file or folder) of what this board may be trained on; it stays here."""
+    data_epsilon: tuple[tuple[str, float], ...] = ()
+    """(name, epsilon): those of them that private jobs alone may use, and how much these may come to know in all."""
     site_key: str = ""
     log_level: str = "info"
 
@@ -247,6 +250,23 @@ def _data(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(found.items())
 
 
+def _data_epsilon(text: str) -> tuple[tuple[str, float], ...]:
+    """'notes=8,mail=2'"""
+    found: dict[str, float] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, number = part.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if not 0 < value <= MOST_EPSILON or name in found:
+            raise UsageError(f"--data-epsilon {part!r}: not NAME=EPSILON", try_="--data-epsilon notes=8")
+        if len(found) == MOST_DATA:
+            raise UsageError(f"--data-epsilon: more than {MOST_DATA} data sets", try_="--data-epsilon notes=8")
+        found[checked_name(name, "data set")] = value
+    return tuple(found.items())
+
+
 def _addresses(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (piece.strip() for piece in text.split(","))))
 
@@ -285,6 +305,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("data_port", "data-port", "PORT", _port, "of that broker (default: the one of last time, or any)"),
     Setting("data_address", "data-address", "H:P", _data_address, "where others reach that broker (tunnels)"),
     Setting("data", "data", "NAME=FILE,...", _data, "what jobs may train this board on; it stays here"),
+    Setting("data_epsilon", "data-epsilon", "NAME=E,...", _data_epsilon, "most that jobs may come to know of it"),
     Setting("site_key", "site-key-file", "FILE", _key, "file with the site's key, for broker and artifacts"),
     Setting("log_level", "log-level", "LEVEL", _level, "debug, info, warning or error"),
 )  # fmt: skip
@@ -305,7 +326,11 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str] | None 
             values[setting.field] = setting.parse(text)
     if "cache_limit_bytes" not in values:
         values["cache_limit_bytes"] = _default_cache_limit(Path(str(values["cache_dir"])))
-    return AgentConfig(**values)  # type: ignore[arg-type]
+    config = AgentConfig(**values)  # type: ignore[arg-type]
+    for name, _ in config.data_epsilon:
+        if name not in dict(config.data):
+            raise UsageError(f"--data-epsilon {name}: there is no such data set", try_=f"--data {name}=FILE beside it")
+    return config
 
 
 def _read_file(named: str | None) -> dict[str, str]:

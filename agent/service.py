@@ -353,6 +353,8 @@ class Service:
             memory_limit_bytes=memory,
             engines_path=str(config.cache_dir / "engines"),
             data=dict(config.data),
+            epsilons=dict(config.data_epsilon),
+            ledger_path=str(config.state_dir / "privacy"),
         )
         self._stages = Stages(
             bench, self._launcher, self._store, self._fetcher, self._login, self._artifact_url, self._data_broker

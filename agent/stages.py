@@ -48,6 +48,9 @@ class Bench(Struct, frozen=True, kw_only=True):
     engines_path: str = ""
     data: Mapping[str, str] = {}
     """Name -> file or folder of what may be trained on."""
+    epsilons: Mapping[str, float] = {}
+    """Name -> most that all jobs together may come to know of it."""
+    ledger_path: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -247,6 +250,11 @@ class Stages:
             there = ", ".join(sorted(bench.data)) or "none"
             stage.impossible = f"no data set {task.data!r} on this board; there are: {there} (edgelam-agent --data)"
             return
+        if task is not None and task.data in bench.epsilons and (task.privacy is None or task.privacy.losses):
+            stage.impossible = (
+                f"data {task.data!r} of this board are for private jobs, without losses (edgelam-agent --data-epsilon)"
+            )
+            return
         self._store.touch([ref.digest for ref in converge.files_of(order)])
         self._launches += 1
         login = self._login(f"{order.deployment}-{order.stage}-{self._launches}")
@@ -260,6 +268,8 @@ class Stages:
             standard_graph_path=str(self._store.path_of(standard.digest)) if standard else "",
             tokenizer_path=str(self._store.path_of(task.tokenizer.digest)) if task is not None else "",
             data_path=bench.data[task.data] if task is not None else "",
+            ledger_path=bench.ledger_path,
+            most_epsilon=bench.epsilons.get(task.data) if task is not None else None,
             engines_path=bench.engines_path,
             crashed=stage.crashed,
             login=login,

@@ -47,6 +47,7 @@ def topics_page() -> str:
             "yes" if row.retained else "no",
             row.writer.value,
             row.what,
+            row.tells.value,
         )
         for row in topics.TABLE
     ]
@@ -58,7 +59,7 @@ a version `v` and can be read with any MQTT client; tensors under `act/` are bin
 `edgelam topics tail` as shape and type. Nothing is sent at QoS 2. Where the plan is `direct`, activations cross the
 brokers of boards, not the site's; `topics tail` listens there, too, and begins such lines with the board's name.
 
-{table(("topic", "message", "QoS", "retained", "who may write", "what"), rows)}"""
+{table(("topic", "message", "QoS", "retained", "who may write", "what", "of a board's data"), rows)}"""
 
 
 def exit_codes_page() -> str:

@@ -74,6 +74,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     emulated: Text = ""
     """Not '' on a virtual board: what is emulated, in words."""
     data: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    private_data: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    """Those of them that private jobs alone may use."""
     """Names of what it may be trained on. The data itself stays there."""
 
 
@@ -98,6 +100,35 @@ EngineName = Literal["tensorrt", "onnxruntime-cuda", "onnxruntime", "torch-cuda"
 
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """Matrices of a block that can have low-rank factors."""
+
+
+class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An emulated uplink (models.privacy.channel)."""
+
+    power: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
+    """Most that a board sends with."""
+    gain: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
+    """Mean |h|, Rayleigh in each round."""
+    sigma: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
+    """Of the channel's noise."""
+
+
+class Privacy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a job may come to know of the data, and what a device does for that."""
+
+    epsilon: Annotated[float, Meta(gt=0, le=1e6)]
+    """Of each device, over all rounds of the job."""
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    unit: Literal["sample", "device"] = "sample"
+    """Whose presence can't be told: 'sample': one sample; noise goes on each step's gradient, a sum of clipped ones of
+    samples that were drawn by chance. 'device': all data of the device; noise goes on what a round has changed."""
+    clip: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
+    """Most that the norm of a sample's gradient, or of a device's change, is left with."""
+    by: Literal["joint", "per-factor"] = "joint"
+    """'per-factor': A and B are clipped to `clip` each."""
+    losses: bool = False
+    """Whether losses are told, in the clear."""
+    channel: Channel | None = None
 
 
 class TrainingTask(Struct, frozen=True, kw_only=True):
@@ -126,6 +157,9 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     held_out: Annotated[float, Meta(ge=0, lt=1)]
     """Share of the samples that is never trained on."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    """Of the job: what the budget has to last for."""
+    privacy: Privacy | None = None
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):
@@ -390,6 +424,10 @@ class UpdateMeta(Struct, frozen=True, kw_only=True):
     """Of the factors that came, before any step; None where nothing is held out."""
     held_out_tokens: Count = 0
     compute_s: Seconds = 0.0
+    noise: Annotated[float, Meta(ge=0)] | None = None
+    """Multiplier of the noise that is on it; None: none is."""
+    epsilon: Annotated[float, Meta(ge=0)] | None = None
+    """What the job has spent on this device."""
 
 
 class Inquiry(Struct, frozen=True, kw_only=True):

@@ -22,6 +22,13 @@ class Writer(Enum):
     RECEIVER = "the receiving stage"
 
 
+class Tells(Enum):
+    """What a topic may tell of a board's own data, and whether a private job's noise covers it."""
+
+    NOTHING = "nothing: names, counts and times only"
+    UPDATES = "updates of a private job: covered by its noise; activations, tokens, other updates: not covered"
+
+
 class Topic(NamedTuple):
     """A row: `template` has `{site}` and further fields; `message` names the type in wire.messages or 'frame'."""
 
@@ -32,6 +39,7 @@ class Topic(NamedTuple):
     retained: bool
     writer: Writer
     what: str
+    tells: Tells = Tells.NOTHING
 
     def on(self, site: str, *fields: str) -> str:
         """Fill the template in order: `STATE.on("lab", "pi5")`; "+" is a legal field for subscriptions."""
@@ -102,7 +110,7 @@ EVENT: Final = Topic(
 )  # fmt: skip
 INBOX: Final = Topic(
     "inbox", f"{ROOT}/{{site}}/act/{{deployment}}/{{stage}}/in", "frame", 0, False, Writer.STAGE,
-    "tensors for a stage (or tokens for a requester)",
+    "tensors for a stage (or tokens for a requester)", Tells.UPDATES,
 )  # fmt: skip
 CREDIT: Final = Topic(
     "credit", f"{ROOT}/{{site}}/act/{{deployment}}/{{stage}}/credit", "credit frame", 0, False, Writer.RECEIVER,

@@ -50,6 +50,10 @@ class Assignment(Struct, frozen=True, kw_only=True):
     tokenizer_path: str = ""
     data_path: str = ""
     """Belong to `order.training`."""
+    ledger_path: str = ""
+    """Folder of what this board has told of its data."""
+    most_epsilon: float | None = None
+    """Of the data set, as the board's owner wants it."""
     engines_path: str = ""
     """Folder of engines that were built on this board."""
     crashed: dict[str, str] = {}

@@ -17,17 +17,29 @@ import msgspec
 import numpy as np
 
 from agent.orders import is_inbox
+from agent.workers.ledger import Ledger, Spent, release_of
 from agent.workers.requests import Tally
 from agent.workers.sending import UNSENT, Sender
 from agent.workers.stretch import Stretch
 from models.engine.base import EngineFailed
+from models.privacy.plan import measure_of
 from models.training.llama import TrainedStage
+from models.training.private import Guard
 from models.training.rounds import Diverged, Round
 from models.training.samples import Split
 from wire.channel import Delivery
-from wire.errors import PeerError
+from wire.errors import CorruptData, PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
-from wire.messages import RoundMeta, StageError, StageOrder, StepMark, UpdateMeta, decode
+from wire.messages import (
+    Privacy,
+    RoundMeta,
+    StageError,
+    StageOrder,
+    StepMark,
+    TrainingTask,
+    UpdateMeta,
+    decode,
+)
 from wire.tensors import Dtype
 
 
@@ -46,11 +58,25 @@ class Model(Protocol):
     @property
     def bad_rows(self) -> int: ...
 
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+
+class Told(NamedTuple):
+    """Of a private job: the noise that is on a round, and what the job has spent with it."""
+
+    noise: float
+    epsilon: float
+
 
 class _UnderWay(NamedTuple):
     request: int
     meta: RoundMeta
     round: Round
+    told: Told | None
 
 
 class RoundWork:
@@ -170,24 +196,40 @@ class RoundWork:
             start = np.array(tensor.array(), np.float32)
             if not np.isfinite(start).all():
                 raise ValueError("a factor that came is no number")
-            made = self._round(meta, start)
+            made, told = self._round(meta, start)
         except ValueError as error:
             self._refuse(str(error))
             self._tell(meta.reply.topic, parcel.request, "protocol", str(error))
             return
+        except (Spent, CorruptData, OSError) as error:
+            self._tell(meta.reply.topic, parcel.request, "engine", str(error))
+            return
         self.tally.requests += 1
         self._busy_s = 0.0
-        self._under_way = _UnderWay(parcel.request, meta, made)
+        self._under_way = _UnderWay(parcel.request, meta, made, told)
 
-    def _round(self, meta: RoundMeta, start: Any) -> Round:
+    def _round(self, meta: RoundMeta, start: Any) -> tuple[Round, Told | None]:
         task = self.order.training
         assert task is not None
         model = self._model
         seed = device_seed(task.seed, self._device)
-        return Round(model.stage, model.shaped, model.rows, task, seed, meta, start)
+        guard, told = None, None
+        if task.privacy is not None and meta.train:
+            guard, told = self._paid(task, task.privacy, meta, start, seed)
+        return Round(model.stage, model.shaped, model.rows, task, seed, meta, start, guard), told
+
+    def _paid(self, task: TrainingTask, privacy: Privacy, meta: RoundMeta, start: Any, seed: int) -> tuple[Guard, Told]:
+        """Noise for a round, entered in the ledger before there is anything to tell."""
+        model, order = self._model, self.order
+        measure = measure_of(task, len(model.rows.trained), len(meta.parts), seed, meta.round)
+        job = f"{order.deployment}/{order.epoch}"
+        words = hashlib.sha256(start.tobytes() + msgspec.json.encode(task)).hexdigest()
+        release = release_of(job, meta.round, *meta.parts, words, order.graph.digest, model.fingerprint)
+        stream, spent = model.ledger.spend(job, release, measure.cost, measure.releases, privacy.epsilon, privacy.delta)
+        return Guard(privacy, measure, stream), Told(measure.noise, spent)
 
     def _finish(self, under_way: _UnderWay) -> None:
-        meta, made = under_way.meta, under_way.round
+        meta, made, told = under_way.meta, under_way.round, under_way.told
         try:
             vector = made.vector() if meta.train else None
         except Diverged as error:
@@ -201,7 +243,9 @@ class RoundWork:
             loss=made.loss,
             held_out_loss=made.held_out_loss,
             held_out_tokens=made.held_out_tokens,
-            compute_s=self._busy_s,
+            compute_s=0.0 if told is not None else self._busy_s,  # it would tell how many samples took part
+            noise=None if told is None else told.noise,
+            epsilon=None if told is None else told.epsilon,
         )
         tensor = None if vector is None else Tensor.of(vector)
         data = msgspec.json.encode(update)

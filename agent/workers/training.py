@@ -3,8 +3,9 @@ stdin. The loop is that of agent.workers.inference; what it does in a round is i
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import torch
 from msgspec import Struct
 
 from agent.workers.inference import Say, StageWorker, check_memory, done, hold_stage, spec_of
+from agent.workers.ledger import Ledger
 from agent.workers.pipe import Assignment, Status
 from agent.workers.roundwork import RoundWork
 from agent.workers.work import Work
@@ -22,7 +24,7 @@ from models.engine.memory import map_weights
 from models.lora.adapter import AdapterSpec, initial, shapes
 from models.training.data import read
 from models.training.llama import TrainedStage
-from models.training.samples import Split, encoder_of, rows_of, split
+from models.training.samples import Row, Split, encoder_of, rows_of, split
 from wire.errors import CorruptData
 from wire.messages import StageOrder
 
@@ -36,6 +38,9 @@ class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     shaped: Mapping[str, tuple[int, int]]
     rows: Split
     bad_rows: int
+    fingerprint: str
+    """Of the rows, and of how many threads compute: what a round comes to depends on them."""
+    ledger: Ledger
 
     @property
     def name(self) -> str:
@@ -73,9 +78,18 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         shaped=shapes(manifest.config, spec),
         rows=split(rows, task.held_out, task.seed),
         bad_rows=data.bad_rows + len(data.samples) - len(rows),
+        fingerprint=fingerprint_of(rows, assignment.threads),
+        ledger=Ledger(Path(assignment.ledger_path), task.data, assignment.most_epsilon),
     )
     check_memory(assignment)
     return trainee
+
+
+def fingerprint_of(rows: Sequence[Row], threads: int) -> str:
+    made = hashlib.sha256(str(threads).encode())
+    for row in rows:
+        made.update(f"/{row.learnt_from}/{len(row.ids)}/".encode() + row.ids.tobytes())
+    return made.hexdigest()
 
 
 class TrainingWorker(StageWorker[Trainee]):

@@ -40,14 +40,16 @@ LOOK_PERIOD_S = 2.0
 def list_topics(json: Json = False) -> None:
     """List all topics: who writes, what they hold, quality, retained or not."""
     if json:
-        rows = [{**entry._asdict(), "writer": entry.writer.value} for entry in wire_topics.TABLE]
+        rows = [
+            {**entry._asdict(), "writer": entry.writer.value, "tells": entry.tells.value} for entry in wire_topics.TABLE
+        ]
         print_json({"schema": "edgelam.topics/1", "topics": rows})
         return
     write_text(
         table(
-            ("topic", "message", "QoS", "retained", "written by", "what"),
+            ("topic", "message", "QoS", "retained", "written by", "what", "of a board's data"),
             [
-                (t.template, t.message, t.qos, "yes" if t.retained else "no", t.writer.value, t.what)
+                (t.template, t.message, t.qos, "yes" if t.retained else "no", t.writer.value, t.what, t.tells.value)
                 for t in wire_topics.TABLE
             ],
         )

@@ -96,7 +96,7 @@ def _status(there: Client, name: str, json: bool) -> None:
     elif not rows:
         write_text("no jobs; edgelam tune JOB.toml begins one")
     else:
-        head = ("job", "model", "state", "round", "held out", "sent", "waits for")
+        head = ("job", "model", "state", "round", "held out", "epsilon", "sent", "waits for")
         lines = [
             (
                 row["job"],
@@ -104,6 +104,7 @@ def _status(there: Client, name: str, json: bool) -> None:
                 row["state"],
                 f"{row['round']} of {row['rounds']}",
                 _losses(row),
+                _spent(row) or "-",
                 bytes_text(row["sent_bytes"]),
                 row["waits_for"] or row["because"] or "-",
             )
@@ -166,20 +167,36 @@ def round_text(event: dict[str, Any]) -> str:
     parts = [
         f"loss {trained:.3f}" if trained is not None else "",
         f"held out {judged:.3f} (perplexity {math.exp(min(judged, 700)):.4g})" if judged is not None else "",
+        _epsilons([found["epsilon"] for found in devices.values() if found["epsilon"] is not None]),
         f"{len(counted)} of {len(devices)} boards",
         seconds_text(event["wall_s"]),
         bytes_text(event["down_bytes"] + event["up_bytes"]),
     ]
     left_out = [f"{device}: {found['refused']}" for device, found in devices.items() if found["refused"]]
-    what = f"round {event['round']}" if trained is not None else "at the end"
+    what = f"round {event['round']}" if event["trained"] else "at the end"
     return f"{what}: {', '.join(part for part in parts if part)}" + "".join(f"\n  {line}" for line in left_out)
 
 
 def _row_text(row: dict[str, Any]) -> str:
     because = f": {row['because']}" if row["because"] else ""
+    spent = _spent(row)
     return (
         f"job {row['job']} {row['state']}{because}; {row['round']} of {row['rounds']} rounds, held out {_losses(row)}"
+        + (f", epsilon {spent}" if spent else "")
     )
+
+
+def _spent(row: dict[str, Any]) -> str:
+    """'1.2 of 4': of the board that has told most."""
+    return "" if row["epsilon"] is None else f"{row['epsilon']:.3g} of {row['most_epsilon']:g}"
+
+
+def _epsilons(spent: list[float]) -> str:
+    """'epsilon 1.21', or from the least to the most of the boards; '' where a job is not private."""
+    if not spent:
+        return ""
+    least, most = f"{min(spent):.3g}", f"{max(spent):.3g}"
+    return f"epsilon {least}" if least == most else f"epsilon {least} to {most}"
 
 
 def _losses(row: dict[str, Any]) -> str:

@@ -80,6 +80,23 @@ def aggregate(
     return flat(found, shaped)
 
 
+def spent_by(rounds: Sequence[RoundRecord]) -> dict[str, float]:
+    """Device -> epsilon that a private job has spent there."""
+    found: dict[str, float] = {}
+    for done in rounds:
+        for device, told in done.devices.items():
+            if told.epsilon is not None:
+                found[device] = max(told.epsilon, found.get(device, 0.0))
+    return found
+
+
+def privacy_of(job: Job, rounds: Sequence[RoundRecord]) -> Any:
+    """For a job's provenance: what was asked for, and what each device spent of it."""
+    if job.privacy is None:
+        return "none: updates were sent without noise"
+    return {**msgspec.to_builtins(job.privacy), "spent": spent_by(rounds)}
+
+
 def files_of(
     config: LlamaConfig, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]
 ) -> dict[str, bytes]:
@@ -106,10 +123,10 @@ def files_of(
         "job": msgspec.to_builtins(job),
         "base": record.base,
         "factors": digest_of(factors.astype("<f4", copy=False).tobytes()),
-        "rounds": sum(done.loss is not None for done in rounds),
+        "rounds": sum(done.trained for done in rounds),
         "samples": samples,
         "held_out_loss": [done.held_out_loss for done in rounds],
-        "privacy": "none: updates were sent without noise",
+        "privacy": privacy_of(job, rounds),
     }
     return {
         ADAPTER: to_bytes(tensors, {"format": "pt"}),

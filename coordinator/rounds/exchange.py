@@ -56,6 +56,7 @@ class Exchange:
         self._tell = tell
         self._over = False
         self._parts = parts_of(job, number)
+        self._farthest = farthest_of(job)
         self._config = config
         self._down_bytes = 0
         self._keeping: set[str] = set()
@@ -115,6 +116,8 @@ class Exchange:
                 held_out_loss=meta.held_out_loss,
                 held_out_tokens=meta.held_out_tokens,
                 compute_s=meta.compute_s,
+                noise=meta.noise,
+                epsilon=meta.epsilon,
                 sent_bytes=0 if vector is None else vector.nbytes,
             )
         for device, because in self.state.refused.items():
@@ -124,6 +127,7 @@ class Exchange:
         counted = [found for found in devices.values() if not found.refused]
         return RoundRecord(
             round=self.number,
+            trained=self.train,
             devices=devices,
             loss=weighted([(found.loss, found.samples) for found in counted]),
             held_out_loss=weighted([(found.held_out_loss, found.held_out_tokens) for found in counted]),
@@ -140,9 +144,9 @@ class Exchange:
                 raise PeerError(f"is of round {meta.round} of {meta.device}")
             self._counted(device, meta, None)
             return
-        rounds = self._record.job.rounds
-        farthest = farthest_of(rounds.learning_rate, rounds.steps)
-        vector = checked(meta, parcel.tensor, device, self.number, self._sent_to(device), farthest)
+        if self._record.job.privacy is not None and meta.noise is None:
+            raise PeerError("says nothing of noise, in a private job")
+        vector = checked(meta, parcel.tensor, device, self.number, self._sent_to(device), self._farthest)
         self._keeping.add(device)
         task = asyncio.ensure_future(self._keep(device, meta, vector))
         task.add_done_callback(lambda done: self._kept(device, done))

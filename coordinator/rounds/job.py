@@ -17,16 +17,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
 from models.lora.aggregate import ANY_RANKS
+from models.privacy.accountant import noise_for
 from wire.errors import UsageError
 from wire.ids import is_name
 from wire.limits import MAX_ADAPTER_RANK, MAX_PROMPT_TOKENS
-from wire.messages import Matrix
+from wire.messages import Matrix, Privacy
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -90,6 +91,7 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     adapter: Adapter = Adapter()
     rounds: Rounds = Rounds()
+    privacy: Privacy | None = None
 
 
 def load_job(path: Path) -> Job:
@@ -140,15 +142,26 @@ def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> di
             if field.required:
                 problems.append(f"{where}{name}: missing")
             continue
-        if field.type in (Adapter, Rounds):
-            inner = _fields(field.type, raw[name], f"{name}.", problems)
-            values[name] = field.type(**inner)
+        table = _table_of(field.type)
+        if table is not None and (raw[name] is not None or field.default is not None):
+            before = len(problems)
+            inner = _fields(table, raw[name], f"{where}{name}.", problems)
+            if len(problems) == before or table in (Adapter, Rounds):
+                values[name] = table(**inner)
             continue
         try:
             values[name] = msgspec.convert(raw[name], type=field.type)
         except msgspec.ValidationError as error:
             problems.append(f"{where}{name}: {str(error).split(' - at ')[0]}")
     return values
+
+
+def _table_of(kind: Any) -> type[Struct] | None:
+    """The struct that a field is, or may be."""
+    for one in (kind, *get_args(kind)):
+        if isinstance(one, type) and issubclass(one, Struct):
+            return one
+    return None
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -179,7 +192,17 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             found.append(f"rounds.devices: {rounds.devices} of {len(devices)} devices")
     if rounds.at_least > most:
         found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
-    return found
+    privacy = values.get("privacy")
+    return found + ([] if privacy is None else _impossible(privacy, rounds))
+
+
+def _impossible(privacy: Privacy, rounds: Rounds) -> list[str]:
+    releases = rounds.count * (rounds.steps if privacy.unit == "sample" else 1)
+    try:
+        noise_for(privacy.epsilon, privacy.delta, releases)
+    except ValueError as error:
+        return [f"privacy.epsilon: {error}, at delta {privacy.delta:g}"]
+    return []
 
 
 def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:

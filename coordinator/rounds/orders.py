@@ -86,6 +86,8 @@ def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTas
         most_norm=rounds.most_norm,
         held_out=rounds.held_out,
         seed=job.seed,
+        rounds=rounds.count,
+        privacy=job.privacy,
     )
 
 
@@ -103,6 +105,8 @@ def able_devices(coordinator: Coordinator, job: Job) -> tuple[tuple[str, ...], d
             unable[device.name] = "offline"
         elif job.data not in info.data:
             unable[device.name] = f"has no data {job.data!r}"
+        elif job.data in info.private_data and (job.privacy is None or job.privacy.losses):
+            unable[device.name] = "its data are for private jobs alone, without losses"
         elif torch is None or not torch.version:
             unable[device.name] = f"no torch: {torch.because if torch is not None else 'not looked for'}"
         else:

@@ -27,7 +27,7 @@ from coordinator.service import Coordinator
 from models.build.pack import Packed
 from wire.errors import Refused
 from wire.frames import Parcel
-from wire.messages import Applied, ArtifactRef, StageReport, TrainingTask
+from wire.messages import Applied, ArtifactRef, Privacy, StageReport, TrainingTask
 
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
@@ -83,6 +83,8 @@ class Running:
         task = task_of(job, artifacts.add_bytes(words, "tokenizer.json"), checkpoint_of(prepared).eos_id)
         data = await asyncio.to_thread(whole_graph, packed)
         graph = artifacts.add_bytes(data, f"{topic_name(job.name)}.onnx")
+        if job.privacy is not None:
+            self._say(private_text(job.privacy))
         while self.record.state == "running":
             number = self.record.round
             last = number >= job.rounds.count
@@ -132,7 +134,10 @@ class Running:
             vectors = [(meta, vector) for meta, vector in updates if vector is not None]
             factors = await asyncio.to_thread(aggregate, packed.config, job, number, round_.start, vectors)
         done = round_.record(wall_s)
-        state: State = "running" if round_.train else "done"
+        # What came out is judged in a last round, unless boards may not tell losses.
+        judged = job.privacy is None or job.privacy.losses
+        ahead = round_.train and (judged or number + 1 < job.rounds.count)
+        state: State = "running" if ahead else "done"
         # First the adapter: who is killed before the journal knows does the round again, and comes to the same.
         rounds = [*self._store.rounds(job.name), done]
         files = await asyncio.to_thread(files_of, packed.config, self.record, factors, rounds)
@@ -215,6 +220,15 @@ def drawn(devices: Sequence[str], job: Job, number: int, last: bool) -> tuple[st
     if rounds.who == "random":
         return tuple(sorted(random.Random(f"{job.seed} {number}").sample(devices, rounds.devices)))
     return tuple(devices[(number * rounds.devices + place) % len(devices)] for place in range(rounds.devices))
+
+
+def private_text(privacy: Privacy) -> str:
+    """What a job comes to know, in a line."""
+    clear = ["how many samples there are", "when a board answers", *(["losses"] if privacy.losses else [])]
+    return (
+        f"private: epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.unit} of a board;"
+        f" in the clear: {', '.join(clear)}"
+    )
 
 
 def round_event(done: RoundRecord) -> dict[str, Any]:

@@ -68,6 +68,10 @@ class DeviceRound(Struct, frozen=True, kw_only=True):
     held_out_loss: float | None = None
     held_out_tokens: int = 0
     compute_s: float = 0.0
+    noise: float | None = None
+    """Multiplier, in a private job."""
+    epsilon: float | None = None
+    """What the job had spent on the device by then."""
     sent_bytes: int = 0
     refused: str = ""
 
@@ -76,6 +80,8 @@ class RoundRecord(Struct, frozen=True, kw_only=True):
     """A round that is over. `loss` is the mean while training, `held_out_loss` of the factors that it began with."""
 
     round: int
+    trained: bool = True
+    """False: it judged what had come out."""
     devices: dict[str, DeviceRound]
     loss: float | None
     held_out_loss: float | None

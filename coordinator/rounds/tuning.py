@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.adapters import spec_of, spent_by
 from coordinator.rounds.job import Job
 from coordinator.rounds.orders import able_devices, checkpoint_of, llama_of
 from coordinator.rounds.running import Running, round_event
@@ -225,6 +225,8 @@ class Tuning:
             "waits_for": running.waits_for if running is not None else "",
             "first_held_out_loss": losses[0] if losses else None,
             "held_out_loss": losses[-1] if losses else None,
+            "epsilon": None if record.job.privacy is None else max(spent_by(rounds).values(), default=0.0),
+            "most_epsilon": None if record.job.privacy is None else record.job.privacy.epsilon,
             "sent_bytes": sum(done.down_bytes + done.up_bytes for done in rounds),
             "folder": str(self._store.folder_of(record.name)),
         }

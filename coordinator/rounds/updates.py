@@ -7,11 +7,15 @@ by them. What is not finite, of another length, round or device is none either.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.rounds.job import Job
+from models.privacy.accountant import noise_for
+from models.privacy.plan import norm_of
 from wire.errors import PeerError
 from wire.messages import UpdateMeta
 from wire.tensors import Dtype, Tensor
@@ -19,6 +23,8 @@ from wire.tensors import Dtype, Tensor
 Floats = npt.NDArray[np.float32]
 
 MOST_STEPS: Final = 4.0
+MOST_DEVIATIONS: Final = 10.0
+"""A normal number is farther from its mean once in 10^23 draws."""
 
 
 def checked(
@@ -44,5 +50,14 @@ def checked(
     return vector
 
 
-def farthest_of(learning_rate: float, steps: int) -> float:
-    return MOST_STEPS * learning_rate * steps
+def farthest_of(job: Job) -> float:
+    """How far a round may move an element: its steps, and the noise that a private job puts on what they changed."""
+    rounds, privacy = job.rounds, job.privacy
+    steps = MOST_STEPS * rounds.learning_rate * rounds.steps
+    if privacy is None or privacy.unit == "sample":
+        return steps  # noise on a gradient makes no step longer
+    if privacy.channel is not None:
+        return math.inf  # over a bad channel there is as much noise as there is
+    norm = norm_of(privacy, 2)
+    noise = noise_for(privacy.epsilon, privacy.delta, rounds.count)
+    return steps + MOST_DEVIATIONS * noise * 2 * norm

@@ -16,6 +16,7 @@ import torch
 
 from models.lora.adapter import Floats, flat, named
 from models.training.llama import TrainedStage
+from models.training.private import Guard
 from models.training.samples import Batch, Split, batches, drawn
 from wire.errors import EdgelamError
 from wire.messages import RoundMeta, TrainingTask
@@ -43,16 +44,21 @@ class Round:
         seed: int,
         asked: RoundMeta,
         start: Floats,
+        guard: Guard | None = None,
     ) -> None:
-        """`seed`: of the device. Raises ValueError for factors of another length."""
+        """`seed`: of the device; `guard`: of a private job, for rounds that train. Raises ValueError for factors of
+        another length."""
         self._stage, self._shaped, self._rows, self._task = stage, shaped, rows, task
         self._seed, self._number, self._parts = seed, asked.round, asked.parts
         stage.take(named(start, shaped))
         stage.train_only(self._parts)
-        leaves = [factor for name, factor in stage.factors.items() if name[-1] in self._parts]
+        self._leaves = {name: factor for name, factor in stage.factors.items() if name[-1] in self._parts}
+        leaves = list(self._leaves.values())
         self._optimiser = torch.optim.AdamW(leaves, lr=task.learning_rate, betas=BETAS, weight_decay=0.0)
-        self._leaves = leaves
-        self._held_out = batches(rows.held_out, task.batch_rows)
+        self._guard = guard
+        self._start = start
+        self._tells = task.privacy is None or task.privacy.losses
+        self._held_out = batches(rows.held_out, task.batch_rows) if self._tells else []
         self._to_train = task.steps if asked.train and rows.trained else 0
         self._done = 0
         self._loss = 0.0
@@ -70,13 +76,13 @@ class Round:
             self._held_out_tokens += batch.counted
             self._judged += 1
         elif self._done < self._to_train:
-            self._train(drawn(self._rows.trained, self._task.batch_rows, self._seed, self._number, self._done))
+            self._train()
             self._done += 1
         return self._judged < len(self._held_out) or self._done < self._to_train
 
     @property
     def loss(self) -> float | None:
-        return self._loss / self._done if self._done else None
+        return self._loss / self._done if self._done and self._tells and not self._by_sample else None
 
     @property
     def held_out_loss(self) -> float | None:
@@ -92,13 +98,26 @@ class Round:
         found = flat(factors, self._shaped, self._parts)
         if not np.isfinite(found).all():
             raise Diverged("a factor is no number after the round", try_="a lower learning_rate")
+        if self._guard is not None and not self._guard.by_sample:
+            start = flat(named(self._start, self._shaped), self._shaped, self._parts)
+            return self._guard.changed(start, found, self._shaped, self._parts)
         return found
 
-    def _train(self, batch: Batch) -> None:
+    @property
+    def _by_sample(self) -> bool:
+        return self._guard is not None and self._guard.by_sample
+
+    def _train(self) -> None:
+        if self._guard is not None and self._guard.by_sample:
+            rows, leaves = self._rows.trained, self._leaves
+            self._guard.gradient(rows, self._loss_of, leaves, self._shaped, self._parts)
+            self._optimiser.step()
+            return
         self._optimiser.zero_grad(set_to_none=True)
+        batch = drawn(self._rows.trained, self._task.batch_rows, self._seed, self._number, self._done)
         loss = self._loss_of(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._leaves, self._task.most_norm)
+        torch.nn.utils.clip_grad_norm_(list(self._leaves.values()), self._task.most_norm)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} in step {self._done}", try_="a lower learning_rate")

@@ -45,6 +45,11 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
     assert config.state_dir == tmp_path / ".local/state/edgelam/agent"
 
 
+def test_a_budget_belongs_to_data_that_are_there() -> None:
+    found = load({"data": "notes=/srv/n.jsonl,mail=/srv/m", "data-epsilon": "mail=2.5"}, {"HOME": "/nonexistent"})
+    assert found.data_epsilon == (("mail", 2.5),) and [name for name, _ in found.data] == ["notes", "mail"]
+
+
 def test_every_setting_has_a_variable_and_a_field() -> None:
     fields = load({}, {"HOME": "/nonexistent"}).__struct_fields__
     assert {setting.field for setting in SETTINGS} == set(fields)
@@ -64,6 +69,8 @@ def test_systemd_and_the_user_say_where_state_and_cache_are(tmp_path: Path) -> N
         ("via", "ftp=x:1"), ("via", "mqtt=x"), ("emulate-speed", "0"), ("emulate-speed", "1.5"), ("threads", "-1"),
         ("threads", "x"), ("config", "/dev/null"), ("site-key-file", "/dev/null"), ("site-key-file", "/usr/bin/env"),
         ("site-key-file", "/nonexistent"), ("log-level", "loud"), ("config", "/nonexistent"),
+        ("data", "notes"), ("data", "a=/x,a=/y"), ("data-epsilon", "notes"), ("data-epsilon", "notes=0"),
+        ("data-epsilon", "notes=much"), ("data-epsilon", "notes=1,notes=2"), ("data-epsilon", "notes=3"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_the_users_mistake_and_named(flag: str, text: str) -> None:

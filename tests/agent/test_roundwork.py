@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -11,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from agent.workers import roundwork  # noqa: E402
+from agent.workers.ledger import Ledger  # noqa: E402
 from agent.workers.roundwork import RoundWork, device_seed  # noqa: E402
 from agent.workers.stretch import Stretch  # noqa: E402
 from models.training.rounds import Diverged  # noqa: E402
@@ -19,6 +22,7 @@ from wire.frames import Kind, Parcel, Tensor  # noqa: E402
 from wire.messages import (  # noqa: E402
     ArtifactRef,
     InboxAddress,
+    Privacy,
     RoundMeta,
     StageError,
     StageOrder,
@@ -71,11 +75,14 @@ class FakeRound:
 
     made: ClassVar[list[FakeRound]] = []
 
-    def __init__(self, stage: Any, shaped: Any, rows: Any, task: Any, seed: int, asked: RoundMeta, start: Any) -> None:
+    def __init__(
+        self, stage: Any, shaped: Any, rows: Any, task: Any, seed: int, asked: RoundMeta, start: Any, guard: Any = None
+    ) -> None:
         if len(start) != 4:
             raise ValueError("the factors have 4")
         self.number, self.start, self.done, self.error = asked.round, start, 0, None
         self.loss, self.held_out_loss, self.held_out_tokens = 1.5, None, 0
+        self.guard = guard
         FakeRound.made.append(self)
 
     def step(self) -> bool:
@@ -93,6 +100,8 @@ class Model:
     shaped: Any = None
     rows = Split((Row(np.array([1, 2]), 1),), ())
     bad_rows = 3
+    fingerprint = "of these rows"
+    ledger: Any = None
 
 
 class Bench:
@@ -101,7 +110,13 @@ class Bench:
         monkeypatch.setattr(roundwork, "Round", FakeRound)
         self.sender = Sender()
         self.returned = 0
-        self.work = RoundWork(ORDER, Model(), self.sender, self._done, Stretch(1.0, 1), SITE, "pi4")  # type: ignore[arg-type]
+        self.model = Model()
+        self.work = RoundWork(ORDER, self.model, self.sender, self._done, Stretch(1.0, 1), SITE, "pi4")  # type: ignore[arg-type]
+
+    def make_private(self, ledger: Ledger, epsilon: float, rounds: int) -> None:
+        self.model.ledger = ledger
+        task = msgspec.structs.replace(TASK, rounds=rounds, privacy=Privacy(epsilon=epsilon))
+        self.work.adopt(msgspec.structs.replace(ORDER, training=task))
 
     def _done(self, _delivery: Any) -> None:
         self.returned += 1
@@ -132,6 +147,42 @@ def test_a_round_is_trained_and_its_update_sent(bench: Bench) -> None:
     meta = msgspec.json.decode(parcel.meta, type=UpdateMeta)
     assert (meta.round, meta.device, meta.samples, meta.bad_rows, meta.loss) == (2, "pi4", 1, 3, 1.5)
     assert bench.returned == 1 and not bench.work.live
+
+
+def test_a_private_round_is_paid_for_before_it_begins_and_says_what_it_cost(bench: Bench, tmp_path: Path) -> None:
+    bench.make_private(Ledger(tmp_path, "d"), epsilon=4.0, rounds=3)
+    bench.give()
+    assert (tmp_path / "d.json").is_file(), "before the first step"
+    bench.go()
+    bench.give()
+    [_, (_, again)] = bench.sender.sent
+    meta = msgspec.json.decode(again.meta, type=UpdateMeta)
+    assert meta.noise is not None and meta.epsilon is not None and 0 < meta.epsilon < 4.0 and meta.compute_s == 0
+    book = json.loads((tmp_path / "d.json").read_bytes())
+    assert book["jobs"]["tune-n/7"]["releases"] == 2, "the same question is no other release"
+    [made] = FakeRound.made
+    assert made.guard.measure.noise == meta.noise
+
+
+def test_a_private_round_beyond_the_budget_is_not_begun(bench: Bench, tmp_path: Path) -> None:
+    bench.make_private(Ledger(tmp_path, "d"), epsilon=4.0, rounds=1)
+    bench.give()
+    bench.go()
+    bench.give(request=6, round=3)
+    [_, (topic, parcel)] = bench.sender.sent
+    assert topic == REPLY and parcel.kind is Kind.ERROR
+    assert "the budget of tune-n/7 is spent" in msgspec.json.decode(parcel.meta, type=StageError).text
+    assert len(FakeRound.made) == 1
+
+
+def test_a_damaged_ledger_begins_nothing(bench: Bench, tmp_path: Path) -> None:
+    bench.make_private(Ledger(tmp_path, "d"), epsilon=4.0, rounds=1)
+    (tmp_path / "d.json").write_bytes(b"{")
+    bench.give()
+    [(_, parcel)] = bench.sender.sent
+    assert parcel.kind is Kind.ERROR and not FakeRound.made
+    bench.give(request=6, train=False)
+    assert len(FakeRound.made) == 1, "who only judges tells nothing that the ledger is for"
 
 
 def test_the_same_question_again_goes_on_and_is_answered_from_memory(bench: Bench) -> None:

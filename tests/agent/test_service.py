@@ -18,7 +18,20 @@ from agent.workers.pipe import Assignment, DataBrokerAt, Status
 from tests.agent.fakes import DEVICE, SITE, FakeLauncher, Lab, desired_of, inbox, order_of
 from wire import topics
 from wire.errors import Refused
-from wire.messages import Applied, Command, DeviceInfo, DeviceState, Event, Reply, Telemetry, decode, encode
+from wire.messages import (
+    Applied,
+    Command,
+    DeviceInfo,
+    DeviceState,
+    Event,
+    Privacy,
+    Reply,
+    StageOrder,
+    Telemetry,
+    TrainingTask,
+    decode,
+    encode,
+)
 
 
 @pytest.fixture
@@ -469,6 +482,43 @@ def test_a_stage_behind_a_broker_that_is_elsewhere_fails_with_the_reason_and_kee
     assert not launcher.alive and applied(lab).stages[0].fetched_bytes == applied(lab).stages[0].to_fetch_bytes > 0
     lab.publish(topics.DESIRED, desired_of(order_of(epoch=2), epoch=2), DEVICE)
     lab.turn(lambda: phases(lab) == [(2, "ready")])
+
+
+def training(data: str, **changes: object) -> StageOrder:
+    task = TrainingTask(
+        data=data, tokenizer=order_of().graph, rank=1, alpha=1.0, matrices=("q",), row_tokens=8, batch_rows=1, steps=2,
+        learning_rate=0.1, most_norm=1.0, held_out=0.0, seed=1, **changes,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return order_of(engine="torch", runs="rounds", training=task)
+
+
+def test_data_with_a_budget_are_for_private_jobs_alone(lab: Lab, tmp_path: Path) -> None:
+    launcher = FakeLauncher()
+    data = (("notes", str(tmp_path / "notes.jsonl")), ("poems", str(tmp_path / "poems.txt")))
+    service = serving(lab, launcher, data=data, data_epsilon=(("notes", 8.0),))
+    found = lab.retained(topics.INFO, DeviceInfo)
+    assert isinstance(found, DeviceInfo) and (found.data, found.private_data) == (("notes", "poems"), ("notes",))
+    lab.store(service, b"graph", b"weights")
+    refused = "are for private jobs, without losses"
+    for epoch, (order, said) in enumerate(
+        [
+            (training("mail"), "no data set 'mail' on this board; there are: notes, poems"),
+            (training("notes"), refused),
+            (training("notes", privacy=Privacy(epsilon=1.0, losses=True)), refused),
+            (training("notes", privacy=Privacy(epsilon=1.0)), ""),
+            (training("poems"), ""),
+        ],
+        start=1,
+    ):
+        lab.publish(topics.DESIRED, desired_of(msgspec.structs.replace(order, epoch=epoch), epoch=epoch), DEVICE)
+        lab.turn(lambda: phases(lab) == [(epoch, "failed" if said else "ready")])  # noqa: B023
+        assert said in applied(lab).stages[0].detail
+        assert bool(launcher.alive) == (not said)
+    [by_data] = [launcher.assignments[worker] for worker in launcher.alive]
+    assert by_data.data_path == data[1][1] and by_data.most_epsilon is None  # type: ignore[union-attr]
+    private = [made for made in launcher.assignments.values() if made.data_path == data[0][1]]  # type: ignore[union-attr]
+    assert [made.most_epsilon for made in private] == [8.0]  # type: ignore[union-attr]
+    assert Path(by_data.ledger_path) == service.config.state_dir / "privacy"  # type: ignore[union-attr]
 
 
 def test_a_running_stage_that_is_to_be_reached_where_nobody_is_ends_and_says_why(lab: Lab) -> None:

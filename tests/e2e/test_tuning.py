@@ -25,6 +25,7 @@ from testbed.boards import BoardSpec, with_data
 from testbed.site import CoordinatorProcess
 from tests.e2e.site import Site
 from wire.errors import EdgelamError, UsageError
+from wire.messages import Privacy
 
 pytestmark = pytest.mark.torch
 
@@ -216,6 +217,40 @@ def test_the_command_line_trains_and_fetches_the_adapter(
     assert same({key: np.array(values) for key, values in found.items()}, undisturbed)
     listed = tuning_site.cli("tune", "status")
     assert listed.returncode == 0 and "typed" in listed.stdout and "2 of 2" in listed.stdout
+
+
+def test_a_private_job_tells_what_it_may_and_is_paid_for_once_whoever_is_killed(
+    tuning_site: Site, tiny_model: str
+) -> None:
+    wanted = msgspec.structs.replace(job(tiny_model, "private"), privacy=Privacy(epsilon=3.0))
+    killed = []
+    rounds: list[dict[str, Any]] = []
+
+    def kill_once(event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            rounds.append(event)
+            if not killed:
+                killed.append(worker_of(tuning_site, "board2"))
+                killed[0].kill()
+
+    end = follow(tuning_site, wanted, kill_once)
+    assert killed and (end["state"], end["most_epsilon"]) == ("done", 3.0), end
+    assert 2.9 < end["epsilon"] <= 3.0, "noise is no more than the budget asks for"
+    assert [one["round"] for one in rounds] == [0, 1], "nothing is judged where losses are not told"
+    for one in rounds:
+        assert one["loss"] is None and one["held_out_loss"] is None
+        assert set(one["devices"]) == set(TRAINED)
+        assert all(told["noise"] > 0.5 and told["compute_s"] == 0 for told in one["devices"].values())
+    books = [msgspec.json.decode(path.read_bytes()) for path in tuning_site.folder.rglob("privacy/notes.json")]
+    assert len(books) == 2
+    for book in books:
+        [mine] = [account for name, account in book["jobs"].items() if name.startswith("tune-private/")]
+        assert mine["releases"] == 2 * 3, "each step once, though one board did a round again"
+    with tuning_site.client() as there:
+        provenance = msgspec.json.decode(there.file("/v1/jobs/private/provenance.json"))
+    assert provenance["privacy"]["epsilon"] == 3.0 and set(provenance["privacy"]["spent"]) == set(TRAINED)
+    shown = tuning_site.cli("tune", "status", "private")
+    assert "of 3" in shown.stdout, shown.stdout
 
 
 def test_what_can_not_be_is_refused_before_anything_starts(tuning_site: Site, tiny_model: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from coordinator.rounds.job import Adapter, Job, Rounds, checked, load_job
 from wire.errors import UsageError
+from wire.messages import Channel, Privacy
 
 SMALL = 'model = "smollm2"\ndata = "notes"\n'
 
@@ -54,11 +55,17 @@ def test_all_that_can_be_said_is_taken(tmp_path: Path) -> None:
         at_least = 1
         timeout_s = 20
         held_out = 0
+        [privacy]
+        epsilon = 2
+        unit = "device"
+        [privacy.channel]
+        sigma = 0.5
     """
     job = load(tmp_path, text)
     assert job.devices == ("pi4", "pi5") and job.seed == 7
     assert job.adapter == Adapter(rank=4, alpha=4.0, matrices=("q", "down")) and job.adapter.scale_alpha == 4.0
     assert job.rounds.aggregation == "rolora" and job.rounds.held_out == 0
+    assert job.privacy == Privacy(epsilon=2.0, unit="device", channel=Channel(sigma=0.5))
     assert checked(job) == job
 
 
@@ -97,6 +104,11 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
         ("[adapter]\nranks = { 'Pi 4' = 2 }\n[rounds]\naggregation = 'svd'", "adapter.ranks"),
         ("[adapter]\nranks = { pi4 = 2 }", "rounds.aggregation"),
         ("adapter = 3", "adapter"),
+        ("[privacy]\nunit = 'device'", "privacy.epsilon"),
+        ("[privacy]\nepsilon = 1\nnoise = 3", "privacy.noise"),
+        ("[privacy]\nepsilon = 1\nunit = 'room'", "privacy.unit"),
+        ("[privacy]\nepsilon = 1\n[privacy.channel]\npower = 0", "privacy.channel.power"),
+        ("[privacy]\nepsilon = 1e-6", "privacy.epsilon"),
     ],
 )
 def test_what_contradicts_itself_is_refused(more: str, key: str, tmp_path: Path) -> None:

@@ -8,19 +8,36 @@ import msgspec
 import numpy as np
 import pytest
 
+from coordinator.rounds.job import Job, Rounds
 from coordinator.rounds.updates import checked, farthest_of
+from models.privacy.plan import measure_of
 from wire.errors import PeerError
 from wire.frames import Tensor
-from wire.messages import UpdateMeta
+from wire.messages import ArtifactRef, Privacy, TrainingTask, UpdateMeta
 
 START = np.linspace(-1, 1, 8, dtype=np.float32)
 META = UpdateMeta(round=2, device="pi4", samples=5)
-FARTHEST = farthest_of(0.01, 4)
+FARTHEST = farthest_of(Job(name="n", model="m", data="d", rounds=Rounds(learning_rate=0.01, steps=4)))
 
 
 def take(vector: Any, **changes: Any) -> Any:
     meta = msgspec.structs.replace(META, **changes)
     return checked(meta, None if vector is None else Tensor.of(vector), "pi4", 2, START, FARTHEST)
+
+
+def test_noise_on_what_a_device_has_changed_is_no_reason_to_refuse_it() -> None:
+    rounds = Rounds(learning_rate=0.01, steps=4, count=10)
+    plain = Job(name="n", model="m", data="d", rounds=rounds)
+    private = msgspec.structs.replace(plain, privacy=Privacy(epsilon=4.0, unit="device", clip=0.5))
+    task = TrainingTask(
+        data="d", tokenizer=ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), rank=1, alpha=1.0, matrices=("q",),
+        row_tokens=8, batch_rows=1, steps=4, learning_rate=0.01, most_norm=1.0, held_out=0.0, seed=1, rounds=10,
+        privacy=private.privacy,
+    )  # fmt: skip
+    deviation = measure_of(task, 5, 2, 1, 0).deviation
+    assert farthest_of(private) > farthest_of(plain) + 6 * deviation
+    by_sample = msgspec.structs.replace(plain, privacy=Privacy(epsilon=4.0))
+    assert farthest_of(by_sample) == farthest_of(plain), "noise on a gradient makes no step of Adam longer"
 
 
 def test_an_update_is_taken_as_it_is() -> None:

@@ -33,9 +33,9 @@ def made(folder: Path, task: TrainingTask = TASK, count: int = 6, **changes):
     rng = np.random.default_rng(5)
     rows = tuple(Row(rng.integers(0, packed.graph.vocabulary, 4 + number), 1) for number in range(count))
     trained = stage(packed, folder, 0, packed.graph.blocks, initial(packed.config, SPEC), SPEC)
-    start_now = changes.pop("start", start)
+    start_now, guard = changes.pop("start", start), changes.pop("guard", None)
     asked = RoundMeta(**{"reply": InboxAddress(topic="t"), "round": 0, "parts": ("a", "b"), **changes})
-    return Round(trained, shaped, Split(rows[1:], rows[:1]), task, 11, asked, start_now), shaped, start
+    return Round(trained, shaped, Split(rows[1:], rows[:1]), task, 11, asked, start_now, guard), shaped, start
 
 
 def through(made_round: Round):
