@@ -215,7 +215,7 @@ class Runner:
         self.coordinator.open()
         await self._await_broker(transport, url)
         self.tuning.restore()
-        self._tasks.append(asyncio.create_task(self._serve_http(operations, serving, items)))
+        self._tasks.append(asyncio.create_task(self._serve_http(operations, serving, items, self.tuning)))
         self._advertise(url)
         self._tasks.append(asyncio.create_task(self._watch()))
         replanner = Replanner(self.coordinator, operations, serving.why_stay, options.replan)
@@ -277,8 +277,8 @@ class Runner:
             for task in ended - {stopping}:
                 task.result()
 
-    async def _serve_http(self, operations: Operations, serving: Serving, items: ItemServing) -> None:
-        assert self.coordinator is not None and self.tuning is not None and self._door is not None
+    async def _serve_http(self, operations: Operations, serving: Serving, items: ItemServing, tuning: Tuning) -> None:
+        assert self.coordinator is not None and self._door is not None
         config = uvicorn.Config(
             make_app(
                 self.coordinator,
@@ -287,7 +287,7 @@ class Runner:
                 items,
                 self.key,
                 door_names(self.options.listen),
-                JobsDoor(self.tuning).routes(),
+                JobsDoor(tuning).routes(),
             ),
             host=self.options.listen,
             port=self.http_port,

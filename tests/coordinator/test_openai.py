@@ -25,6 +25,7 @@ from coordinator.hub import Hub
 from coordinator.inference.requests import GenerateRequest
 from coordinator.openai import door as door_module
 from coordinator.openai.bodies import ChatBody, Settings, TextBody
+from coordinator.rounds.door import JobsDoor
 from coordinator.service import Coordinator
 from tests.coordinator.memory_site import SITE, make_coordinator, until
 from tests.coordinator.test_serving import FakePrepared, FakeTokenizer
@@ -389,7 +390,7 @@ def test_an_unknown_model_is_not_found(house: House) -> None:
 def test_every_path_stands_in_the_document_and_no_other(house: House) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text()
     documented = set(re.findall(r"^\| (GET|POST|DELETE) \| `(\S+)` \|", page, re.MULTILINE))
-    routes = house.app._app.routes  # type: ignore[attr-defined]
+    routes = [*house.app._app.routes, *JobsDoor(None).routes()]  # type: ignore[attr-defined,arg-type]
     served = {(method, route.path.replace(":path", "")) for route in routes for method in route.methods - {"HEAD"}}
     assert documented == served
 

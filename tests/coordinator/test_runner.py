@@ -104,7 +104,7 @@ def test_an_http_door_that_closes_unasked_is_an_error(options: Options, monkeypa
         with listening("127.0.0.1", 0, 0) as door:
             runner._door = door
             with pytest.raises(EdgelamError, match="door"):
-                await runner._serve_http(None, None, None)  # type: ignore[arg-type]
+                await runner._serve_http(None, None, None, None)  # type: ignore[arg-type]
 
     play(options, scenario)
 
