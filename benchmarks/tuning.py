@@ -4,6 +4,9 @@ Overhead: the model of tests (200,000 parameters, frozen) on boards of this mach
 step a round, so that a round is next to nothing but the way of about 1 MB of factors to and fro. Overhead of a round is
 its time less the longest step of any board.
 
+Schedule: the same boards on links of their own, told how fast to send as if they shared one: what rounds take beside
+what was planned for them, and what an outbox at a pace takes beside bytes / pace.
+
 Perplexity: SmolLM2 with frozen 4 bit weights on boards that each have a part of a real text (benchmarks/texts); that on
 what all of them hold out, before and after.
 """
@@ -20,19 +23,31 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from benchmarks.parts.sites import MODEL, whole_site
-from benchmarks.report import Figure, at_most, emit, machine
+from benchmarks.report import Figure, at_least, at_most, emit, machine
 from coordinator.client import Client
 from coordinator.commands.tune import round_text
 from coordinator.rounds.job import Adapter, Job, Rounds
 from testbed.boards import BoardSpec, preset, with_data, with_link
 from testbed.links import preset as link_of
 from tests.e2e.site import write_tiny_model
+from wire import topics
+from wire.broker import start_broker
+from wire.channel import Inbox, Outbox
+from wire.frames import Kind, Parcel, Tensor
+from wire.limits import CHUNK_BYTES_DEFAULT
+from wire.mqtt import MqttTransport
+from wire.pace import Pace
+from wire.transport import Link
 
 COUNTS = (2, 4, 8)
 ROUNDS = 8
-PARTS = ("overhead", "perplexity")
+PARTS = ("overhead", "perplexity", "schedule")
 TEXT = Path(__file__).parent / "texts" / "python_reference.txt"
+KNOWN_AFTER = 4
+"""Rounds in which boards are timed."""
 LEAST_LETTERS = 80
 """Of a paragraph: headings and lines of code alone are left out."""
 
@@ -49,14 +64,14 @@ def boards_with_text(folder: Path, count: int, link: str) -> tuple[BoardSpec, ..
     return with_data(boards, "notes", folder)
 
 
-def rounds_of(there: Client, model: str, rounds: int) -> list[dict[str, Any]]:
+def rounds_of(there: Client, model: str, rounds: int, **more: Any) -> list[dict[str, Any]]:
     job = Job(
         name="bench",
         model=model,
         data="notes",
         precision="f32",
         adapter=Adapter(rank=RANK, matrices=("q", "k", "v", "o", "gate", "up", "down")),
-        rounds=Rounds(count=rounds, steps=1, batch_rows=1, row_tokens=16, held_out=0.0, learning_rate=1e-4),
+        rounds=Rounds(count=rounds, steps=1, batch_rows=1, row_tokens=16, held_out=0.0, learning_rate=1e-4, **more),
     )
     return events_of(there, job)[1:-1]  # the first waits for workers to load, the last trains nothing
 
@@ -95,6 +110,50 @@ def measured(count: int, link: str, rounds: int) -> list[Figure]:
         Figure(f"{name}: a round", median(one["wall_s"] for one in found) * 1e3, "ms"),
         Figure(f"{name}: beyond computing", took_s * 1e3, "ms"),
     ]
+
+
+def planned(count: int, link: str, rounds: int) -> list[Figure]:
+    """What rounds take beside what was planned, once each board is known."""
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        model = str(write_tiny_model(Path(folder)))
+        data = Path(folder) / "notes"
+        data.mkdir()
+        with whole_site("f32", boards_with_text(data, count, link), model) as site:
+            found = rounds_of(site.there, model, rounds + KNOWN_AFTER, medium="shared")[KNOWN_AFTER - 1 :]
+    name = f"{count} boards, {link}, shared"
+    ratio = median(one["wall_s"] / one["expected_s"] for one in found)
+    return [
+        Figure(f"{name}: a round", median(one["wall_s"] for one in found), "s"),
+        at_least(f"{name}: a round / planned", ratio, "ratio", 0.75),
+        at_most(f"{name}: a round / planned, too", ratio, "ratio", 1.25),
+    ]
+
+
+def paced(rate: float = 500e3, total: int = 2_000_000) -> Figure:
+    """How far an outbox is from its pace over a broker."""
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        broker = start_broker(Path(folder), "127.0.0.1", 0)
+        try:
+            near, far = (MqttTransport(broker.url, name, keepalive_s=30) for name in ("near", "far"))
+            topic = topics.INBOX.on("bench", "pace", "0")
+            inbox, outbox = Inbox(far, topic), Outbox(near, topic)
+            for transport in (near, far):
+                transport.start()
+            while near.link is not Link.UP or far.link is not Link.UP:
+                near.poll(0.01)
+                far.poll(0.01)
+            outbox.pace = Pace(rate, CHUNK_BYTES_DEFAULT)
+            began_s = time.monotonic()
+            outbox.send(Parcel(Kind.UPDATE, 1, 1, 0, 0, Tensor.of(np.zeros(total, np.uint8))))
+            while inbox.take() is None:
+                near.poll(0.01)
+                far.poll(0.01)
+                outbox.tick()
+                inbox.tick()
+            took_s = time.monotonic() - began_s
+        finally:
+            broker.stop()
+    return at_most("an outbox off its pace", 100 * abs(took_s * rate / total - 1), "%", 10)
 
 
 def learnt(precision: str, rounds: int) -> list[Figure]:
@@ -142,6 +201,8 @@ def main() -> int:
     if "overhead" in given.parts:
         for count in given.boards:
             figures += measured(count, given.link, given.rounds + 1)
+    if "schedule" in given.parts:
+        figures += [paced(), *planned(given.boards[0] if len(given.boards) == 1 else 4, given.link, given.rounds)]
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

@@ -31,6 +31,7 @@ from wire.limits import (
     MAX_SENDERS,
     MAX_WINDOW_BYTES,
 )
+from wire.pace import Pace
 from wire.transport import Buffer, Inbound, Link, NotConnected, Transport
 
 Clock = Callable[[], float]
@@ -71,6 +72,8 @@ class Outbox:
         self.dropped_frames = 0
         """Frames that were queued or cut when the link went down."""
         self.bad_credits = 0
+        self.pace: Pace | None = None
+        """How fast it may send, besides what credit allows; None: at once."""
         self._transport = transport
         self._chunk_bytes = chunk_bytes
         self._clock = clock
@@ -118,7 +121,7 @@ class Outbox:
         self._end_offset += sum(sizes)
         for index, frame in enumerate(frames):
             frame_bytes = sizes[index]
-            if self._backlog or not self._window.may_send(frame_bytes):
+            if self._backlog or not self._may_send(frame_bytes):
                 self._queue(frame, frame_bytes)
                 continue
             try:
@@ -134,6 +137,8 @@ class Outbox:
         tensor = parcel.tensor
         if tensor is None or self._backlog or tensor.nbytes > self._chunk_bytes or self._transport.link is not Link.UP:
             return None
+        if self.pace is not None:
+            return None
         laid = lay_out(parcel, self.stream, self._end_offset, self.parcels)
         return laid if self._window.may_send(laid.frame_bytes) else None
 
@@ -146,13 +151,16 @@ class Outbox:
         self.bytes += laid.frame_bytes
 
     def tick(self) -> None:
-        """Call at least every CREDIT_ASK_S: asks again for credit that may have been lost."""
+        """Call at least every CREDIT_ASK_S, and where there is a pace more often: sends what has become due, and asks
+        again for credit that may have been lost."""
         if not self._backlog:
             return
         if self._transport.link is not Link.UP:
             self._drop_backlog()
             return
         self._flush()
+        if not self._backlog or self._window.may_send(len(self._backlog[0])):
+            return  # it waits for its pace
         now_s = self._clock()
         if self._blocked_since_s is None or now_s - max(self._blocked_since_s, self._asked_s) < CREDIT_ASK_S:
             return
@@ -177,9 +185,12 @@ class Outbox:
         if credit.stream == self.stream and self._window.granted(credit.limit):
             self._flush()
 
+    def _may_send(self, frame_bytes: int) -> bool:
+        return self._window.may_send(frame_bytes) and (self.pace is None or self.pace.may_send(frame_bytes))
+
     def _flush(self) -> None:
         try:
-            while self._backlog and self._window.may_send(len(self._backlog[0])):
+            while self._backlog and self._may_send(len(self._backlog[0])):
                 frame = self._backlog.popleft()
                 self._backlog_bytes -= len(frame)
                 self._publish(frame, len(frame))
@@ -192,6 +203,8 @@ class Outbox:
     def _publish(self, frame: Buffer | list[Buffer], frame_bytes: int) -> None:
         """Publish a frame; its bytes are counted as sent even if the link is down (the receiver will see a gap)."""
         self._window.sent(frame_bytes)
+        if self.pace is not None:
+            self.pace.sent(frame_bytes)
         self._transport.publish(self.topic, frame)
         self.frames += 1
         self.bytes += frame_bytes

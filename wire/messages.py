@@ -407,6 +407,8 @@ class RoundMeta(Struct, frozen=True, kw_only=True):
     """Which factors are trained and sent back; the others stay as they came."""
     train: bool = True
     """False: only the loss on what is held out is asked for."""
+    bytes_per_s: Annotated[float, Meta(gt=0, le=1e12)] | None = None
+    """How fast to send the update: the device's share of a medium. None: as fast as goes."""
 
 
 class UpdateMeta(Struct, frozen=True, kw_only=True):

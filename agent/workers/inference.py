@@ -46,6 +46,9 @@ LOG = logging.getLogger("edgelam.inference")
 POLL_S: Final = 0.25
 """Longest wait without work: bounds how late ticks and the supervisor's words are seen; `wake` cuts it short."""
 
+PACED_POLL_S: Final = 0.02
+"""The same while something is sent at a pace."""
+
 TICK_S: Final = 0.25
 REPORT_PERIOD_S: Final = 1.0
 
@@ -196,7 +199,10 @@ class StageWorker(ABC, Generic[E]):
         while not self._stopping and not self._parent.gone:
             if self._ahead is not None:
                 self._foresee(self._ahead)
-            connections.poll(0.0 if work.runnable else POLL_S)
+            paced = self._outboxes.paced
+            connections.poll(0.0 if work.runnable else PACED_POLL_S if paced else POLL_S)
+            if paced:
+                self._outboxes.tick()
             now_s = clock()
             while (delivery := inboxes.take()) is not None:
                 work.accept(delivery, now_s)

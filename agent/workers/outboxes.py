@@ -9,7 +9,9 @@ from typing import Final
 
 from wire.channel import Outbox
 from wire.frames import Laid, Parcel
+from wire.limits import CHUNK_BYTES_DEFAULT
 from wire.messages import InboxAddress
+from wire.pace import Pace
 from wire.transport import Transport
 
 MAX_REQUESTERS: Final = 64
@@ -61,7 +63,20 @@ class Outboxes:
     def next_went(self, laid: Laid) -> None:
         self._next.went(laid)
 
+    @property
+    def paced(self) -> bool:
+        """Whether something waits for its pace: `tick` often."""
+        return any(box.pace is not None and box.backlog_bytes for box in self._requesters.values())
+
+    def pace(self, topic: str, bytes_per_s: float | None) -> None:
+        """How fast what goes to a requester is sent from now on; None: as fast as goes."""
+        box = self._requester(topic)
+        box.pace = None if bytes_per_s is None else Pace(bytes_per_s, CHUNK_BYTES_DEFAULT)
+
     def to_requester(self, topic: str, parcel: Parcel) -> None:
+        self._requester(topic).send(parcel)
+
+    def _requester(self, topic: str) -> Outbox:
         box = self._requesters.get(topic)
         if box is None:
             box = self._requesters[topic] = self._make(self._site, topic)
@@ -69,7 +84,7 @@ class Outboxes:
                 self._retire(self._requesters.popitem(last=False)[1])
         else:
             self._requesters.move_to_end(topic)
-        box.send(parcel)
+        return box
 
     def redirect(self, outward: Transport, next_inbox: InboxAddress) -> None:
         """Send to another next stage from now on, or another way."""

@@ -65,6 +65,20 @@ class Model(Protocol):
     def ledger(self) -> Ledger: ...
 
 
+class PacedSender(Sender, Protocol):
+    """agent.workers.outboxes.Outboxes."""
+
+    def pace(self, topic: str, bytes_per_s: float | None) -> None: ...
+
+
+class Answer(NamedTuple):
+    """To whom, what, and how fast."""
+
+    topic: str
+    parcel: Parcel
+    bytes_per_s: float | None
+
+
 class Told(NamedTuple):
     """Of a private job: the noise that is on a round, and what the job has spent with it."""
 
@@ -86,7 +100,7 @@ class RoundWork:
         self,
         order: StageOrder,
         model: Model,
-        sender: Sender,
+        sender: PacedSender,
         done: Callable[[Delivery], None],
         stretch: Stretch,
         site: str,
@@ -106,8 +120,8 @@ class RoundWork:
         self._fits = fits
         self._under_way: _UnderWay | None = None
         self._busy_s = 0.0
-        self._answer: tuple[str, Parcel] | None = None
-        """Of the last round: to whom, and what."""
+        self._answer: Answer | None = None
+        """Of the last round."""
         self._unsent = False
 
     @property
@@ -186,8 +200,8 @@ class RoundWork:
         if under_way is not None and under_way.request == parcel.request:
             self._under_way = under_way._replace(meta=meta)
             return
-        if self._answer is not None and self._answer[1].request == parcel.request:
-            self._answer = (meta.reply.topic, self._answer[1])
+        if self._answer is not None and self._answer.parcel.request == parcel.request:
+            self._answer = Answer(meta.reply.topic, self._answer.parcel, meta.bytes_per_s)
             self._send()
             return
         try:
@@ -250,13 +264,14 @@ class RoundWork:
         tensor = None if vector is None else Tensor.of(vector)
         data = msgspec.json.encode(update)
         parcel = Parcel(Kind.UPDATE, self.order.epoch, under_way.request, 0, FLAG_FINAL, tensor, data)
-        self._under_way, self._answer = None, (meta.reply.topic, parcel)
+        self._under_way, self._answer = None, Answer(meta.reply.topic, parcel, meta.bytes_per_s)
         self.ended += 1
         self._send()
 
     def _send(self) -> None:
         assert self._answer is not None
-        topic, parcel = self._answer
+        topic, parcel, bytes_per_s = self._answer
+        self._sender.pace(topic, bytes_per_s)
         try:
             self._sender.to_requester(topic, parcel)
             self._unsent = False

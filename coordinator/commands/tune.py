@@ -169,12 +169,18 @@ def round_text(event: dict[str, Any]) -> str:
         f"held out {judged:.3f} (perplexity {math.exp(min(judged, 700)):.4g})" if judged is not None else "",
         _epsilons([found["epsilon"] for found in devices.values() if found["epsilon"] is not None]),
         f"{len(counted)} of {len(devices)} boards",
-        seconds_text(event["wall_s"]),
+        _time(event),
         bytes_text(event["down_bytes"] + event["up_bytes"]),
     ]
     left_out = [f"{device}: {found['refused']}" for device, found in devices.items() if found["refused"]]
     what = f"round {event['round']}" if event["trained"] else "at the end"
     return f"{what}: {', '.join(part for part in parts if part)}" + "".join(f"\n  {line}" for line in left_out)
+
+
+def _time(event: dict[str, Any]) -> str:
+    """'12.1 s (planned 11.8 s)'"""
+    took, expected = seconds_text(event["wall_s"]), event["expected_s"]
+    return took if expected is None else f"{took} (planned {seconds_text(expected)})"
 
 
 def _row_text(row: dict[str, Any]) -> str:

@@ -59,6 +59,8 @@ class Exchange:
         self._farthest = farthest_of(job)
         self._config = config
         self._down_bytes = 0
+        self._asked_s: dict[str, float] = {}
+        self._wall_s: dict[str, float] = {}
         self._keeping: set[str] = set()
         self._requests = {request_of(job.name, record.epoch, number, device): device for device in devices}
         if train:
@@ -72,7 +74,14 @@ class Exchange:
         """Send the factors that the round begins with."""
         hub = self._coordinator.hub
         parts: tuple[Any, ...] = self._parts
-        meta = RoundMeta(reply=hub.reply_inbox, round=self.number, parts=parts, train=self.train)
+        meta = RoundMeta(
+            reply=hub.reply_inbox,
+            round=self.number,
+            parts=parts,
+            train=self.train,
+            bytes_per_s=self._record.paces.get(device) if self.train else None,
+        )
+        self._asked_s[device] = time.monotonic()
         request = next(number for number, known in self._requests.items() if known == device)
         [order] = self._record.orders[device]
         tensor = Tensor.of(taken_by(self._config, self._record.job, device, self.start))
@@ -119,6 +128,7 @@ class Exchange:
                 noise=meta.noise,
                 epsilon=meta.epsilon,
                 sent_bytes=0 if vector is None else vector.nbytes,
+                wall_s=self._wall_s.get(device, 0.0),
             )
         for device, because in self.state.refused.items():
             devices[device] = DeviceRound(refused=because)
@@ -132,6 +142,7 @@ class Exchange:
             loss=weighted([(found.loss, found.samples) for found in counted]),
             held_out_loss=weighted([(found.held_out_loss, found.held_out_tokens) for found in counted]),
             wall_s=wall_s,
+            expected_s=self._record.expected_s if self.train else None,
             down_bytes=self._down_bytes,
             up_bytes=sum(found.sent_bytes for found in counted),
             ended_unix=now_unix(),
@@ -139,6 +150,8 @@ class Exchange:
 
     def _take(self, device: str, parcel: Parcel) -> None:
         meta = decode(parcel.meta, UpdateMeta, f"an update of {device}")
+        if device in self._asked_s:
+            self._wall_s[device] = time.monotonic() - self._asked_s[device]
         if not self.train:
             if (meta.device, meta.round) != (device, self.number):
                 raise PeerError(f"is of round {meta.round} of {meta.device}")

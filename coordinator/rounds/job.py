@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from coordinator.rounds.schedule import Penalty
 from models.lora.aggregate import ANY_RANKS
 from models.privacy.accountant import noise_for
 from wire.errors import UsageError
@@ -34,11 +35,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+COUNTED: Final = ("random", "round-robin", "fastest")
+"""Of `who`: so many as `devices` says."""
 MAX_FILE_BYTES: Final = 1024 * 1024
 MOST_NAME: Final = 27
 """Letters: 'tune-' goes before it in topics, which have 32."""
 
-Who = Literal["all", "random", "round-robin"]
+Who = Literal["all", "random", "round-robin", "fastest", "scheduled"]
 
 
 class Adapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,7 +73,18 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """models.lora.aggregate."""
     who: Who = "all"
     devices: Annotated[int, Meta(ge=1, le=256)] = 1
-    """In a round, where not all take part."""
+    """In a round, with who = 'random', 'round-robin' or 'fastest'."""
+    delay_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    """What a round is to take in the long run, with who = 'scheduled'."""
+    tradeoff: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    """coordinator.rounds.schedule.Knobs; None: 30 times the delay."""
+    penalty: Penalty = "quadratic"
+    least_share: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Of rounds that each device takes part in, in the long run."""
+    medium: Literal["own", "shared"] = "own"
+    """'shared': all boards send over one channel, as on Wi-Fi, and each is told how fast it may."""
+    airtime: Literal["planned", "equal"] = "planned"
+    """How a shared medium is divided."""
     at_least: Annotated[int, Meta(ge=1, le=256)] = 1
     """Updates without which a round does not count."""
     timeout_s: Annotated[float, Meta(ge=1, le=1e6)] = 600.0
@@ -183,10 +197,9 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} needs one rank for all, not adapter.ranks")
     if len(set(adapter.matrices)) != len(adapter.matrices):
         found.append("adapter.matrices: one is listed twice")
-    if rounds.who == "all" and rounds.devices != 1:
-        found.append("rounds.devices: with who = 'all' all take part")
+    found += _about_who(rounds)
     most = len(devices) or 256
-    if rounds.who != "all":
+    if rounds.who in COUNTED:
         most = min(most, rounds.devices)
         if devices and rounds.devices > len(devices):
             found.append(f"rounds.devices: {rounds.devices} of {len(devices)} devices")
@@ -194,6 +207,25 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
     privacy = values.get("privacy")
     return found + ([] if privacy is None else _impossible(privacy, rounds))
+
+
+def _about_who(rounds: Rounds) -> list[str]:
+    """Keys that say something only beside others."""
+    found = []
+    if rounds.who not in COUNTED and rounds.devices != 1:
+        found.append(f"rounds.devices: with who = {rounds.who!r} their number is not given")
+    if rounds.who == "scheduled" and rounds.delay_s is None:
+        found.append("rounds.delay_s: missing; who = 'scheduled' needs to know how long a round may take")
+    if rounds.who != "scheduled":
+        given = {"delay_s": None, "tradeoff": None, "penalty": "quadratic", "least_share": 0.1}
+        found += [
+            f"rounds.{key}: means something with who = 'scheduled' alone"
+            for key, left_out in given.items()
+            if getattr(rounds, key) != left_out
+        ]
+    if rounds.airtime == "equal" and rounds.medium != "shared":
+        found.append("rounds.airtime: there is nothing to divide unless medium = 'shared'")
+    return found
 
 
 def _impossible(privacy: Privacy, rounds: Rounds) -> list[str]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import aggregate, files_of
+from coordinator.rounds.adapters import aggregate, files_of, parts_of, spec_of
+from coordinator.rounds.airtime import Medium, Offer, Own, Shared, Split
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
+from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
 from coordinator.rounds.orders import (
     able_devices,
     checkpoint_of,
@@ -22,13 +24,18 @@ from coordinator.rounds.orders import (
     task_of,
     whole_graph,
 )
+from coordinator.rounds.schedule import TRADEOFF_PER_DELAY, Choice, Knobs, after, choose, divide, fastest
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, topic_name
 from coordinator.service import Coordinator
+from hwprofiles.link import bytes_per_s
+from hwprofiles.profile import LinkMeasurement
 from models.build.pack import Packed
+from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
 from wire.messages import Applied, ArtifactRef, Privacy, StageReport, TrainingTask
 
+MEDIA: Final[Mapping[str, Medium]] = {"own": Own(), "shared": Shared()}
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
 """Between two words about boards that are waited for."""
@@ -90,7 +97,7 @@ class Running:
             last = number >= job.rounds.count
             await self._await_boards(number, last)
             self._place(packed, task, graph)
-            self._choose(number, last)
+            self._choose(packed, number, last)
             start = self._store.factors(self.record)
             round_ = self._round = Exchange(
                 self._coordinator, self._store, self.record, packed.config, start, self.tell, train=not last
@@ -143,7 +150,8 @@ class Running:
         files = await asyncio.to_thread(files_of, packed.config, self.record, factors, rounds)
         await asyncio.to_thread(self._store.write_adapter, job.name, files)
         digest = await asyncio.to_thread(self._store.write_next, self.record, factors)
-        self.record = self._store.finish_round(self.record, done, digest, state)
+        record = self._learnt(packed, done, wall_s) if done.trained else self.record
+        self.record = self._store.finish_round(record, done, digest, state)
         self.tell(round_event(done))
 
     async def _await_boards(self, number: int, last: bool) -> None:
@@ -154,12 +162,55 @@ class Running:
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
             await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
 
-    def _choose(self, number: int, last: bool) -> None:
+    def _choose(self, packed: Packed, number: int, last: bool) -> None:
         """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
         it."""
         if not self.record.chosen:
-            self.record = msgspec.structs.replace(self.record, chosen=drawn(self._able(), self.job, number, last))
+            able = self._able()
+            offers = [] if last else self._offers(packed, able, number)
+            self.record = msgspec.structs.replace(self.record, **settled(self.record, able, offers, last))
             self._store.save(self.record)
+
+    def _offers(self, packed: Packed, able: Sequence[str], number: int) -> list[Offer]:
+        """What each board would bring to a round, and take."""
+        job = self.job
+        parts = parts_of(job, number)
+        samples = weights_of(samples_of(self._store.rounds(job.name)), able)
+        found = []
+        for device in able:
+            shaped = shapes(packed.config, spec_of(job, device))
+            down_bytes, up_bytes = 4 * length_of(shaped), 4 * length_of(shaped, parts)
+            timing = self.record.timing.get(device, Timing())
+            found.append(offer_of(device, timing, self._rate(device), down_bytes, up_bytes, samples[device]))
+        return found
+
+    def _rate(self, device: str) -> float | None:
+        """Bytes/s of a board's link, as it measured it."""
+        profile = self._coordinator.profiles().get(device)
+        return bytes_per_s(profile.link) if profile and isinstance(profile.link, LinkMeasurement) else None
+
+    def _learnt(self, packed: Packed, done: RoundRecord, took_s: float) -> JobRecord:
+        """What the round says of the boards, for the next."""
+        record, job = self.record, self.job
+        parts = parts_of(job, done.round)
+        timing = dict(record.timing)
+        for device, told in done.devices.items():
+            if told.refused or told.wall_s <= 0:
+                continue
+            shaped = shapes(packed.config, spec_of(job, device))
+            took = Took(
+                wall_s=told.wall_s,
+                compute_s=told.compute_s,
+                down_bytes=4 * length_of(shaped),
+                up_bytes=4 * length_of(shaped, parts),
+                share=record.shares.get(device, 1.0),
+                sharers=len(record.chosen) if job.rounds.medium == "shared" else 1,
+            )
+            timing[device] = learnt(timing.get(device), self._rate(device), took)
+        queues = record.queues
+        if job.rounds.who == "scheduled":
+            queues = after(queues, knobs_of(job), self._able(), record.chosen, took_s)
+        return msgspec.structs.replace(record, timing=timing, queues=queues)
 
     def _able(self) -> tuple[str, ...]:
         return able_devices(self._coordinator, self.job)[0]
@@ -212,10 +263,56 @@ class Running:
         self._loop.call_soon_threadsafe(self.tell, {"event": "status", "text": text})
 
 
-def drawn(devices: Sequence[str], job: Job, number: int, last: bool) -> tuple[str, ...]:
+def samples_of(rounds: Sequence[RoundRecord]) -> dict[str, int]:
+    """Device -> how many it said last that it has."""
+    return {device: told.samples for done in rounds for device, told in done.devices.items() if told.samples}
+
+
+def settled(record: JobRecord, able: Sequence[str], offers: Sequence[Offer], last: bool) -> dict[str, Any]:
+    """Who takes part in a round, how a shared medium is divided, and what the round should take: fields of the
+    record."""
+    job = record.job
+    rounds, medium = job.rounds, MEDIA[job.rounds.medium]
+    equally = rounds.airtime == "equal"
+    if last:
+        return {"chosen": tuple(sorted(able))}
+    if rounds.who == "scheduled":
+        choice = choose(offers, medium, knobs_of(job), record.queues, equally)
+        chosen, divided = at_least(choice, offers, medium, rounds.at_least, equally)
+    else:
+        chosen = fastest(offers, rounds.devices) if rounds.who == "fastest" else drawn(able, job, record.round)
+        divided = divide([offer for offer in offers if offer.device in chosen], medium, equally)
+    found: dict[str, Any] = {"chosen": chosen, "expected_s": divided.tau_s}
+    if rounds.medium == "shared":
+        rates = {offer.device: offer.rate for offer in offers}
+        paces = {device: share * rates[device] for device, share in divided.shares.items()}
+        found |= {"shares": divided.shares, "paces": paces}
+    return found
+
+
+def at_least(
+    choice: Choice, offers: Sequence[Offer], medium: Medium, least: int, equally: bool
+) -> tuple[tuple[str, ...], Split]:
+    """The choice, or with those who are over first beside them if they are too few for a round that counts."""
+    if len(choice.devices) >= least:
+        return choice
+    others = [offer for offer in offers if offer.device not in choice.devices]
+    more = fastest(others, least - len(choice.devices))
+    chosen = tuple(sorted((*choice.devices, *more)))
+    return chosen, divide([offer for offer in offers if offer.device in chosen], medium, equally)
+
+
+def knobs_of(job: Job) -> Knobs:
+    rounds = job.rounds
+    delay_s = rounds.delay_s or 0.0
+    tradeoff = TRADEOFF_PER_DELAY * delay_s if rounds.tradeoff is None else rounds.tradeoff
+    return Knobs(delay_s=delay_s, tradeoff=tradeoff, penalty=rounds.penalty, least_share=rounds.least_share)
+
+
+def drawn(devices: Sequence[str], job: Job, number: int) -> tuple[str, ...]:
     """Who takes part in a round, of those that are there: the same for the same."""
     devices, rounds = sorted(devices), job.rounds
-    if last or rounds.who == "all" or rounds.devices >= len(devices):
+    if rounds.who == "all" or rounds.devices >= len(devices):
         return tuple(devices)
     if rounds.who == "random":
         return tuple(sorted(random.Random(f"{job.seed} {number}").sample(devices, rounds.devices)))

@@ -24,6 +24,8 @@ from msgspec import Struct
 from coordinator.config import write_atomically
 from coordinator.journal import Journal
 from coordinator.rounds.job import Job
+from coordinator.rounds.offers import Timing
+from coordinator.rounds.schedule import Queues
 from wire.errors import CorruptData
 from wire.messages import StageOrder, UpdateMeta
 
@@ -52,6 +54,15 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     orders: dict[str, tuple[StageOrder, ...]] = {}
     chosen: tuple[str, ...] = ()
     """Who takes part in the round under way; none before that is settled."""
+    shares: dict[str, float] = {}
+    """Of a shared medium, for each of them."""
+    paces: dict[str, float] = {}
+    """Bytes/s that each is told to send with."""
+    expected_s: float | None = None
+    """What the round under way was planned to take."""
+    queues: Queues = Queues()
+    timing: dict[str, Timing] = {}
+    """Of devices that took part."""
     began_unix: float = 0.0
 
     @property
@@ -73,6 +84,8 @@ class DeviceRound(Struct, frozen=True, kw_only=True):
     epsilon: float | None = None
     """What the job had spent on the device by then."""
     sent_bytes: int = 0
+    wall_s: float = 0.0
+    """From the question to the whole answer, whenever both were heard of by the same coordinator; else 0."""
     refused: str = ""
 
 
@@ -86,6 +99,7 @@ class RoundRecord(Struct, frozen=True, kw_only=True):
     loss: float | None
     held_out_loss: float | None
     wall_s: float
+    expected_s: float | None = None
     down_bytes: int
     up_bytes: int
     ended_unix: float
@@ -152,7 +166,16 @@ class JobStore:
 
     def finish_round(self, record: JobRecord, done: RoundRecord, factors: str, state: State) -> JobRecord:
         """The round is over and came to the factors of this digest, which are on disk."""
-        ahead = msgspec.structs.replace(record, round=record.round + 1, state=state, chosen=(), factors=factors)
+        ahead = msgspec.structs.replace(
+            record,
+            round=record.round + 1,
+            state=state,
+            chosen=(),
+            factors=factors,
+            shares={},
+            paces={},
+            expected_s=None,
+        )
         self._journal.finish_round(record.name, record.round, msgspec.json.encode(done), msgspec.json.encode(ahead))
         for path in [*self.folder_of(record.name).glob(f"update-{record.round}-*.f32"), self._factors(record)]:
             path.unlink(missing_ok=True)

@@ -59,7 +59,11 @@ class Sender:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, Parcel]] = []
+        self.paces: list[float | None] = []
         self.down = False
+
+    def pace(self, _topic: str, bytes_per_s: float | None) -> None:
+        self.paces.append(bytes_per_s)
 
     def to_next(self, parcel: Parcel) -> None:
         raise AssertionError("there is no next stage")
@@ -183,6 +187,14 @@ def test_a_damaged_ledger_begins_nothing(bench: Bench, tmp_path: Path) -> None:
     assert parcel.kind is Kind.ERROR and not FakeRound.made
     bench.give(request=6, train=False)
     assert len(FakeRound.made) == 1, "who only judges tells nothing that the ledger is for"
+
+
+def test_an_update_is_sent_at_the_pace_that_the_round_asks_for(bench: Bench) -> None:
+    bench.give(bytes_per_s=5e4)
+    bench.go()
+    bench.give(request=6, round=3)
+    bench.go()
+    assert bench.sender.paces == [5e4, None]
 
 
 def test_the_same_question_again_goes_on_and_is_answered_from_memory(bench: Bench) -> None:

@@ -367,6 +367,55 @@ def test_who_takes_part_in_a_round_is_settled_once(play: Any) -> None:
     play(scenario)
 
 
+def test_a_shared_medium_is_divided_and_boards_are_told_how_fast_to_send(play: Any) -> None:
+    metas: list[RoundMeta] = []
+
+    def note(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
+        metas.append(meta)
+        return update(board, parcel, meta)
+
+    async def scenario(bench: Any) -> None:
+        for airtime in ("planned", "equal"):
+            metas.clear()
+            rounds = msgspec.structs.replace(JOB.rounds, medium="shared", airtime=airtime)
+            async with bench() as made:
+                await made.with_trainers(a=note, b=note)
+                assert (await made.through(msgspec.structs.replace(JOB, rounds=rounds)))["state"] == "done"
+                paces = [meta.bytes_per_s for meta in metas if meta.train]
+                assert len(paces) == 4 and all(pace is not None for pace in paces)
+                assert paces[:2] == pytest.approx([0.5e9, 0.5e9]), "two boards that nothing is known of have half each"
+                assert [meta.bytes_per_s for meta in metas if not meta.train] == [None, None]
+                assert all(one["expected_s"] is not None for one in made.rounds()[:2])
+                assert set(made.store.records()["n"].timing) == {"a", "b"}
+
+    play(scenario)
+
+
+def slow(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
+    """A board that says that it computes for 50 s."""
+    made = update(board, parcel, meta)
+    told = msgspec.structs.replace(msgspec.json.decode(made.meta, type=UpdateMeta), compute_s=50.0)
+    return msgspec.structs.replace(made, meta=msgspec.json.encode(told))
+
+
+@pytest.mark.parametrize("who", ["fastest", "scheduled"])
+def test_a_slow_board_is_left_out_when_it_is_known(who: str, play: Any) -> None:
+    fields = {"delay_s": 1e-3, "tradeoff": 1e-3, "least_share": 0.0} if who == "scheduled" else {"devices": 2}
+    rounds = msgspec.structs.replace(JOB.rounds, who=who, count=9, **fields)
+
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            await made.with_trainers(a=update, b=slow, c=update)
+            assert (await made.through(msgspec.structs.replace(JOB, rounds=rounds)))["state"] == "done"
+            trained = [set(one["devices"]) for one in made.rounds()[:-1]]
+            assert [number for number, devices in enumerate(trained) if "b" in devices] == [0], "tried, and then known"
+            record = made.store.records()["n"]
+            assert record.timing["b"].compute_s > 40 > record.timing["a"].compute_s
+            assert set(made.rounds()[-1]["devices"]) == {"a", "b", "c"}, "all judge what came out"
+
+    play(scenario)
+
+
 def test_a_board_that_is_away_is_not_waited_for_and_takes_part_when_it_is_back(play: Any) -> None:
     async def scenario(bench: Any) -> None:
         async with bench() as made:

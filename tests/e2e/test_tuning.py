@@ -219,6 +219,20 @@ def test_the_command_line_trains_and_fetches_the_adapter(
     assert listed.returncode == 0 and "typed" in listed.stdout and "2 of 2" in listed.stdout
 
 
+def test_boards_that_are_told_how_fast_to_send_come_to_the_same(
+    tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
+) -> None:
+    rounds: list[dict[str, Any]] = []
+    end = follow(
+        tuning_site,
+        job(tiny_model, "paced", medium="shared"),
+        lambda event: rounds.append(event) if event["event"] == "round" else None,
+    )
+    assert end["state"] == "done" and same(adapter_of(tuning_site, "paced"), undisturbed)
+    assert all(one["expected_s"] is not None for one in rounds[:2]) and rounds[2]["expected_s"] is None
+    assert all(told["wall_s"] > 0 for one in rounds for told in one["devices"].values())
+
+
 def test_a_private_job_tells_what_it_may_and_is_paid_for_once_whoever_is_killed(
     tuning_site: Site, tiny_model: str
 ) -> None:

@@ -12,6 +12,7 @@ from wire.channel import Backlogged, Inbox, Outbox
 from wire.flow import Credit, encode_credit
 from wire.frames import Kind, Parcel, Tensor, encode, header_bytes
 from wire.memory import MemoryBroker, MemoryTransport
+from wire.pace import Pace
 from wire.transport import Link, NotConnected
 
 TOPIC = topics.INBOX.on("lab", "chat", "1")
@@ -422,3 +423,49 @@ def test_nothing_is_laid_out_while_something_waits_or_the_link_is_down():
     assert pair.outbox.lay_out(Parcel(Kind.CLOSE)) is None
     pair.near.close()
     assert pair.outbox.lay_out(row(0)) is None
+
+
+def test_what_has_a_pace_takes_its_time_and_comes_whole():
+    pair = Pair(chunk_bytes=1000)
+    pair.outbox.pace = Pace(2000.0, 1000, pair.clock)
+    pair.outbox.send(parcel(1, 9000))
+    pair.run()
+    assert not pair.take_all() and pair.outbox.backlog_bytes > 8000, "the bucket was empty"
+    began_s = pair.clock.now_s
+    while not (taken := pair.take_all()):
+        assert pair.clock.now_s - began_s < 10
+        pair.tick(0.02)
+    took_s = pair.clock.now_s - began_s
+    assert took_s == pytest.approx(pair.outbox.bytes / 2000, rel=0.05)
+    assert taken[0].tensor.array().tobytes() == parcel(1, 9000).tensor.array().tobytes()
+    pair.outbox.pace = None
+    pair.outbox.send(parcel(2, 9000))
+    pair.run()
+    assert numbers(pair.take_all()) == [2], "without one it goes at once"
+
+
+def test_who_waits_for_his_pace_asks_for_no_credit():
+    pair = Pair(chunk_bytes=1000)
+    pair.outbox.pace = Pace(10.0, 1000, pair.clock)
+    pair.outbox.send(parcel(1, 900))
+    heard = []
+    pair.far.subscribe(TOPIC, lambda inbound: heard.append(bytes(inbound.payload)))
+    pair.far.poll(0)
+    for _ in range(5):
+        pair.tick(limits.CREDIT_ASK_S)
+    assert heard == [] and pair.outbox.backlog_bytes
+
+
+def test_a_bucket_lets_no_more_through_at_once_than_a_burst():
+    clock = Clock()
+    pace = Pace(100.0, 50, clock)
+    assert not pace.may_send(1)
+    clock.now_s += 1000
+    assert pace.may_send(50) and pace.may_send(5000), "what is larger than a burst goes when the bucket is full"
+    pace.sent(5000)
+    clock.now_s += 49
+    assert not pace.may_send(1), "and is paid for afterwards"
+    clock.now_s += 2
+    assert pace.may_send(1)
+    with pytest.raises(ValueError, match="bytes/s"):
+        Pace(0.0, 1, clock)

@@ -1,0 +1,78 @@
+"""What devices would bring to a round, from what they took in rounds before and from their measured links. Pure.
+
+A device that was never timed counts as fast: so it is tried, and known from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from msgspec import Struct
+
+from coordinator.rounds.airtime import Offer
+
+NEW: Final = 0.5
+"""Weight of the newest round in what is known of a device (EWMA): it warms up, and other programs come and go."""
+CLEAR: Final = 0.1
+"""Of a round's time, or of a second: a transfer that takes less says nothing of a link's rate."""
+UNKNOWN_BYTES_PER_S: Final = 1e9
+
+
+class Timing(Struct, frozen=True, kw_only=True):
+    """Of one device in one job."""
+
+    compute_s: float = 0.0
+    """All of a round but the ways of the factors."""
+    bytes_per_s: float = 0.0
+    """Each way, with the medium to itself; 0: only what its profile says."""
+
+
+class Took(Struct, frozen=True, kw_only=True):
+    """A device's part in a round that is over."""
+
+    wall_s: float
+    """From the question to the whole answer."""
+    compute_s: float
+    """0: not told."""
+    down_bytes: int
+    up_bytes: int
+    share: float = 1.0
+    sharers: int = 1
+    """How many were sent the factors over the same medium."""
+
+
+def offer_of(
+    device: str, timing: Timing, measured: float | None, down_bytes: int, up_bytes: int, samples: int
+) -> Offer:
+    """`measured`: bytes/s of its link by its profile."""
+    rate = timing.bytes_per_s or measured or UNKNOWN_BYTES_PER_S
+    return Offer(device, timing.compute_s + down_bytes / rate, float(up_bytes), rate, float(max(1, samples)))
+
+
+def learnt(timing: Timing | None, measured: float | None, took: Took) -> Timing:
+    """What is known of a device after a round."""
+    before = timing or Timing()
+    known = before.bytes_per_s or measured
+    rate = known or UNKNOWN_BYTES_PER_S
+    crossed = took.down_bytes * took.sharers + took.up_bytes / took.share
+    # What the ways do not explain at the rate that was planned with is the device's, whatever it is.
+    rest_s = max(took.compute_s, took.wall_s - crossed / rate)
+    net_s = took.wall_s - took.compute_s
+    heard = before.bytes_per_s
+    if took.compute_s > 0 and net_s >= CLEAR * max(1.0, took.wall_s):
+        heard = _mixed(known, crossed / net_s)
+        if known is None:
+            rest_s = took.compute_s
+    return Timing(compute_s=_mixed(before.compute_s or None, rest_s), bytes_per_s=heard)
+
+
+def _mixed(before: float | None, now: float) -> float:
+    return now if before is None else (1 - NEW) * before + NEW * now
+
+
+def weights_of(samples: Mapping[str, int], devices: Collection[str]) -> dict[str, int]:
+    """Samples of each device; who never told is taken for an average one."""
+    known = [samples[device] for device in devices if samples.get(device)]
+    usual = round(sum(known) / len(known)) if known else 1
+    return {device: samples.get(device) or usual for device in devices}

@@ -1,0 +1,41 @@
+"""What is known of a device from what it took."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.rounds.offers import UNKNOWN_BYTES_PER_S, Timing, Took, learnt, offer_of, weights_of
+
+LINK = 1e6
+
+
+def test_who_was_never_timed_counts_as_fast() -> None:
+    found = offer_of("a", Timing(), None, 1000, 500, 0)
+    assert found.offset_s < 1e-3 and found.rate == UNKNOWN_BYTES_PER_S and found.weight == 1
+    assert offer_of("a", Timing(), LINK, 10**6, 500, 7).offset_s == pytest.approx(1.0)
+
+
+def test_what_is_not_transfer_is_computing_where_nobody_tells_it() -> None:
+    found = learnt(None, LINK, Took(wall_s=5.0, compute_s=0.0, down_bytes=10**6, up_bytes=10**6))
+    assert found == Timing(compute_s=pytest.approx(3.0), bytes_per_s=0.0)
+    again = learnt(found, LINK, Took(wall_s=7.0, compute_s=0.0, down_bytes=10**6, up_bytes=10**6))
+    assert again.compute_s == pytest.approx(4.0), "half of the old and half of the new"
+
+
+def test_a_clear_transfer_tells_the_rate() -> None:
+    took = Took(wall_s=10.0, compute_s=2.0, down_bytes=10**6, up_bytes=10**6)
+    assert learnt(None, None, took).bytes_per_s == pytest.approx(0.25e6)
+    assert learnt(None, LINK, took).bytes_per_s == pytest.approx(0.625e6), "beside what its profile says"
+    shared = Took(wall_s=10.0, compute_s=2.0, down_bytes=10**6, up_bytes=10**6, share=0.25, sharers=4)
+    assert learnt(None, None, shared).bytes_per_s == pytest.approx(1e6), "alone it would have had all of the medium"
+
+
+def test_a_short_transfer_says_nothing_of_the_rate() -> None:
+    took = Took(wall_s=2.05, compute_s=2.0, down_bytes=1000, up_bytes=1000)
+    found = learnt(Timing(compute_s=2.0, bytes_per_s=5e5), LINK, took)
+    assert found.bytes_per_s == 5e5 and found.compute_s == pytest.approx(2.02, abs=0.01)
+
+
+def test_who_never_told_how_much_he_has_is_taken_for_usual() -> None:
+    assert weights_of({"a": 10, "b": 20}, ["a", "b", "c"]) == {"a": 10, "b": 20, "c": 15}
+    assert weights_of({}, ["a", "c"]) == {"a": 1, "c": 1}
