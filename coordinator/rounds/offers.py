@@ -43,27 +43,25 @@ class Took(Struct, frozen=True, kw_only=True):
 
 
 def offer_of(
-    device: str, timing: Timing, measured: float | None, down_bytes: int, up_bytes: int, samples: int
+    device: str, timing: Timing, measured: float | None, down_bytes: int, up_bytes: int, samples: int, sharers: int = 1
 ) -> Offer:
-    """`measured`: bytes/s of its link by its profile."""
+    """`measured`: bytes/s of its link by its profile; `sharers`: to how many factors are sent over the same medium, at
+    most."""
     rate = timing.bytes_per_s or measured or UNKNOWN_BYTES_PER_S
-    return Offer(device, timing.compute_s + down_bytes / rate, float(up_bytes), rate, float(max(1, samples)))
+    return Offer(device, timing.compute_s + down_bytes * sharers / rate, float(up_bytes), rate, float(max(1, samples)))
 
 
 def learnt(timing: Timing | None, measured: float | None, took: Took) -> Timing:
     """What is known of a device after a round."""
     before = timing or Timing()
     known = before.bytes_per_s or measured
-    rate = known or UNKNOWN_BYTES_PER_S
     crossed = took.down_bytes * took.sharers + took.up_bytes / took.share
-    # What the ways do not explain at the rate that was planned with is the device's, whatever it is.
-    rest_s = max(took.compute_s, took.wall_s - crossed / rate)
     net_s = took.wall_s - took.compute_s
     heard = before.bytes_per_s
     if took.compute_s > 0 and net_s >= CLEAR * max(1.0, took.wall_s):
         heard = _mixed(known, crossed / net_s)
-        if known is None:
-            rest_s = took.compute_s
+    # What the ways do not explain at the rate that the next round is planned with is the device's, whatever it is.
+    rest_s = max(took.compute_s, took.wall_s - crossed / (heard or known or UNKNOWN_BYTES_PER_S))
     return Timing(compute_s=_mixed(before.compute_s or None, rest_s), bytes_per_s=heard)
 
 

@@ -176,12 +176,14 @@ class Running:
         job = self.job
         parts = parts_of(job, number)
         samples = weights_of(samples_of(self._store.rounds(job.name)), able)
+        sharers = len(able) if job.rounds.medium == "shared" else 1
         found = []
         for device in able:
             shaped = shapes(packed.config, spec_of(job, device))
             down_bytes, up_bytes = 4 * length_of(shaped), 4 * length_of(shaped, parts)
             timing = self.record.timing.get(device, Timing())
-            found.append(offer_of(device, timing, self._rate(device), down_bytes, up_bytes, samples[device]))
+            offer = offer_of(device, timing, self._rate(device), down_bytes, up_bytes, samples[device], sharers)
+            found.append(offer)
         return found
 
     def _rate(self, device: str) -> float | None:
