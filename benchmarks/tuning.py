@@ -4,6 +4,9 @@ Overhead: the model of tests (200,000 parameters, frozen) on boards of this mach
 step a round, so that a round is next to nothing but the way of about 1 MB of factors to and fro. Overhead of a round is
 its time less the longest step of any board.
 
+Flower: the same number of clients and updates of the same size, without any work, in Flower (benchmarks/parts/flower);
+and what crosses the loopback interface in a round beside twice the factors (to a broker and from it).
+
 Schedule: the same boards on links of their own, told how fast to send as if they shared one: what rounds take beside
 what was planned for them, and what an outbox at a pace takes beside bytes / pace.
 
@@ -14,17 +17,21 @@ what all of them hold out, before and after.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 
+from benchmarks.parts import flower
 from benchmarks.parts.sites import MODEL, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
 from coordinator.client import Client
@@ -44,7 +51,7 @@ from wire.transport import Link
 
 COUNTS = (2, 4, 8)
 ROUNDS = 8
-PARTS = ("overhead", "perplexity", "schedule")
+PARTS = ("overhead", "flower", "perplexity", "schedule")
 TEXT = Path(__file__).parent / "texts" / "python_reference.txt"
 KNOWN_AFTER = 4
 """Rounds in which boards are timed."""
@@ -64,7 +71,9 @@ def boards_with_text(folder: Path, count: int, link: str) -> tuple[BoardSpec, ..
     return with_data(boards, "notes", folder)
 
 
-def rounds_of(there: Client, model: str, rounds: int, **more: Any) -> list[dict[str, Any]]:
+def rounds_of(
+    there: Client, model: str, rounds: int, each: Callable[[], None] = lambda: None, **more: Any
+) -> list[dict[str, Any]]:
     job = Job(
         name="bench",
         model=model,
@@ -73,11 +82,11 @@ def rounds_of(there: Client, model: str, rounds: int, **more: Any) -> list[dict[
         adapter=Adapter(rank=RANK, matrices=("q", "k", "v", "o", "gate", "up", "down")),
         rounds=Rounds(count=rounds, steps=1, batch_rows=1, row_tokens=16, held_out=0.0, learning_rate=1e-4, **more),
     )
-    return events_of(there, job)[1:-1]  # the first waits for workers to load, the last trains nothing
+    return events_of(there, job, each)[1:-1]  # the first waits for workers to load, the last trains nothing
 
 
-def events_of(there: Client, job: Job) -> list[dict[str, Any]]:
-    """The rounds of a job."""
+def events_of(there: Client, job: Job, each: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """The rounds of a job; `each` is called behind every one."""
     found = []
     for event in there.stream("/v1/jobs", job):
         if event["event"] == "status":
@@ -85,6 +94,7 @@ def events_of(there: Client, job: Job) -> list[dict[str, Any]]:
         elif event["event"] == "round":
             print(f"... {round_text(event)}", file=sys.stderr)
             found.append(event)
+            each()
         elif event["event"] == "end" and event["state"] != "done":
             raise SystemExit(f"the job {event['state']}: {event['because']}")
     return found
@@ -110,6 +120,34 @@ def measured(count: int, link: str, rounds: int) -> list[Figure]:
         Figure(f"{name}: a round", median(one["wall_s"] for one in found) * 1e3, "ms"),
         Figure(f"{name}: beyond computing", took_s * 1e3, "ms"),
     ]
+
+
+def beside_flower(count: int, rounds: int) -> list[Figure]:
+    """Our rounds without links between boards, and Flower's."""
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        model = str(write_tiny_model(Path(folder)))
+        data = Path(folder) / "notes"
+        data.mkdir()
+        crossed: list[int] = []
+        with whole_site("f32", boards_with_text(data, count, "none"), model) as site:
+            found = rounds_of(site.there, model, rounds + 1, lambda: crossed.append(loopback_bytes()))
+    payload = [2 * (one["up_bytes"] + one["down_bytes"]) for one in found]
+    sent = [later - earlier for earlier, later in itertools.pairwise(crossed)]
+    ours_s = median(overhead_s(one) for one in found)
+    update = median(one["up_bytes"] / count for one in found)
+    with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
+        theirs_s = median(flower.rounds_s(count, int(update) // 4, rounds, Path(folder)))
+    name = f"{count} boards, {update / 1e6:.2f} MB"
+    return [
+        Figure(f"{name}: beyond computing", ours_s * 1e3, "ms"),
+        Figure(f"{name}: a round of Flower", theirs_s * 1e3, "ms"),
+        at_most(f"{name}: ours / Flower's", ours_s / theirs_s, "ratio", 0.1),
+        at_most(f"{name}: bytes / factors", median(s / p for s, p in zip(sent, payload, strict=True)), "ratio", 1.03),
+    ]
+
+
+def loopback_bytes() -> int:
+    return int(psutil.net_io_counters(pernic=True)["lo"].bytes_sent)
 
 
 def planned(count: int, link: str, rounds: int) -> list[Figure]:
@@ -171,7 +209,7 @@ def learnt(precision: str, rounds: int) -> list[Figure]:
             data="text",
             precision=precision,  # type: ignore[arg-type]
             adapter=Adapter(rank=8, matrices=("q", "v", "o", "down")),
-            rounds=Rounds(count=rounds, steps=8, batch_rows=2, row_tokens=64, held_out=0.1, learning_rate=2e-3),
+            rounds=Rounds(count=rounds, steps=8, batch_rows=2, row_tokens=64, held_out=0.1, learning_rate=5e-4),
         )
         began_s = time.monotonic()
         with whole_site(precision, with_data(boards, "text", data)) as site:
@@ -201,6 +239,8 @@ def main() -> int:
     if "overhead" in given.parts:
         for count in given.boards:
             figures += measured(count, given.link, given.rounds + 1)
+    if "flower" in given.parts:
+        figures += beside_flower(given.boards[0] if len(given.boards) == 1 else 4, given.rounds)
     if "schedule" in given.parts:
         figures += [paced(), *planned(given.boards[0] if len(given.boards) == 1 else 4, given.link, given.rounds)]
     if "perplexity" in given.parts:

@@ -66,7 +66,7 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of each device in a round."""
     batch_rows: Annotated[int, Meta(ge=1, le=4096)] = 4
     row_tokens: Annotated[int, Meta(ge=2, le=MAX_PROMPT_TOKENS)] = 128
-    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 5e-4
     most_norm: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
     """Of a step's gradient."""
     aggregation: Literal["fedavg", "ffa", "rolora", "pad", "svd"] = "fedavg"
