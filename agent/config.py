@@ -25,8 +25,8 @@ from wire.messages import EngineName
 from wire.units import bytes_text
 
 MOST_DATA: Final = 64
-MOST_EPSILON: Final = 1e6
 """Data sets of a board (wire.messages.DeviceInfo)."""
+MOST_EPSILON: Final = 1e6
 MEASURE_BUDGET_S: Final = 0.5
 """Seconds per point of a measurement: a kit has some 18 points, and a board that joins should soon be of use."""
 

@@ -171,6 +171,10 @@ class Outbox:
         except NotConnected:
             self._drop_backlog()
 
+    def drop(self) -> None:
+        """Send nothing more of what is queued; the receiver sees a gap, and takes what comes behind it."""
+        self._drop_backlog()
+
     def close(self) -> None:
         """Stop listening for credit; what is queued is dropped."""
         self._drop_backlog()

@@ -74,9 +74,11 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     emulated: Text = ""
     """Not '' on a virtual board: what is emulated, in words."""
     data: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    """Names of what it may be trained on. The data itself stays there."""
     private_data: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     """Those of them that private jobs alone may use."""
-    """Names of what it may be trained on. The data itself stays there."""
+    knows_privacy: bool = False
+    """Whether it does what `TrainingTask.privacy` asks for: older software overlooks it."""
 
 
 class ArtifactRef(Struct, frozen=True, kw_only=True):
@@ -426,9 +428,9 @@ class UpdateMeta(Struct, frozen=True, kw_only=True):
     """Of the factors that came, before any step; None where nothing is held out."""
     held_out_tokens: Count = 0
     compute_s: Seconds = 0.0
-    noise: Annotated[float, Meta(ge=0)] | None = None
+    noise: Annotated[float, Meta(ge=0, le=1e12)] | None = None
     """Multiplier of the noise that is on it; None: none is."""
-    epsilon: Annotated[float, Meta(ge=0)] | None = None
+    epsilon: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """What the job has spent on this device."""
 
 

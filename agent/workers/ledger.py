@@ -27,6 +27,7 @@ from wire.errors import CorruptData, EdgelamError
 
 MOST_JOBS: Final = 256
 """That are remembered by themselves; the sum over all jobs is of all."""
+BACKUP: Final = "the folder as it was; an older copy forgets what was told since then"
 OWN_DELTA: Final = 1e-5
 """Of a board's own budget."""
 
@@ -54,6 +55,8 @@ class Book(Struct, kw_only=True):
 
     schema: str = "edgelam.ledger/1"
     orders: int = len(ORDERS)
+    key: str = ""
+    """Digest of the key that its noise came from: with another one a release made anew would be another release."""
     all: Account = msgspec.field(default_factory=Account)
     jobs: dict[str, Account] = {}
 
@@ -76,7 +79,11 @@ class Ledger:
         book as it was, if that would be more than `most_epsilon` for this job or than the board's owner allows;
         CorruptData for a book that can't be read: nothing is told then."""
         with self._locked():
-            book = self._read()
+            book, key = self._read(), self._key()
+            digest = hashlib.sha256(key).hexdigest()
+            if book.key not in ("", digest):
+                raise CorruptData(f"{self._folder}/key: not the one of {self._path.name}", try_=BACKUP)
+            book.key = digest
             account = book.jobs.get(job, Account())
             if account.last != release:
                 mine, all_jobs = account.spent + cost, book.all.spent + cost
@@ -98,11 +105,12 @@ class Ledger:
                     del book.jobs[next(iter(book.jobs))]
                 book.all = Account(cost=all_jobs.tolist(), releases=book.all.releases + count)
                 write_atomically(self._path, msgspec.json.format(msgspec.json.encode(book)))
-            return Stream(self._key(), release), epsilon(account.spent, delta)
+            return Stream(key, release), epsilon(account.spent, delta)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        handle = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        # One for all data sets: they have one key.
+        handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -115,10 +123,10 @@ class Ledger:
         except FileNotFoundError:
             return Book()
         except (OSError, msgspec.DecodeError) as error:
-            raise CorruptData(f"{self._path}: can't be read: {error}", try_="put it back from a backup") from None
+            raise CorruptData(f"{self._path}: can't be read: {error}", try_=BACKUP) from None
         accounts = [book.all, *book.jobs.values()]
         if book.orders != len(ORDERS) or any(len(account.cost) not in (0, len(ORDERS)) for account in accounts):
-            raise CorruptData(f"{self._path}: of other orders than {len(ORDERS)}", try_="put it back from a backup")
+            raise CorruptData(f"{self._path}: of other orders than {len(ORDERS)}", try_=BACKUP)
         return book
 
     def _key(self) -> bytes:
@@ -129,7 +137,7 @@ class Ledger:
             key = secrets.token_bytes(KEY_BYTES)
             write_atomically(path, key)  # mkstemp: for its owner alone
         if len(key) != KEY_BYTES:
-            raise CorruptData(f"{path}: {len(key)} bytes", try_="put it back from a backup")
+            raise CorruptData(f"{path}: {len(key)} bytes", try_=BACKUP)
         return key
 
 

@@ -71,7 +71,17 @@ class Outboxes:
     def pace(self, topic: str, bytes_per_s: float | None) -> None:
         """How fast what goes to a requester is sent from now on; None: as fast as goes."""
         box = self._requester(topic)
-        box.pace = None if bytes_per_s is None else Pace(bytes_per_s, CHUNK_BYTES_DEFAULT)
+        if bytes_per_s is None:
+            box.pace = None
+        elif box.pace is None or box.pace.bytes_per_s != bytes_per_s:
+            box.pace = Pace(bytes_per_s, CHUNK_BYTES_DEFAULT)
+
+    def waits(self, topic: str) -> bool:
+        return topic in self._requesters and self._requesters[topic].backlog_bytes > 0
+
+    def drop(self, topic: str) -> None:
+        if topic in self._requesters:
+            self._requesters[topic].drop()
 
     def to_requester(self, topic: str, parcel: Parcel) -> None:
         self._requester(topic).send(parcel)

@@ -10,6 +10,7 @@ memory. One of another number takes the place of what is under way. A lost conne
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -70,6 +71,12 @@ class PacedSender(Sender, Protocol):
 
     def pace(self, topic: str, bytes_per_s: float | None) -> None: ...
 
+    def waits(self, topic: str) -> bool:
+        """Whether something is on its way there still."""
+
+    def drop(self, topic: str) -> None:
+        """Send nothing more of what is."""
+
 
 class Answer(NamedTuple):
     """To whom, what, and how fast."""
@@ -123,6 +130,8 @@ class RoundWork:
         self._answer: Answer | None = None
         """Of the last round."""
         self._unsent = False
+        self._sent_to = ""
+        """Where that answer went, or is on its way to."""
 
     @property
     def live(self) -> int:
@@ -147,6 +156,8 @@ class RoundWork:
             elif parcel.kind is Kind.CLOSE:
                 if self._under_way is not None and self._under_way.request == parcel.request:
                     self._under_way = None
+                elif self._answer is not None and self._answer.parcel.request == parcel.request:
+                    self._forget_answer()
             else:
                 self._refuse(f"{parcel.kind.name} is not for a worker that trains")
         finally:
@@ -163,12 +174,13 @@ class RoundWork:
             self._fits()
         except (Diverged, EngineFailed, RuntimeError) as error:  # RuntimeError: torch, out of memory mostly
             self._stretch.end()
-            self._fail(under_way, str(error))
+            self._fail(under_way, error)
             return True
         busy_s = self._stretch.end()
-        self._busy_s += busy_s
-        self.tally.prefill_steps += 1
-        self.tally.prefill_busy_s += busy_s
+        if under_way.told is None:  # it would tell how many samples took part, and how long they are
+            self._busy_s += busy_s
+            self.tally.prefill_steps += 1
+            self.tally.prefill_busy_s += busy_s
         if not more:
             self._finish(under_way)
         return True
@@ -180,12 +192,21 @@ class RoundWork:
     def adopt(self, order: StageOrder) -> None:
         """Take a new order; rounds of another epoch count no more."""
         if order.epoch != self.order.epoch:
-            self._under_way, self._answer, self._unsent = None, None, False
+            self._under_way = None
+            self._forget_answer()
         self.order = order
 
     def drop_all(self) -> None:
         """A connection was lost: a round goes on, and its answer, which may not have come through, is sent again."""
-        self._unsent = self._answer is not None
+        if self._sent_to:
+            self._sender.drop(self._sent_to)
+        self._unsent, self._sent_to = self._answer is not None, ""
+
+    def _forget_answer(self) -> None:
+        """Another round begins: nobody waits for that of the last one any more."""
+        if self._answer is not None and self._sent_to:
+            self._sender.drop(self._sent_to)
+        self._answer, self._unsent, self._sent_to = None, False, ""
 
     def _begin(self, parcel: Parcel, tensor: Tensor) -> None:
         try:
@@ -218,6 +239,7 @@ class RoundWork:
         except (Spent, CorruptData, OSError) as error:
             self._tell(meta.reply.topic, parcel.request, "engine", str(error))
             return
+        self._forget_answer()
         self.tally.requests += 1
         self._busy_s = 0.0
         self._under_way = _UnderWay(parcel.request, meta, made, told)
@@ -238,7 +260,8 @@ class RoundWork:
         measure = measure_of(task, len(model.rows.trained), len(meta.parts), seed, meta.round)
         job = f"{order.deployment}/{order.epoch}"
         words = hashlib.sha256(start.tobytes() + msgspec.json.encode(task)).hexdigest()
-        release = release_of(job, meta.round, *meta.parts, words, order.graph.digest, model.fingerprint)
+        made_of = (self._device, measure.noise, measure.deviation, model.fingerprint, words)
+        release = release_of(job, meta.round, *meta.parts, *made_of)
         stream, spent = model.ledger.spend(job, release, measure.cost, measure.releases, privacy.epsilon, privacy.delta)
         return Guard(privacy, measure, stream), Told(measure.noise, spent)
 
@@ -247,7 +270,7 @@ class RoundWork:
         try:
             vector = made.vector() if meta.train else None
         except Diverged as error:
-            self._fail(under_way, error.message)
+            self._fail(under_way, error)
             return
         update = UpdateMeta(
             round=meta.round,
@@ -257,7 +280,7 @@ class RoundWork:
             loss=made.loss,
             held_out_loss=made.held_out_loss,
             held_out_tokens=made.held_out_tokens,
-            compute_s=0.0 if told is not None else self._busy_s,  # it would tell how many samples took part
+            compute_s=self._busy_s,
             noise=None if told is None else told.noise,
             epsilon=None if told is None else told.epsilon,
         )
@@ -272,15 +295,21 @@ class RoundWork:
         assert self._answer is not None
         topic, parcel, bytes_per_s = self._answer
         self._sender.pace(topic, bytes_per_s)
+        if self._sent_to == topic and self._sender.waits(topic):
+            return  # it is on its way
         try:
             self._sender.to_requester(topic, parcel)
-            self._unsent = False
+            self._unsent, self._sent_to = False, topic
         except UNSENT:
             self._unsent = True  # again at the next tick
 
-    def _fail(self, under_way: _UnderWay, text: str) -> None:
+    def _fail(self, under_way: _UnderWay, error: Exception) -> None:
         self._under_way = None
         self.ended += 1
+        text = str(error)
+        if under_way.told is not None:
+            print(f"round {under_way.meta.round}: {text}", file=sys.stderr, flush=True)
+            text = "it could not train; its own log says why"
         self._tell(under_way.meta.reply.topic, under_way.request, "engine", text)
 
     def _tell(self, topic: str, request: int, code: Any, text: str) -> None:

@@ -26,7 +26,8 @@ from models.training.data import read
 from models.training.llama import TrainedStage
 from models.training.samples import Row, Split, encoder_of, rows_of, split
 from wire.errors import CorruptData
-from wire.messages import StageOrder
+from wire.messages import ArtifactRef, StageOrder
+from wire.version import VERSION
 
 MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 
@@ -39,12 +40,12 @@ class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     rows: Split
     bad_rows: int
     fingerprint: str
-    """Of the rows, and of how many threads compute: what a round comes to depends on them."""
+    """Of model, rows, software and how many threads compute: what a round comes to depends on them."""
     ledger: Ledger
 
     @property
     def name(self) -> str:
-        return f"torch {torch.__version__} cpu, {len(self.rows.trained)} rows, {len(self.rows.held_out)} held out"
+        return f"torch {torch.__version__} cpu"
 
     @property
     def held_bytes(self) -> int:
@@ -66,7 +67,9 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise CorruptData(f"tokenizer of {path.stat().st_size} bytes, at most {MAX_TOKENIZER_BYTES} are read")
     data = read(Path(assignment.data_path))
-    rows = rows_of(data.samples, encoder_of(path.read_text(encoding="utf-8")), task.row_tokens, task.end_id)
+    private = task.privacy is not None
+    encode = encoder_of(path.read_text(encoding="utf-8"))
+    rows = rows_of(data.samples, encode, task.row_tokens, task.end_id, keep_all=private)
     if not rows:
         raise CorruptData(f"data {task.data}: no sample has two tokens", try_="longer texts")
     spec = AdapterSpec(rank=task.rank, alpha=task.alpha, matrices=task.matrices, seed=task.seed)
@@ -77,16 +80,18 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         stage=stage,
         shaped=shapes(manifest.config, spec),
         rows=split(rows, task.held_out, task.seed),
-        bad_rows=data.bad_rows + len(data.samples) - len(rows),
-        fingerprint=fingerprint_of(rows, assignment.threads),
+        bad_rows=0 if private else data.bad_rows + len(data.samples) - len(rows),
+        fingerprint=fingerprint_of(rows, assignment.threads, [order.graph, *order.weights]),
         ledger=Ledger(Path(assignment.ledger_path), task.data, assignment.most_epsilon),
     )
     check_memory(assignment)
     return trainee
 
 
-def fingerprint_of(rows: Sequence[Row], threads: int) -> str:
-    made = hashlib.sha256(str(threads).encode())
+def fingerprint_of(rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef]) -> str:
+    """Of all that a round comes from and its question does not say."""
+    words = [str(threads), torch.__version__, VERSION, *(ref.digest for ref in files)]
+    made = hashlib.sha256("/".join(words).encode())
     for row in rows:
         made.update(f"/{row.learnt_from}/{len(row.ids)}/".encode() + row.ids.tobytes())
     return made.hexdigest()

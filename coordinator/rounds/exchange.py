@@ -60,6 +60,7 @@ class Exchange:
         self._config = config
         self._down_bytes = 0
         self._asked_s: dict[str, float] = {}
+        self._asked_again: set[str] = set()
         self._wall_s: dict[str, float] = {}
         self._keeping: set[str] = set()
         self._requests = {request_of(job.name, record.epoch, number, device): device for device in devices}
@@ -81,7 +82,9 @@ class Exchange:
             train=self.train,
             bytes_per_s=self._record.paces.get(device) if self.train else None,
         )
-        self._asked_s[device] = time.monotonic()
+        if device in self._asked_s:
+            self._asked_again.add(device)
+        self._asked_s.setdefault(device, time.monotonic())
         request = next(number for number, known in self._requests.items() if known == device)
         [order] = self._record.orders[device]
         tensor = Tensor.of(taken_by(self._config, self._record.job, device, self.start))
@@ -114,6 +117,11 @@ class Exchange:
             if self.state.wanted(device):
                 [order] = self._record.orders[device]
                 self._coordinator.hub.send(order.inbox, Parcel(Kind.CLOSE, order.epoch, request), lambda _why: None)
+
+    @property
+    def running_s(self) -> float:
+        """Since the last of its boards was ready and asked for the first time."""
+        return time.monotonic() - max(self._asked_s.values(), default=time.monotonic())
 
     def record(self, wall_s: float) -> RoundRecord:
         devices: dict[str, DeviceRound] = {}
@@ -150,7 +158,7 @@ class Exchange:
 
     def _take(self, device: str, parcel: Parcel) -> None:
         meta = decode(parcel.meta, UpdateMeta, f"an update of {device}")
-        if device in self._asked_s:
+        if device in self._asked_s and device not in self._asked_again:
             self._wall_s[device] = time.monotonic() - self._asked_s[device]
         if not self.train:
             if (meta.device, meta.round) != (device, self.number):

@@ -16,6 +16,8 @@ NEW: Final = 0.5
 """Weight of the newest round in what is known of a device (EWMA): it warms up, and other programs come and go."""
 CLEAR: Final = 0.1
 """Of a round's time, or of a second: a transfer that takes less says nothing of a link's rate."""
+SLOWER: Final = 0.6
+"""Of its known rate: a board that keeps to a pace is only taken for slower when it is clearly slower than that."""
 UNKNOWN_BYTES_PER_S: Final = 1e9
 
 
@@ -38,6 +40,8 @@ class Took(Struct, frozen=True, kw_only=True):
     down_bytes: int
     up_bytes: int
     share: float = 1.0
+    paced: bool = False
+    """It was told how fast to send: that it did not send faster says nothing of its link."""
     sharers: int = 1
     """How many were sent the factors over the same medium."""
 
@@ -56,12 +60,15 @@ def learnt(timing: Timing | None, measured: float | None, took: Took) -> Timing:
     before = timing or Timing()
     known = before.bytes_per_s or measured
     crossed = took.down_bytes * took.sharers + took.up_bytes / took.share
-    net_s = took.wall_s - took.compute_s
+    told_s = min(took.compute_s, took.wall_s)
+    net_s = took.wall_s - told_s
     heard = before.bytes_per_s
-    if took.compute_s > 0 and net_s >= CLEAR * max(1.0, took.wall_s):
-        heard = _mixed(known, crossed / net_s)
+    if told_s > 0 and net_s >= CLEAR * max(1.0, took.wall_s):
+        rate = crossed / net_s
+        if known is None or not took.paced or not SLOWER * known < rate < known:
+            heard = _mixed(known, rate)
     # What the ways do not explain at the rate that the next round is planned with is the device's, whatever it is.
-    rest_s = max(took.compute_s, took.wall_s - crossed / (heard or known or UNKNOWN_BYTES_PER_S))
+    rest_s = max(told_s, took.wall_s - crossed / (heard or known or UNKNOWN_BYTES_PER_S))
     return Timing(compute_s=_mixed(before.compute_s or None, rest_s), bytes_per_s=heard)
 
 

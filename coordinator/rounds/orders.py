@@ -107,6 +107,8 @@ def able_devices(coordinator: Coordinator, job: Job) -> tuple[tuple[str, ...], d
             unable[device.name] = f"has no data {job.data!r}"
         elif job.data in info.private_data and (job.privacy is None or job.privacy.losses):
             unable[device.name] = "its data are for private jobs alone, without losses"
+        elif job.privacy is not None and not info.knows_privacy:
+            unable[device.name] = f"its software, {info.software}, knows no private jobs"
         elif torch is None or not torch.version:
             unable[device.name] = f"no torch: {torch.because if torch is not None else 'not looked for'}"
         else:

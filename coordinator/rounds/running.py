@@ -33,9 +33,13 @@ from models.build.pack import Packed
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
+from wire.limits import CHUNK_BYTES_DEFAULT, PARTIAL_TIMEOUT_S
 from wire.messages import Applied, ArtifactRef, Privacy, StageReport, TrainingTask
 
 MEDIA: Final[Mapping[str, Medium]] = {"own": Own(), "shared": Shared()}
+LEAST_PACE: Final = 4 * CHUNK_BYTES_DEFAULT / PARTIAL_TIMEOUT_S
+"""Bytes/s: chunks of a message may not be farther apart than the receiver's patience."""
+MOST_PACE: Final = 1e12
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
 """Between two words about boards that are waited for."""
@@ -97,7 +101,7 @@ class Running:
             last = number >= job.rounds.count
             await self._await_boards(number, last)
             self._place(packed, task, graph)
-            self._choose(packed, number, last)
+            await self._choose(packed, number, last)
             start = self._store.factors(self.record)
             round_ = self._round = Exchange(
                 self._coordinator, self._store, self.record, packed.config, start, self.tell, train=not last
@@ -105,8 +109,9 @@ class Running:
             try:
                 began_s = time.monotonic()
                 await self._over(round_)
+                took_s = round_.running_s
                 round_.close()
-                await self._finish(packed, round_, time.monotonic() - began_s)
+                await self._finish(packed, round_, time.monotonic() - began_s, took_s)
             finally:
                 round_.close()
                 self._round = None
@@ -133,7 +138,7 @@ class Running:
             round_.changed = False
             await self._coordinator.changes.wait(lambda: round_.changed, LOOK_PERIOD_S)
 
-    async def _finish(self, packed: Packed, round_: Exchange, wall_s: float) -> None:
+    async def _finish(self, packed: Packed, round_: Exchange, wall_s: float, took_s: float) -> None:
         number, job = round_.number, self.job
         updates = [round_.updates[device] for device in sorted(round_.updates)]
         factors = round_.start
@@ -150,7 +155,7 @@ class Running:
         files = await asyncio.to_thread(files_of, packed.config, self.record, factors, rounds)
         await asyncio.to_thread(self._store.write_adapter, job.name, files)
         digest = await asyncio.to_thread(self._store.write_next, self.record, factors)
-        record = self._learnt(packed, done, wall_s) if done.trained else self.record
+        record = self._learnt(packed, done, took_s) if done.trained else self.record
         self.record = self._store.finish_round(record, done, digest, state)
         self.tell(round_event(done))
 
@@ -162,13 +167,14 @@ class Running:
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
             await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
 
-    def _choose(self, packed: Packed, number: int, last: bool) -> None:
+    async def _choose(self, packed: Packed, number: int, last: bool) -> None:
         """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
         it."""
         if not self.record.chosen:
             able = self._able()
             offers = [] if last else self._offers(packed, able, number)
-            self.record = msgspec.structs.replace(self.record, **settled(self.record, able, offers, last))
+            fields = await asyncio.to_thread(settled, self.record, able, offers, last)
+            self.record = msgspec.structs.replace(self.record, **fields)
             self._store.save(self.record)
 
     def _offers(self, packed: Packed, able: Sequence[str], number: int) -> list[Offer]:
@@ -206,6 +212,7 @@ class Running:
                 down_bytes=4 * length_of(shaped),
                 up_bytes=4 * length_of(shaped, parts),
                 share=record.shares.get(device, 1.0),
+                paced=device in record.paces,
                 sharers=len(record.chosen) if job.rounds.medium == "shared" else 1,
             )
             timing[device] = learnt(timing.get(device), self._rate(device), took)
@@ -286,10 +293,18 @@ def settled(record: JobRecord, able: Sequence[str], offers: Sequence[Offer], las
         divided = divide([offer for offer in offers if offer.device in chosen], medium, equally)
     found: dict[str, Any] = {"chosen": chosen, "expected_s": divided.tau_s}
     if rounds.medium == "shared":
-        rates = {offer.device: offer.rate for offer in offers}
-        paces = {device: share * rates[device] for device, share in divided.shares.items()}
+        by_name = {offer.device: offer for offer in offers}
+        paces = {device: pace_of(by_name[device], share, rounds.timeout_s) for device, share in divided.shares.items()}
         found |= {"shares": divided.shares, "paces": paces}
     return found
+
+
+def pace_of(offer: Offer, share: float, timeout_s: float) -> float:
+    """Bytes/s that a board is told to send with: its share of what it can do alone, but never so slow that it would end
+    behind half of the round's patience because of somebody slower, or that parts of a message die of age."""
+    left_s = timeout_s / 2 - offer.offset_s
+    least = offer.sent_bytes / left_s if left_s > 0 else offer.rate
+    return min(MOST_PACE, max(share * offer.rate, min(least, offer.rate), LEAST_PACE))
 
 
 def at_least(

@@ -85,7 +85,7 @@ class DeviceRound(Struct, frozen=True, kw_only=True):
     """What the job had spent on the device by then."""
     sent_bytes: int = 0
     wall_s: float = 0.0
-    """From the question to the whole answer, whenever both were heard of by the same coordinator; else 0."""
+    """From the question to the whole answer; 0 where it was asked again, or by another coordinator."""
     refused: str = ""
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import spec_of, spent_by
-from coordinator.rounds.job import Job
+from coordinator.rounds.job import COUNTED, Job
 from coordinator.rounds.orders import able_devices, checkpoint_of, llama_of
 from coordinator.rounds.running import Running, round_event
 from coordinator.rounds.store import FILES, JobRecord, JobStore, now_unix, topic_name
@@ -99,7 +99,7 @@ class Tuning:
                 f"{len(able)} of {job.rounds.at_least} boards that are needed can train on {job.data!r}: {why}",
                 try_="edgelam-agent run --data NAME=FILE, on boards with torch installed",
             )
-        at_once = len(able) if job.rounds.who == "all" else min(len(able), job.rounds.devices)
+        at_once = min(len(able), job.rounds.devices) if job.rounds.who in COUNTED else len(able)
         most = min(MAX_TENSOR_BYTES, MAX_PARTIAL_BYTES // at_once)
         if 4 * length > most:
             raise UsageError(

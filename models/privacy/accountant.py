@@ -2,8 +2,8 @@
 
 A release adds noise of standard deviation z * sensitivity to each element of a sum, z being its noise multiplier. If
 each sample takes part by chance, with probability q (Poisson sampling), it costs less. Costs of releases add up at each
-order. Two data sets are neighbours where one has one sample more, or one board's data are others (whoever gives z says
-which sensitivity he took).
+order. Two data sets are neighbours where one sample of one is an empty one in the other (their number is known), or
+where one board's data are others; whoever gives z says which sensitivity he took.
 
 Here epsilon is never below the exact value: orders are finitely many, and between integers the next integer's cost
 stands for that of a sampled release, which grows with the order.

@@ -127,8 +127,10 @@ def _of_csv(file: Path, lines: Iterable[str]) -> Iterator[Sample | BadRow]:
     try:
         header = next(rows, [])
         if "text" not in header:
+            # What stands there instead is not said: this text leaves the board, and the line may be a row.
             raise CorruptData(
-                f"data {file}: no column 'text' but {header[:8]}", try_="a first line that names the columns"
+                f"data {file}: no column 'text' among the {len(header)} of the first line",
+                try_="a first line that names the columns",
             )
         text, prompt = header.index("text"), header.index("prompt") if "prompt" in header else -1
         for row in rows:

@@ -96,7 +96,7 @@ class Round:
         """The factors of the parts that were trained; raises Diverged."""
         factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
         found = flat(factors, self._shaped, self._parts)
-        if not np.isfinite(found).all():
+        if self._guard is None and not np.isfinite(found).all():
             raise Diverged("a factor is no number after the round", try_="a lower learning_rate")
         if self._guard is not None and not self._guard.by_sample:
             start = flat(named(self._start, self._shaped), self._shaped, self._parts)
@@ -119,6 +119,10 @@ class Round:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self._leaves.values()), self._task.most_norm)
         value = float(loss.detach())
+        if not math.isfinite(value) and self._guard is not None:
+            # That it happened would tell something of the data: the round ends here, and what is left is clipped.
+            self._done = self._to_train
+            return
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} in step {self._done}", try_="a lower learning_rate")
         self._optimiser.step()

@@ -32,6 +32,10 @@ class Row(NamedTuple):
     learnt_from: int
 
 
+NOTHING: Final = Row(np.zeros(1, np.int64), 1)
+"""A row without anything to learn."""
+
+
 class Batch(NamedTuple):
     """[n, T] each; rows that are shorter are filled up with zeros whose targets are IGNORED."""
 
@@ -66,9 +70,14 @@ def encoder_of(tokenizer_json: str) -> Callable[[str, bool], list[int]]:
 
 
 def rows_of(
-    samples: Sequence[Sample], encode: Callable[[str, bool], list[int]], row_tokens: int, end_id: int | None
+    samples: Sequence[Sample],
+    encode: Callable[[str, bool], list[int]],
+    row_tokens: int,
+    end_id: int | None,
+    keep_all: bool = False,
 ) -> list[Row]:
-    """Those that are long enough to teach something; what is longer than `row_tokens` is cut at its end."""
+    """Those that are long enough to teach something; what is longer than `row_tokens` is cut at its end. With
+    `keep_all` the others, too, as rows without anything to learn: their number then says nothing of their texts."""
     found = []
     for sample in samples:
         given = encode(sample.prompt, True) if sample.prompt else []
@@ -77,6 +86,8 @@ def rows_of(
         learnt_from = max(1, len(given))
         if len(ids) - learnt_from >= LEAST_LEARNT:
             found.append(Row(np.array(ids, np.int64), learnt_from))
+        elif keep_all:
+            found.append(NOTHING)
     return found
 
 

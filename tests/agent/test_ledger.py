@@ -84,6 +84,13 @@ def test_a_cut_key_tells_nothing_and_a_key_is_for_its_owner_alone(tmp_path: Path
         Ledger(tmp_path, "notes").spend("a/1", "second", COST, 4, 9.0, DELTA)
 
 
+def test_another_key_than_the_books_tells_nothing(tmp_path: Path) -> None:
+    Ledger(tmp_path, "notes").spend("a/1", "first", COST, 4, 9.0, DELTA)
+    (tmp_path / "key").unlink()
+    with pytest.raises(CorruptData, match=r"not the one of notes\.json"):
+        Ledger(tmp_path, "notes").spend("a/1", "first", COST, 4, 9.0, DELTA)
+
+
 def test_old_jobs_are_forgotten_but_not_what_they_cost(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, "notes")
     for number in range(300):

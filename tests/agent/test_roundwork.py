@@ -60,10 +60,18 @@ class Sender:
     def __init__(self) -> None:
         self.sent: list[tuple[str, Parcel]] = []
         self.paces: list[float | None] = []
+        self.waiting = False
+        self.dropped = 0
         self.down = False
 
     def pace(self, _topic: str, bytes_per_s: float | None) -> None:
         self.paces.append(bytes_per_s)
+
+    def waits(self, _topic: str) -> bool:
+        return self.waiting
+
+    def drop(self, _topic: str) -> None:
+        self.dropped += 1
 
     def to_next(self, parcel: Parcel) -> None:
         raise AssertionError("there is no next stage")
@@ -195,6 +203,47 @@ def test_an_update_is_sent_at_the_pace_that_the_round_asks_for(bench: Bench) -> 
     bench.give(request=6, round=3)
     bench.go()
     assert bench.sender.paces == [5e4, None]
+
+
+def test_what_is_on_its_way_is_not_sent_twice_and_nothing_more_of_it_when_nobody_waits(bench: Bench) -> None:
+    bench.give(bytes_per_s=5e4)
+    bench.go()
+    bench.sender.waiting = True
+    bench.give(bytes_per_s=5e4)
+    assert len(bench.sender.sent) == 1, "asked again, while it is on its way"
+    bench.work.drop_all()
+    bench.sender.waiting = False
+    bench.work.tick(0.0)
+    assert len(bench.sender.sent) == 2 and bench.sender.dropped == 1, "the connection was lost, and with it a part"
+    bench.sender.waiting = True
+    bench.give(request=6, round=3)
+    assert bench.sender.dropped == 2, "another round has begun"
+    bench.go()
+    assert len(bench.sender.sent) == 3
+    bench.give(Kind.CLOSE, request=6)
+    assert bench.sender.dropped == 3
+
+
+def test_what_goes_wrong_in_a_private_round_is_said_on_the_board_alone(bench: Bench, tmp_path: Path) -> None:
+    bench.make_private(Ledger(tmp_path, "d"), epsilon=4.0, rounds=1)
+    bench.give()
+    FakeRound.made[-1].error = RuntimeError("rows of 7, 9 and 11 tokens")
+    bench.go()
+    [(_, parcel)] = bench.sender.sent
+    assert msgspec.json.decode(parcel.meta, type=StageError).text == "it could not train; its own log says why"
+    assert bench.work.tally.prefill_steps == 0 and bench.work.tally.prefill_busy_s == 0
+
+
+def test_another_board_other_weights_and_other_noise_make_another_release(bench: Bench, tmp_path: Path) -> None:
+    numbers = []
+    for changed in (lambda: None, lambda: None, lambda: setattr(bench.work, "_device", "pi5"),
+                    lambda: setattr(bench.model, "fingerprint", "other weights")):  # fmt: skip
+        changed()
+        bench.make_private(Ledger(tmp_path, "d"), epsilon=40.0, rounds=9)
+        bench.work._answer = bench.work._under_way = None
+        bench.give()
+        numbers.append(FakeRound.made[-1].guard._stream.normal(4).tolist())
+    assert numbers[0] == numbers[1] and len({str(one) for one in numbers}) == 3
 
 
 def test_the_same_question_again_goes_on_and_is_answered_from_memory(bench: Bench) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from coordinator.rounds.adapters import spec_of
 from coordinator.rounds.job import Adapter, Job, Rounds
+from coordinator.rounds.offers import Timing
 from coordinator.rounds.store import JobStore
 from coordinator.rounds.tuning import Tuning
 from coordinator.shelf import Prepared
@@ -26,7 +27,7 @@ from wire.channel import Inbox, Outbox
 from wire.errors import EdgelamError, Refused, UsageError
 from wire.frames import Kind, Parcel, Tensor
 from wire.memory import MemoryBroker
-from wire.messages import DeviceInfo, EngineInfo, RoundMeta, StageError, StageReport, UpdateMeta
+from wire.messages import DeviceInfo, EngineInfo, Privacy, RoundMeta, StageError, StageReport, UpdateMeta
 
 JOB = Job(name="n", model="tiny", data="notes", precision="f32", adapter=Adapter(rank=1, matrices=("q",)),
           rounds=Rounds(count=2, learning_rate=0.01, steps=1))  # fmt: skip
@@ -399,7 +400,9 @@ def slow(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
 
 
 @pytest.mark.parametrize("who", ["fastest", "scheduled"])
-def test_a_slow_board_is_left_out_when_it_is_known(who: str, play: Any) -> None:
+def test_a_slow_board_is_left_out_when_it_is_known(who: str, play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody here computes for 50 s, so what the board says is believed.
+    monkeypatch.setattr("coordinator.rounds.running.learnt", lambda _, __, took: Timing(compute_s=took.compute_s))
     fields = {"delay_s": 1e-3, "tradeoff": 1e-3, "least_share": 0.0} if who == "scheduled" else {"devices": 2}
     rounds = msgspec.structs.replace(JOB.rounds, who=who, count=9, **fields)
 
@@ -412,6 +415,23 @@ def test_a_slow_board_is_left_out_when_it_is_known(who: str, play: Any) -> None:
             record = made.store.records()["n"]
             assert record.timing["b"].compute_s > 40 > record.timing["a"].compute_s
             assert set(made.rounds()[-1]["devices"]) == {"a", "b", "c"}, "all judge what came out"
+
+    play(scenario)
+
+
+def test_a_board_whose_software_knows_no_privacy_is_not_asked_in_a_private_job(play: Any) -> None:
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            await made.with_trainers(a=update)
+            wanted = msgspec.structs.replace(JOB, privacy=Privacy(epsilon=4.0))
+            with pytest.raises(Refused, match="knows no private jobs"):
+                await made.tuning.begin(wanted, lambda _: None)
+            [trainer] = made.trainers
+            info = made.lab.coordinator.devices()[0].info
+            trainer.say(topics.INFO, msgspec.structs.replace(info, knows_privacy=True), "a")
+            await until(lambda: made.lab.coordinator.devices()[0].info.knows_privacy, "it was updated")
+            end = await made.through(wanted)
+            assert end["state"] == "failed" and "says nothing of noise" in end["because"], "it lied"
 
     play(scenario)
 

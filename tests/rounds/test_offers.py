@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from coordinator.rounds.offers import UNKNOWN_BYTES_PER_S, Timing, Took, learnt, offer_of, weights_of
+from coordinator.rounds.running import LEAST_PACE, pace_of
 
 LINK = 1e6
 
@@ -34,6 +36,26 @@ def test_a_short_transfer_says_nothing_of_the_rate() -> None:
     took = Took(wall_s=2.05, compute_s=2.0, down_bytes=1000, up_bytes=1000)
     found = learnt(Timing(compute_s=2.0, bytes_per_s=5e5), LINK, took)
     assert found.bytes_per_s == 5e5 and found.compute_s == pytest.approx(2.02, abs=0.01)
+
+
+def test_what_a_board_says_of_its_computing_is_no_more_than_it_took() -> None:
+    found = learnt(None, LINK, Took(wall_s=2.0, compute_s=1e12, down_bytes=1000, up_bytes=1000))
+    assert found.compute_s <= 2.0
+
+
+def test_a_board_that_keeps_to_its_pace_is_not_taken_for_slow() -> None:
+    took = Took(wall_s=4.0, compute_s=1.0, down_bytes=0, up_bytes=10**6, share=0.5, paced=True)
+    assert learnt(None, LINK, took).bytes_per_s == 0.0, "2 MB in 3 s: its pace and some overhead"
+    slower = msgspec.structs.replace(took, wall_s=9.0)
+    assert learnt(None, LINK, slower).bytes_per_s == pytest.approx((LINK + 2e6 / 8) / 2)
+
+
+def test_nobody_is_told_to_send_more_slowly_than_the_round_lasts() -> None:
+    offer = offer_of("a", Timing(compute_s=5.0, bytes_per_s=5e6), None, 0, 500_000, 1)
+    assert pace_of(offer, 0.5, 600.0) == 2.5e6
+    assert pace_of(offer, 1e-4, 20.0) == pytest.approx(100_000), "to be done in half of the patience"
+    assert pace_of(offer, 1e-9, 1e6) == LEAST_PACE
+    assert pace_of(offer, 1e-9, 4.0) == 5e6, "there is no time left: as fast as it can"
 
 
 def test_who_never_told_how_much_he_has_is_taken_for_usual() -> None:

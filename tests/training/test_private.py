@@ -12,15 +12,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from agent.workers.training import fingerprint_of  # noqa: E402
 from models.lora.adapter import flat, named  # noqa: E402
 from models.privacy.accountant import cost, epsilon  # noqa: E402
 from models.privacy.noise import Stream  # noqa: E402
 from models.privacy.plan import Measure, measure_of  # noqa: E402
 from models.training.private import Guard  # noqa: E402
 from models.training.rounds import Round  # noqa: E402
-from models.training.samples import batch_of  # noqa: E402
+from models.training.samples import NOTHING, Row, batch_of  # noqa: E402
 from tests.training.test_rounds import TASK, made  # noqa: E402
-from wire.messages import Channel, Privacy  # noqa: E402
+from wire.messages import ArtifactRef, Channel, Privacy  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -114,6 +115,39 @@ def test_a_device_s_change_is_clipped_and_noised_once(tmp_path: Path) -> None:
     made_round, _, start = guarded(tmp_path, task, measure)
     changed = through(made_round) - start
     assert np.linalg.norm(changed.astype(float)) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_steps_and_is_not_told(tmp_path: Path) -> None:
+    for unit in ("sample", "device"):
+        made_round, _, start = guarded(tmp_path, private(unit=unit, clip=1e-3))
+        leaves = list(made_round._leaves.values())
+        made_round._loss_of = lambda _, all_=leaves: sum(leaf.sum() for leaf in all_) * math.nan
+        found = through(made_round)
+        assert np.isfinite(found).all() and (found != start).any(), "noise alone"
+
+
+def test_a_row_without_anything_to_learn_changes_nothing(tmp_path: Path) -> None:
+    measure = Measure(noise=1.0, share=1.0, releases=1, deviation=0.0)
+    made_round, shaped, _ = guarded(tmp_path, private(), measure)
+    guard, leaves, rows = made_round._guard, made_round._leaves, made_round._rows.trained
+    found = []
+    for taken in (rows, (*rows, NOTHING)):
+        guard.gradient(taken, made_round._loss_of, leaves, shaped, PARTS)
+        mean = flat({name: leaf.grad.numpy() for name, leaf in leaves.items()}, shaped, PARTS)
+        found.append(mean * np.float32(len(taken)))
+    assert np.allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_what_a_round_comes_from_has_a_name() -> None:
+    weights = [ArtifactRef(digest=f"sha256:{number:064x}", size_bytes=1) for number in range(2)]
+    rows = [NOTHING, Row(np.arange(4), 1)]
+    names = {
+        fingerprint_of(rows, 1, weights),
+        fingerprint_of(rows, 2, weights),
+        fingerprint_of(rows[1:], 1, weights),
+        fingerprint_of(rows, 1, weights[1:]),
+    }
+    assert len(names) == 4 and fingerprint_of(list(rows), 1, list(weights)) in names
 
 
 def test_a_job_s_rounds_stay_within_its_budget() -> None:

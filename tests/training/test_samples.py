@@ -34,6 +34,9 @@ def test_a_text_is_learnt_from_its_first_id_on_and_cut() -> None:
 
 def test_what_teaches_nothing_is_left_out() -> None:
     samples = [Sample("x", "a" * 20), Sample("x"), Sample("abc")]
+    assert len(rows_of(samples, lambda text, _: [], 4, None, keep_all=True)) == len(samples), (
+        "whatever a tokenizer does"
+    )
     assert [row.ids.tolist() for row in rows_of(samples, lambda text, _: [ord(x) for x in text], 4, None)] == [
         [97, 98, 99]
     ]
