@@ -40,6 +40,7 @@ MEDIA: Final[Mapping[str, Medium]] = {"own": Own(), "shared": Shared()}
 LEAST_PACE: Final = 4 * CHUNK_BYTES_DEFAULT / PARTIAL_TIMEOUT_S
 """Bytes/s: chunks of a message may not be farther apart than the receiver's patience."""
 MOST_PACE: Final = 1e12
+RETURN_S: Final = 5.0
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
 """Between two words about boards that are waited for."""
@@ -96,6 +97,7 @@ class Running:
         graph = artifacts.add_bytes(data, f"{topic_name(job.name)}.onnx")
         if job.privacy is not None:
             self._say(private_text(job.privacy))
+        await self._await_return()
         while self.record.state == "running":
             number = self.record.round
             last = number >= job.rounds.count
@@ -158,6 +160,12 @@ class Running:
         record = self._learnt(packed, done, took_s) if done.trained else self.record
         self.record = self._store.finish_round(record, done, digest, state)
         self.tell(round_event(done))
+
+    async def _await_return(self) -> None:
+        """Give boards that took part before a restart a moment to be heard of: else the first of them to come would
+        train the next round alone."""
+        if not self.record.chosen and not set(self.record.orders) <= set(self._able()):
+            await self._coordinator.changes.wait(lambda: set(self.record.orders) <= set(self._able()), RETURN_S)
 
     async def _await_boards(self, number: int, last: bool) -> None:
         """Until enough boards are there for a round that nobody was chosen for yet."""

@@ -368,6 +368,25 @@ def test_who_takes_part_in_a_round_is_settled_once(play: Any) -> None:
     play(scenario)
 
 
+def test_behind_a_restart_boards_that_took_part_are_given_a_moment(play: Any) -> None:
+    async def scenario(bench: Any) -> None:
+        async with bench() as first:
+            await first.with_trainers(a=lambda *_: None, b=lambda *_: None)
+            await first.tuning.begin(JOB, lambda _: None)
+            await first.turns(lambda: all(trainer.asked for trainer in first.trainers))
+        async with bench() as second:
+            record = second.store.records()["n"]
+            second.store.save(msgspec.structs.replace(record, chosen=()))  # killed before it was settled
+            await second.with_trainers(a=update)
+            second.tuning.restore()
+            await asyncio.sleep(0.3)
+            await second.with_trainers(b=update)
+            assert (await second.follow("n"))["state"] == "done"
+            assert set(second.rounds()[0]["devices"]) == {"a", "b"}
+
+    play(scenario)
+
+
 def test_a_shared_medium_is_divided_and_boards_are_told_how_fast_to_send(play: Any) -> None:
     metas: list[RoundMeta] = []
 

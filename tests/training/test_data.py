@@ -36,7 +36,7 @@ def test_tables_with_a_header(tmp_path: Path) -> None:
     found = read(path)
     assert found.samples == (Sample("one, two"), Sample("three", "p")) and found.bad_rows == 1
     path.write_text("id,words\n1,x\n", encoding="utf-8")
-    with pytest.raises(CorruptData, match="no column 'text' among the 2 of the first line$"):  # which may be a row
+    with pytest.raises(CorruptData, match=r"no column 'text' among the 2 of the first line$"):  # which may be a row
         read(path)
 
 
