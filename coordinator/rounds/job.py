@@ -130,8 +130,9 @@ def job_of(raw: Mapping[str, Any], where: str) -> Job:
     """The job that a table says; raise UsageError that lists all that is wrong with it."""
     problems: list[str] = []
     values = _fields(Job, raw, "", problems)
-    if not problems:
-        problems += _contradictions(values)
+    if {"name", "data"} <= values.keys():
+        said = {problem.split(":")[0] for problem in problems}
+        problems += [problem for problem in _contradictions(values) if problem.split(":")[0] not in said]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise UsageError(f"job {where}:{lines}", try_="docs/tuning.md lists the keys")

@@ -299,7 +299,8 @@ def settled(record: JobRecord, able: Sequence[str], offers: Sequence[Offer], las
     else:
         chosen = fastest(offers, rounds.devices) if rounds.who == "fastest" else drawn(able, job, record.round)
         divided = divide([offer for offer in offers if offer.device in chosen], medium, equally)
-    found: dict[str, Any] = {"chosen": chosen, "expected_s": divided.tau_s}
+    known = set(chosen) <= record.timing.keys()  # else nobody can say what it takes
+    found: dict[str, Any] = {"chosen": chosen, "expected_s": divided.tau_s if known else None}
     if rounds.medium == "shared":
         by_name = {offer.device: offer for offer in offers}
         paces = {device: pace_of(by_name[device], share, rounds.timeout_s) for device, share in divided.shares.items()}

@@ -90,6 +90,12 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path: Path) -> None:
+    more = "[rounds]\nwho = 'scheduled'\nairtime = 'equal'\ntradeoff = 'much'\n[privacy]\nepsilon = 0\n"
+    said = [line.split(":")[0] for line in problems(tmp_path, SMALL + more)]
+    assert said == ["rounds.tradeoff", "privacy.epsilon", "rounds.delay_s", "rounds.airtime"]
+
+
 @pytest.mark.parametrize(
     ("more", "key"),
     [
