@@ -10,6 +10,8 @@ and what crosses the loopback interface in a round beside twice the factors (to 
 Schedule: the same boards on links of their own, told how fast to send as if they shared one: what rounds take beside
 what was planned for them, and what an outbox at a pace takes beside bytes / pace.
 
+Memory: what a process that trains SmolLM2 takes at its peak beside what was foretold, for six ways of doing it.
+
 Perplexity: SmolLM2 with frozen 4 bit weights on boards that each have a part of a real text (benchmarks/texts); that on
 what all of them hold out, before and after.
 """
@@ -20,6 +22,7 @@ import argparse
 import itertools
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,7 +54,16 @@ from wire.transport import Link
 
 COUNTS = (2, 4, 8)
 ROUNDS = 8
-PARTS = ("overhead", "flower", "perplexity", "schedule")
+PARTS = ("overhead", "flower", "perplexity", "schedule", "memory")
+PEAKS = (
+    "int4 1 64 8 q,v keep",
+    "int4 4 128 8 q,v keep",
+    "int4 1 32 64 q,v,o,down keep",
+    "int4 4 128 8 q,k,v,o,gate,up,down again",
+    "int8 2 64 8 q,v again",
+    "f32 2 64 8 q,v again",
+)
+"""benchmarks.parts.peak."""
 TEXT = Path(__file__).parent / "texts" / "python_reference.txt"
 KNOWN_AFTER = 4
 """Rounds in which boards are timed."""
@@ -194,6 +206,20 @@ def paced(rate: float = 500e3, total: int = 2_000_000) -> Figure:
     return at_most("an outbox off its pace", 100 * abs(took_s * rate / total - 1), "%", 10)
 
 
+def peaks() -> list[Figure]:
+    figures = []
+    for words in PEAKS:
+        command = [sys.executable, "-m", "benchmarks.parts.peak", *words.split()]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"... {words}: {found}", file=sys.stderr)
+        figures.append(Figure(f"{words}: peak", found["measured"] / 1e6, "MB"))
+        off = 100 * abs(found["foretold"] / found["measured"] - 1)
+        figures.append(at_most(f"{words}: foretold is off by", off, "%", 15))
+    figures.append(at_most("smallest of them", min(figure.value for figure in figures[::2]), "MB", 700))
+    return figures
+
+
 def learnt(precision: str, rounds: int) -> list[Figure]:
     """What SmolLM2 learns of a text that lies on two boards."""
     paragraphs = [part for part in TEXT.read_text(encoding="utf-8").split("\n\n") if len(part) > LEAST_LETTERS]
@@ -243,6 +269,8 @@ def main() -> int:
         figures += beside_flower(given.boards[0] if len(given.boards) == 1 else 4, given.rounds)
     if "schedule" in given.parts:
         figures += [paced(), *planned(given.boards[0] if len(given.boards) == 1 else 4, given.link, given.rounds)]
+    if "memory" in given.parts:
+        figures += peaks()
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

@@ -162,6 +162,9 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     """Of the job: what the budget has to last for."""
     privacy: Privacy | None = None
+    remember: bool = True
+    """Whether blocks keep what their gradients need; else it is computed again, for a device of little memory. The
+    result is the same."""
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from coordinator.rounds.store import ADAPTER, CONFIG, PROVENANCE, JobRecord, Rou
 from models.families.config import LlamaConfig
 from models.formats.safetensors import to_bytes
 from models.lora.adapter import AdapterSpec, flat, named, peft_modules, shapes, to_peft
-from models.lora.aggregate import Factors, Update, aggregated, sent, taken
+from models.lora.aggregate import Factors, Update, aggregated, sent, shortened_to, taken
 from wire.messages import UpdateMeta
 from wire.version import VERSION
 
@@ -59,6 +59,8 @@ def aggregate(
     shaped = shapes(config, spec_of(job))
     parts = parts_of(job, round_number)
     before = named(start, shaped)
+    if job.rounds.most_change is not None:
+        updates = _shortened(config, job, parts, start, updates, job.rounds.most_change)
     sent_in = [(meta, named(vector, shapes(config, spec_of(job, meta.device)), parts)) for meta, vector in updates]
     found: dict[str, Floats] = {}
     for name in shaped:
@@ -73,11 +75,27 @@ def aggregate(
             )
             for meta, factors in sent_in
         ]
-        made = aggregated(job.rounds.aggregation, of_module, round_number)
+        made = aggregated(job.rounds.aggregation, of_module, round_number, job.rounds.middle)
         # Where nobody of the largest rank took part, the ranks beyond stay as they were.
         found[name] = np.concatenate([made.a, before[name][made.rank :]])
         found[other] = np.concatenate([made.b, before[other][:, made.rank :]], axis=1)
     return flat(found, shaped)
+
+
+def _shortened(
+    config: LlamaConfig,
+    job: Job,
+    parts: tuple[str, ...],
+    start: Floats,
+    updates: Sequence[tuple[UpdateMeta, Floats]],
+    most: float,
+) -> list[tuple[UpdateMeta, Floats]]:
+    began = []
+    for meta, _ in updates:
+        shaped = shapes(config, spec_of(job, meta.device))
+        began.append(flat(named(taken_by(config, job, meta.device, start), shaped), shaped, parts))
+    changes = shortened_to(most, [vector - before for (_, vector), before in zip(updates, began, strict=True)])
+    return [(meta, before + change) for (meta, _), before, change in zip(updates, began, changes, strict=True)]
 
 
 def spent_by(rounds: Sequence[RoundRecord]) -> dict[str, float]:

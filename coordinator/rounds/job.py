@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from coordinator.rounds.schedule import Penalty
-from models.lora.aggregate import ANY_RANKS
+from models.lora.aggregate import ANY_RANKS, Middle
 from models.privacy.accountant import noise_for
 from wire.errors import UsageError
 from wire.ids import is_name
@@ -71,6 +71,10 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of a step's gradient."""
     aggregation: Literal["fedavg", "ffa", "rolora", "pad", "svd"] = "fedavg"
     """models.lora.aggregate."""
+    middle: Middle = "mean"
+    """What stands for the elements of all devices, with 'fedavg', 'ffa' and 'rolora'."""
+    most_change: Annotated[float, Meta(ge=1, le=1e6)] | None = None
+    """An update that has changed more than so many times the median of all is shortened to that."""
     who: Who = "all"
     devices: Annotated[int, Meta(ge=1, le=256)] = 1
     """In a round, with who = 'random', 'round-robin' or 'fastest'."""
@@ -198,7 +202,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} needs one rank for all, not adapter.ranks")
     if len(set(adapter.matrices)) != len(adapter.matrices):
         found.append("adapter.matrices: one is listed twice")
-    found += _about_who(rounds)
+    found += _about_rounds(rounds)
     most = len(devices) or 256
     if rounds.who in COUNTED:
         most = min(most, rounds.devices)
@@ -210,7 +214,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     return found + ([] if privacy is None else _impossible(privacy, rounds))
 
 
-def _about_who(rounds: Rounds) -> list[str]:
+def _about_rounds(rounds: Rounds) -> list[str]:
     """Keys that say something only beside others."""
     found = []
     if rounds.who not in COUNTED and rounds.devices != 1:
@@ -224,6 +228,8 @@ def _about_who(rounds: Rounds) -> list[str]:
             for key, left_out in given.items()
             if getattr(rounds, key) != left_out
         ]
+    if rounds.middle != "mean" and rounds.aggregation in ANY_RANKS:
+        found.append(f"rounds.middle: {rounds.aggregation} takes the mean alone")
     if rounds.airtime == "equal" and rounds.medium != "shared":
         found.append("rounds.airtime: there is nothing to divide unless medium = 'shared'")
     return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Final
 
 import msgspec
 
@@ -15,10 +15,15 @@ from coordinator.shelf import Prepared
 from models.build.pack import Packed
 from models.build.stage import build_stage_graph
 from models.formats.contents import Checkpoint
+from models.training.memory import peak_bytes
 from wire import topics
 from wire.errors import Refused
 from wire.limits import MAX_DEVICES
 from wire.messages import ArtifactRef, InboxAddress, StageOrder, TrainingTask
+from wire.units import bytes_text
+
+AMPLE: Final = 0.7
+"""Of a board's memory: other programs want some, too."""
 
 
 def make_orders(
@@ -29,6 +34,7 @@ def make_orders(
     task: TrainingTask,
     graph: ArtifactRef,
     weights: tuple[ArtifactRef, ...],
+    remembers: Mapping[str, bool],
 ) -> dict[str, tuple[StageOrder, ...]]:
     """The orders of all boards that have one, and of those that can take part now. Who has a number keeps it."""
     stages = {device: order.stage for device, (order,) in record.orders.items()}
@@ -62,7 +68,10 @@ def make_orders(
             config=msgspec.json.encode(packed.config).decode(),
             runs="rounds",
             training=msgspec.structs.replace(
-                task, rank=record.job.adapter.rank_of(device), alpha=spec_of(record.job, device).alpha
+                task,
+                rank=record.job.adapter.rank_of(device),
+                alpha=spec_of(record.job, device).alpha,
+                remember=remembers.get(device, True),
             ),
         )
         orders[device] = (order,)
@@ -91,7 +100,7 @@ def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTas
     )
 
 
-def able_devices(coordinator: Coordinator, job: Job) -> tuple[tuple[str, ...], dict[str, str]]:
+def able_devices(coordinator: Coordinator, job: Job, packed: Packed) -> tuple[tuple[str, ...], dict[str, str]]:
     """Boards that can take part, and why others can't."""
     able: list[str] = []
     unable: dict[str, str] = dict.fromkeys(job.devices, "not heard of")
@@ -111,9 +120,32 @@ def able_devices(coordinator: Coordinator, job: Job) -> tuple[tuple[str, ...], d
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
         elif torch is None or not torch.version:
             unable[device.name] = f"no torch: {torch.because if torch is not None else 'not looked for'}"
+        elif (least := peak_of(job, device.name, packed, remember=False)) > info.memory_bytes:
+            unable[device.name] = (
+                f"would take {bytes_text(least)} of its {bytes_text(info.memory_bytes)} of memory;"
+                " fewer rounds.row_tokens or rounds.batch_rows need less"
+            )
         else:
             able.append(device.name)
     return tuple(sorted(able)), unable
+
+
+def peak_of(job: Job, device: str, packed: Packed, *, remember: bool) -> int:
+    """Bytes that a board's worker takes at most, as foretold."""
+    packed_bytes = sum(path.stat().st_size for path in packed.files.values())
+    # Of a private job, samples go one by one.
+    rows = 1 if job.privacy is not None and job.privacy.unit == "sample" else job.rounds.batch_rows
+    return peak_bytes(packed.config, packed_bytes, spec_of(job, device), rows * job.rounds.row_tokens, remember)
+
+
+def remembering(coordinator: Coordinator, job: Job, devices: Collection[str], packed: Packed) -> dict[str, bool]:
+    """Whether each board has the memory to keep what gradients need."""
+    memory = {device.name: device.info.memory_bytes for device in coordinator.devices() if device.info is not None}
+    return {
+        device: peak_of(job, device, packed, remember=True) <= AMPLE * memory[device]
+        for device in devices
+        if device in memory
+    }
 
 
 def llama_of(prepared: Prepared) -> Packed:

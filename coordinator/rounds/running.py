@@ -21,6 +21,7 @@ from coordinator.rounds.orders import (
     checkpoint_of,
     llama_of,
     make_orders,
+    remembering,
     task_of,
     whole_graph,
 )
@@ -60,6 +61,7 @@ class Running:
         self._store = store
         self._round: Exchange | None = None
         self._placed = False
+        self._packed: Packed | None = None
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -86,7 +88,7 @@ class Running:
         """All rounds that are left, and a last look at what came of them. Raises EdgelamError."""
         job = self.job
         prepared = await self._operations.preparing.prepare(job.model, job.precision, self._say)
-        packed = llama_of(prepared)
+        packed = self._packed = llama_of(prepared)
         if await asyncio.to_thread(lambda: checkpoint_of(prepared).digest) != self.record.base:
             raise Refused(f"{job.model} is another file than when the job began", try_="begin the job anew")
         await self._operations.preparing.await_broker()
@@ -230,16 +232,22 @@ class Running:
         return msgspec.structs.replace(record, timing=timing, queues=queues)
 
     def _able(self) -> tuple[str, ...]:
-        return able_devices(self._coordinator, self.job)[0]
+        assert self._packed is not None
+        return able_devices(self._coordinator, self.job, self._packed)[0]
 
     def _place(self, packed: Packed, task: TrainingTask, graph: ArtifactRef) -> None:
         """Orders for all boards that can take part, those that have come meanwhile too: on disk first."""
         coordinator = self._coordinator
-        able, _ = able_devices(coordinator, self.job)
+        able = self._able()
         weights = tuple(
             coordinator.artifacts.add_file(digest, path, path.name) for digest, path in sorted(packed.files.items())
         )
-        orders = make_orders(coordinator.site, self.record, able, packed, task, graph, weights)
+        # Whoever has an order keeps what it says of this: the worker would have to begin anew.
+        remembers = {
+            **remembering(coordinator, self.job, able, packed),
+            **{name: order.training.remember for name, (order,) in self.record.orders.items() if order.training},
+        }
+        orders = make_orders(coordinator.site, self.record, able, packed, task, graph, weights, remembers)
         if orders == self.record.orders and self._placed:
             return
         self.record, self._placed = msgspec.structs.replace(self.record, orders=orders), True

@@ -92,7 +92,7 @@ class Tuning:
         length = length_of(shapes(packed.config, spec_of(job)))
         packed.config.check_context(job.rounds.row_tokens)
         await self._operations.preparing.await_broker()
-        able, unable = able_devices(self._coordinator, job)
+        able, unable = able_devices(self._coordinator, job, packed)
         if len(able) < job.rounds.at_least:
             why = "; ".join(f"{device}: {because}" for device, because in unable.items()) or "no board is online"
             raise Refused(

@@ -20,6 +20,7 @@ come in, which are harmless as long as the devices stay near their common start.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
@@ -32,6 +33,13 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 Rule = Literal["fedavg", "ffa", "rolora", "fedsa", "stack", "pad", "svd"]
+Middle = Literal["mean", "median", "trimmed"]
+"""What stands for the elements of all devices. 'mean': weighted by samples. The others don't count samples, which
+anybody may claim to have: 'median', and 'trimmed': the mean without the largest and smallest TRIMMED of them (Yin and
+others, Byzantine-robust distributed learning, 2018)."""
+
+TRIMMED: Final = 0.2
+"""Share of the devices that is left out at each end, rounded up: of three or more one at least."""
 
 ANY_RANKS: Final[tuple[Rule, ...]] = ("stack", "pad", "svd")
 """Rules for devices of different ranks."""
@@ -67,7 +75,7 @@ def sent(rule: Rule, round_number: int) -> tuple[str, ...]:
     return ("a", "b")
 
 
-def aggregated(rule: Rule, updates: Sequence[Update], round_number: int = 0) -> Factors:
+def aggregated(rule: Rule, updates: Sequence[Update], round_number: int = 0, middle: Middle = "mean") -> Factors:
     """The factors that come out of a round. Factors that nobody sent are those of the first device: they are the same
     on all, but for B with fedsa, which stays on each. Raises UsageError where ranks differ and the rule wants equal
     ones, and ValueError for no updates or different shapes of weights."""
@@ -86,8 +94,8 @@ def aggregated(rule: Rule, updates: Sequence[Update], round_number: int = 0) -> 
         padded = [pad(update.factors, most) for update in updates]
         return Factors(_mean([one.a for one in padded], weights), _mean([one.b for one in padded], weights))
     parts = sent(rule, round_number)
-    a = _mean([update.factors.a for update in updates], weights) if "a" in parts else first.a
-    b = _mean([update.factors.b for update in updates], weights) if "b" in parts else first.b
+    a = _middle([update.factors.a for update in updates], weights, middle) if "a" in parts else first.a
+    b = _middle([update.factors.b for update in updates], weights, middle) if "b" in parts else first.b
     return Factors(a, b)
 
 
@@ -157,6 +165,29 @@ def _core(factors: Factors) -> Doubles:
     _, right = np.linalg.qr(factors.a.T.astype(np.float64))
     found: Doubles = left @ right.T
     return found
+
+
+def _middle(arrays: Sequence[Floats], weights: Doubles, middle: Middle) -> Floats:
+    if middle == "mean":
+        return _mean(arrays, weights)
+    if middle == "median":
+        found: Floats = np.median(np.stack(arrays).astype(np.float64), axis=0).astype(np.float32)
+        return found
+    left_out = min(math.ceil(TRIMMED * len(arrays)), (len(arrays) - 1) // 2)
+    inner = np.sort(np.stack(arrays).astype(np.float64), axis=0)[left_out : len(arrays) - left_out]
+    trimmed: Floats = inner.mean(axis=0).astype(np.float32)
+    return trimmed
+
+
+def shortened_to(most: float, changes: Sequence[Floats]) -> list[Floats]:
+    """What devices have changed, none longer than `most` times the median of their lengths: longer ones keep their
+    direction."""
+    lengths = [float(np.linalg.norm(change.astype(np.float64))) for change in changes]
+    limit = most * float(np.median(lengths))
+    return [
+        change if length <= limit else (change * (limit / length)).astype(np.float32)
+        for change, length in zip(changes, lengths, strict=True)
+    ]
 
 
 def _mean(arrays: Sequence[Floats], weights: Doubles) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from models.engine.torch import rms_norm, turned
 from models.lora.adapter import AdapterSpec
 from models.training.samples import IGNORED
 
+PIECE_ELEMENTS: Final = 1 << 22
+"""Of a packed matrix that are expanded at one time: the table of a vocabulary would take more than the model."""
+
 
 class Frozen:
     """A matrix [out, in] that is not trained, in the form that it is packed in."""
 
     def __init__(self, stored: Mapping[str, Array], name: str, out: int, columns: int, precision: Precision) -> None:
-        self._columns = columns
+        self.out, self._columns = out, columns
         weight = _tensor(stored[f"{name}.weight"])
         self._whole: Tensor | None = None
         if precision == "f32":
@@ -48,11 +51,21 @@ class Frozen:
             return self._whole[wanted]
         codes, scales = self._codes[wanted], self._scales[wanted]
         if self._zeros is None:
-            steps = codes.float() - ZERO_POINT_8BIT
+            steps = codes.float()
+            steps -= ZERO_POINT_8BIT
         else:
             steps = _halves(codes).reshape(*codes.shape[:2], BLOCK).float()
             steps -= _halves(self._zeros[wanted])[:, : codes.shape[1], None].float()
-        return (steps * scales).flatten(1)[:, : self._columns]
+        steps *= scales
+        return steps.flatten(1)[:, : self._columns]
+
+    @property
+    def pieces(self) -> list[slice]:
+        """Of its rows, small enough to be expanded at one time."""
+        if self._whole is not None:
+            return [slice(0, self.out)]
+        rows = max(1, PIECE_ELEMENTS // self._columns)
+        return [slice(first, min(first + rows, self.out)) for first in range(0, self.out, rows)]
 
 
 class _Product(torch.autograd.Function):
@@ -61,11 +74,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, matrix: Frozen) -> Tensor:
         ctx.matrix = matrix
-        return given @ matrix.rows().T
+        made = given.new_empty(*given.shape[:-1], matrix.out)
+        for piece in matrix.pieces:
+            made[..., piece] = given @ matrix.rows(piece).T
+        return made
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.matrix.rows(), None
+        first, *others = ctx.matrix.pieces
+        found = gradient[..., first] @ ctx.matrix.rows(first)
+        for piece in others:
+            found += gradient[..., piece] @ ctx.matrix.rows(piece)
+        return found, None
 
 
 def product(given: Tensor, matrix: Frozen) -> Tensor:

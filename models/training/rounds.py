@@ -24,9 +24,6 @@ from wire.messages import RoundMeta, TrainingTask
 BETAS: Final = (0.9, 0.95)
 """The second as language models are tuned with: rounds are short."""
 
-CHECKPOINT_TOKENS: Final = 512
-"""Batches of more tokens keep nothing of a block for its gradient but what came in."""
-
 
 class Diverged(EdgelamError):
     """A loss or a factor is no number."""
@@ -58,7 +55,9 @@ class Round:
         self._guard = guard
         self._start = start
         self._tells = task.privacy is None or task.privacy.losses
-        self._held_out = batches(rows.held_out, task.batch_rows) if self._tells else []
+        # Private jobs take samples one by one, and have no memory for more.
+        at_once = 1 if task.privacy is not None and task.privacy.unit == "sample" else task.batch_rows
+        self._held_out = batches(rows.held_out, at_once) if self._tells else []
         self._to_train = task.steps if asked.train and rows.trained else 0
         self._done = 0
         self._loss = 0.0
@@ -130,5 +129,4 @@ class Round:
 
     def _loss_of(self, batch: Batch) -> torch.Tensor:
         ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
-        remember = ids.numel() <= CHECKPOINT_TOKENS
-        return self._stage.loss(self._stage.run(self._stage.embedded(ids), remember), targets)
+        return self._stage.loss(self._stage.run(self._stage.embedded(ids), self._task.remember), targets)

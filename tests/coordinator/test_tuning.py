@@ -387,6 +387,26 @@ def test_behind_a_restart_boards_that_took_part_are_given_a_moment(play: Any) ->
     play(scenario)
 
 
+def test_a_board_of_little_memory_computes_again_and_one_of_less_is_not_chosen(play: Any) -> None:
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            await made.with_trainers(a=update, b=update, c=update)
+            for trainer, memory in zip(made.trainers, (2**32, 500 * 2**20, 2**28), strict=True):
+                info = next(one.info for one in made.lab.coordinator.devices() if one.name == trainer.name)
+                trainer.say(topics.INFO, msgspec.structs.replace(info, memory_bytes=memory), trainer.name)
+            await until(
+                lambda: {one.info.memory_bytes for one in made.lab.coordinator.devices()} >= {2**28}, "memory is known"
+            )
+            all_three = msgspec.structs.replace(JOB, rounds=msgspec.structs.replace(JOB.rounds, at_least=3))
+            with pytest.raises(Refused, match=r"c: would take \d.* of its 256.* of memory; fewer rounds\.row_tokens"):
+                await made.tuning.begin(all_three, lambda _: None)
+            assert (await made.through())["state"] == "done"
+            assert set(made.rounds()[0]["devices"]) == {"a", "b"}
+            assert [trainer.held.remember for trainer in made.trainers[:2]] == [True, False]
+
+    play(scenario)
+
+
 def test_a_shared_medium_is_divided_and_boards_are_told_how_fast_to_send(play: Any) -> None:
     metas: list[RoundMeta] = []
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as some
 from models.lora.aggregate import (
     ANY_RANKS,
     Factors,
+    Middle,
     Rule,
     Update,
     aggregated,
@@ -19,6 +20,7 @@ from models.lora.aggregate import (
     product,
     sent,
     shortened,
+    shortened_to,
     taken,
     truncate,
 )
@@ -163,3 +165,43 @@ def test_no_updates_and_other_weights_are_refused() -> None:
 def test_nobody_with_samples_counts_alike() -> None:
     them = [update._replace(samples=0) for update in updates(1, [4, 4])]
     assert (aggregated("fedavg", them).a == ((them[0].factors.a + them[1].factors.a) / 2)).all()
+
+
+@given(
+    some.integers(0, 10_000), some.sampled_from(("median", "trimmed")), some.sampled_from(("fedavg", "ffa", "rolora"))
+)
+def test_a_few_that_send_anything_move_nothing_beyond_the_others(seed: int, middle: Middle, rule: Rule) -> None:
+    honest = updates(seed, [3] * 6)
+    wild = Factors(*(np.full_like(part, 1e30) for part in honest[0].factors))
+    them = [*honest, Update("a-liar", 10**9, wild)]
+    found = aggregated(rule, them, 0, middle)
+    mixed = aggregated(rule, random.Random(seed).sample(them, len(them)), 0, middle)
+    assert all((one == other).all() for one, other in zip(found, mixed, strict=True))
+    for part in sent(rule, 0):
+        all_of_part = np.stack([getattr(update.factors, part) for update in honest])
+        inside = getattr(found, part)
+        assert (inside >= all_of_part.min(axis=0)).all() and (inside <= all_of_part.max(axis=0)).all()
+
+
+def test_the_middle_of_two_and_of_one_is_their_mean() -> None:
+    for count in (1, 2):
+        them = [update._replace(samples=1) for update in updates(3, [2] * count)]
+        for middle in ("median", "trimmed"):
+            for one, other in zip(aggregated("fedavg", them, 0, middle), aggregated("fedavg", them), strict=True):
+                assert np.allclose(one, other, atol=1e-7)
+
+
+def test_the_trimmed_mean_leaves_out_as_many_at_each_end() -> None:
+    them = [
+        Update(f"d{number}", 1, Factors(np.full((1, 1), value, np.float32), np.full((1, 1), value, np.float32)))
+        for number, value in enumerate((-100.0, 1.0, 2.0, 6.0, 900.0))
+    ]
+    assert aggregated("fedavg", them, 0, "trimmed").a.item() == pytest.approx(3.0)
+    assert aggregated("fedavg", them, 0, "median").a.item() == pytest.approx(2.0)
+
+
+def test_a_change_that_is_too_long_keeps_its_direction() -> None:
+    changes = [np.array([3.0, 4.0], np.float32), np.array([0.0, 4.0], np.float32), np.array([600.0, 800.0], np.float32)]
+    found = shortened_to(2.0, changes)
+    assert (found[0] == changes[0]).all() and (found[1] == changes[1]).all()
+    assert found[2] == pytest.approx([6.0, 8.0]), "twice the median of 5, 4 and 1000"

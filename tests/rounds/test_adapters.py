@@ -116,3 +116,17 @@ def test_the_tensors_are_those_of_the_job(tmp_path) -> None:
     path.write_bytes(files_of(CONFIG, JobRecord(job=wanted, state="done"), factors, [])["adapter_model.safetensors"])
     back = from_peft(CONFIG, {name: np.array(values) for name, values in safetensors.read(path).items()})
     assert (flat(back, shapes(CONFIG, spec_of(wanted))) == factors).all()
+
+
+def test_who_has_changed_too_much_is_shortened_before_the_mean() -> None:
+    plain = job()
+    bounded = msgspec.structs.replace(plain, rounds=msgspec.structs.replace(plain.rounds, most_change=2.0))
+    start = start_of(plain)
+    step = np.ones(len(start), np.float32) / np.sqrt(len(start), dtype=np.float32)
+    sent = [(meta("a", 1), start + step), (meta("b", 1), start + step), (meta("c", 1), start + 100 * step)]
+    for wanted, length in ((plain, 34.0), (bounded, 4 / 3)):
+        found = aggregate(CONFIG, wanted, 0, start, sent)
+        assert np.linalg.norm((found - start).astype(float)) == pytest.approx(length, rel=1e-3)
+    robust = msgspec.structs.replace(plain, rounds=msgspec.structs.replace(plain.rounds, middle="median"))
+    found = aggregate(CONFIG, robust, 0, start, sent)
+    assert np.linalg.norm((found - start).astype(float)) == pytest.approx(1.0, rel=1e-3)

@@ -116,6 +116,8 @@ def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path
         ("[rounds]\ndelay_s = 2", "rounds.delay_s"),
         ("[rounds]\nairtime = 'equal'", "rounds.airtime"),
         ("[rounds]\nmedium = 'ether'", "rounds.medium"),
+        ("[rounds]\nmiddle = 'median'\naggregation = 'svd'", "rounds.middle"),
+        ("[rounds]\nmost_change = 0.5", "rounds.most_change"),
         ("[privacy]\nunit = 'device'", "privacy.epsilon"),
         ("[privacy]\nepsilon = 1\nnoise = 3", "privacy.noise"),
         ("[privacy]\nepsilon = 1\nunit = 'room'", "privacy.unit"),

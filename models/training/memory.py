@@ -1,0 +1,35 @@
+"""What a worker that trains takes at its peak, from the sizes of what it does. Pure.
+
+Fitted to processes that trained SmolLM2 with 4, 8 and 32 bit weights, one to a thousand tokens at a time, two to seven
+matrices per block and ranks of 8 and 64 (`python -m benchmarks.tuning --parts memory` measures six of them again).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from models.families.config import LlamaConfig
+from models.lora.adapter import AdapterSpec, length_of, shapes, sizes
+
+FLOAT: Final = 4
+
+TORCH_BYTES: Final = 390 << 20
+"""Interpreter, torch, its optimisers, and pieces of a matrix while they are expanded."""
+ADAPTER_COPIES: Final = 4.4
+"""Factors, gradients, two moments of Adam, and the vector that comes or goes."""
+LOGITS_COPIES: Final = 5
+"""Logits, their gradient, and what cross entropy makes of them."""
+WORKING_COPIES: Final = 4
+"""Of what one block keeps, while its gradients are made."""
+
+
+def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
+    """Of a step over so many tokens in all. `remember`: blocks keep what their gradients need, instead of computing it
+    again (activation checkpointing)."""
+    adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
+    block = FLOAT * (4 * config.hidden + 3 * config.ffn + adapted)
+    kept = config.blocks * (block if remember else FLOAT * config.hidden)
+    logits = LOGITS_COPIES * FLOAT * config.vocabulary
+    adapter = FLOAT * length_of(shapes(config, spec))
+    by_token = tokens * (kept + (WORKING_COPIES - int(remember)) * block + logits)
+    return TORCH_BYTES + packed_bytes + round(ADAPTER_COPIES * adapter) + by_token
