@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import aggregate, files_of, parts_of, spec_of
-from coordinator.rounds.airtime import Medium, Offer, Own, Shared, Split
+from coordinator.rounds.airtime import Offer
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
 from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
@@ -25,7 +24,8 @@ from coordinator.rounds.orders import (
     task_of,
     whole_graph,
 )
-from coordinator.rounds.schedule import TRADEOFF_PER_DELAY, Choice, Knobs, after, choose, divide, fastest
+from coordinator.rounds.schedule import after
+from coordinator.rounds.settling import knobs_of, settled
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, topic_name
 from coordinator.service import Coordinator
 from hwprofiles.link import bytes_per_s
@@ -34,13 +34,8 @@ from models.build.pack import Packed
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
-from wire.limits import CHUNK_BYTES_DEFAULT, PARTIAL_TIMEOUT_S
 from wire.messages import Applied, ArtifactRef, Privacy, StageReport, TrainingTask
 
-MEDIA: Final[Mapping[str, Medium]] = {"own": Own(), "shared": Shared()}
-LEAST_PACE: Final = 4 * CHUNK_BYTES_DEFAULT / PARTIAL_TIMEOUT_S
-"""Bytes/s: chunks of a message may not be farther apart than the receiver's patience."""
-MOST_PACE: Final = 1e12
 RETURN_S: Final = 5.0
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
@@ -291,66 +286,6 @@ class Running:
 def samples_of(rounds: Sequence[RoundRecord]) -> dict[str, int]:
     """Device -> how many it said last that it has."""
     return {device: told.samples for done in rounds for device, told in done.devices.items() if told.samples}
-
-
-def settled(record: JobRecord, able: Sequence[str], offers: Sequence[Offer], last: bool) -> dict[str, Any]:
-    """Who takes part in a round, how a shared medium is divided, and what the round should take: fields of the
-    record."""
-    job = record.job
-    rounds, medium = job.rounds, MEDIA[job.rounds.medium]
-    equally = rounds.airtime == "equal"
-    if last:
-        return {"chosen": tuple(sorted(able))}
-    if rounds.who == "scheduled":
-        choice = choose(offers, medium, knobs_of(job), record.queues, equally)
-        chosen, divided = at_least(choice, offers, medium, rounds.at_least, equally)
-    else:
-        chosen = fastest(offers, rounds.devices) if rounds.who == "fastest" else drawn(able, job, record.round)
-        divided = divide([offer for offer in offers if offer.device in chosen], medium, equally)
-    known = set(chosen) <= record.timing.keys()  # else nobody can say what it takes
-    found: dict[str, Any] = {"chosen": chosen, "expected_s": divided.tau_s if known else None}
-    if rounds.medium == "shared":
-        by_name = {offer.device: offer for offer in offers}
-        paces = {device: pace_of(by_name[device], share, rounds.timeout_s) for device, share in divided.shares.items()}
-        found |= {"shares": divided.shares, "paces": paces}
-    return found
-
-
-def pace_of(offer: Offer, share: float, timeout_s: float) -> float:
-    """Bytes/s that a board is told to send with: its share of what it can do alone, but never so slow that it would end
-    behind half of the round's patience because of somebody slower, or that parts of a message die of age."""
-    left_s = timeout_s / 2 - offer.offset_s
-    least = offer.sent_bytes / left_s if left_s > 0 else offer.rate
-    return min(MOST_PACE, max(share * offer.rate, min(least, offer.rate), LEAST_PACE))
-
-
-def at_least(
-    choice: Choice, offers: Sequence[Offer], medium: Medium, least: int, equally: bool
-) -> tuple[tuple[str, ...], Split]:
-    """The choice, or with those who are over first beside them if they are too few for a round that counts."""
-    if len(choice.devices) >= least:
-        return choice
-    others = [offer for offer in offers if offer.device not in choice.devices]
-    more = fastest(others, least - len(choice.devices))
-    chosen = tuple(sorted((*choice.devices, *more)))
-    return chosen, divide([offer for offer in offers if offer.device in chosen], medium, equally)
-
-
-def knobs_of(job: Job) -> Knobs:
-    rounds = job.rounds
-    delay_s = rounds.delay_s or 0.0
-    tradeoff = TRADEOFF_PER_DELAY * delay_s if rounds.tradeoff is None else rounds.tradeoff
-    return Knobs(delay_s=delay_s, tradeoff=tradeoff, penalty=rounds.penalty, least_share=rounds.least_share)
-
-
-def drawn(devices: Sequence[str], job: Job, number: int) -> tuple[str, ...]:
-    """Who takes part in a round, of those that are there: the same for the same."""
-    devices, rounds = sorted(devices), job.rounds
-    if rounds.who == "all" or rounds.devices >= len(devices):
-        return tuple(devices)
-    if rounds.who == "random":
-        return tuple(sorted(random.Random(f"{job.seed} {number}").sample(devices, rounds.devices)))
-    return tuple(devices[(number * rounds.devices + place) % len(devices)] for place in range(rounds.devices))
 
 
 def private_text(privacy: Privacy) -> str:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from coordinator.rounds.offers import UNKNOWN_BYTES_PER_S, Timing, Took, learnt, offer_of, weights_of
-from coordinator.rounds.running import LEAST_PACE, pace_of
+from coordinator.rounds.settling import LEAST_PACE, pace_of
 
 LINK = 1e6
 
