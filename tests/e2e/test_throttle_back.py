@@ -40,8 +40,8 @@ def test_a_hot_board_gets_less_to_do_and_its_share_again_when_it_has_cooled(mode
             until(lambda: bool(said(site, "device-as-measured")), 5 * DWELL_S, "it is well again")
             assert plan_of(site)["epoch"] == epoch
         assert not [pause for end in answers.ends for pause in end["pauses"]]
-        # The boards are alike: which of them have four blocks and which has three is no matter of speed, but of what each
-        # has loaded. Where another board is slow by now, it may have more than that.
+        # The boards are alike: which of them have four blocks and which has three is no matter of speed, but of what
+        # each has loaded. Where another board is slow by now, it may have more than that.
         least = min(equal.values())
         assert least >= 2
         until(lambda: blocks_of(site)[found.hot] >= least, 70.0, "when nobody uses it, it moves back")
