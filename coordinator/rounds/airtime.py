@@ -6,18 +6,15 @@ tau is possible if the shares that it wants add up to one at most, and they shri
 
     Own       every device has a link of its own
     Shared    one channel (Wi-Fi): a device's rate is its share of the rate that it has alone
-    Radio     shared bandwidth with a noise floor (Shannon): a device's rate is b log2(1 + p h / (b N0))
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import lambertw
 
 Doubles = npt.NDArray[np.float64]
 
@@ -32,7 +29,7 @@ class Offer(NamedTuple):
     offset_s: float
     sent_bytes: float
     rate: float
-    """Bytes/s alone on the medium; for Radio the received power p h, in W."""
+    """Bytes/s alone on the medium."""
     weight: float = 1.0
     """Its share of the data."""
 
@@ -59,28 +56,6 @@ class Shared:
         alone = np.array([offer.sent_bytes / offer.rate for offer in offers])[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             found: Doubles = np.where(left > 0, alone / left, np.inf)
-        return found
-
-
-class Radio:
-    """`bandwidth_hz` in all, noise of `density` W/Hz. The root of S / R(b) = tau - o is
-    b = -S ln2 / ((tau - o) (W(-G e^-G) + G)) with G = N0 S ln2 / ((tau - o) p h) and the lower branch of Lambert's W
-    (Corless et al., On the Lambert W function, 1996); there is none for G >= 1."""
-
-    def __init__(self, bandwidth_hz: float, density: float) -> None:
-        self.bandwidth_hz = bandwidth_hz
-        self.density = density
-
-    def due(self, offers: Sequence[Offer], taus: Doubles) -> Doubles:
-        left = taus[None, :] - np.array([offer.offset_s for offer in offers])[:, None]
-        bits = np.array([8 * offer.sent_bytes for offer in offers])[:, None] * math.log(2)
-        power = np.array([offer.rate for offer in offers])[:, None]
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            gamma = np.where(left > 0, self.density * bits / (left * power), np.inf)
-            possible = gamma < 1
-            inside = np.where(possible, gamma, 0.5)
-            root = lambertw(-inside * np.exp(-inside), -1).real
-            found: Doubles = np.where(possible, -bits / (left * (root + inside)) / self.bandwidth_hz, np.inf)
         return found
 
 

@@ -96,6 +96,25 @@ def test_the_base_install_is_enough_for_a_board(folder: str) -> None:
     assert strange == {}
 
 
+def names_of_extra(name: str) -> set[str]:
+    """Import names of an extra in pyproject.toml, as far as they follow from the names of its packages; with protobuf,
+    which onnx needs."""
+    inside = re.search(rf"^{name} = \[(.*?)^\]", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert inside is not None
+    return {"google", *(found.replace("-", "_") for found in re.findall(r'^    "([\w-]+)', inside[1], re.MULTILINE))}
+
+
+@pytest.mark.parametrize("folder", ["coordinator", "models", "testbed"])
+def test_the_coordinators_extra_is_enough_for_a_coordinator(folder: str) -> None:
+    may = BASE_MODULES | set(PACKAGES) | set(sys.stdlib_module_names) | names_of_extra("coordinator")
+    strange = {}
+    for path in sources(folder):
+        beyond = imports_at_import_time(path) - may - ALLOWED_ELSEWHERE.get(name_of(path), set())
+        if beyond:
+            strange[name_of(path)] = beyond
+    assert strange == {}
+
+
 def loaded_by(code: str, folder: Path = REPOSITORY) -> set[str]:
     """Which heavy packages a fresh interpreter has loaded, or tried to load: they need not be installed."""
     watch = """

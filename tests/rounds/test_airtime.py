@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.rounds.airtime import Offer, Own, Radio, Shared, ends_of, frontier, split, split_equally
-
-DENSITY = 10**-17.4 / 1000
-"""-174 dBm/Hz in W/Hz."""
+from coordinator.rounds.airtime import Offer, Own, Shared, ends_of, frontier, split, split_equally
+from tests.rounds.radio import DENSITY, Radio
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.rounds.airtime import Medium, Offer, Radio, Shared, split, split_equally
+from coordinator.rounds.airtime import Medium, Offer, Shared, split, split_equally
 from coordinator.rounds.schedule import Choice, Knobs, Queues, after, choose, fastest
-from tests.rounds.test_airtime import DENSITY, FOUR
+from tests.rounds.radio import DENSITY, Radio
+from tests.rounds.test_airtime import FOUR
 
 LONG_S = 1.2
 
