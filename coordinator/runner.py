@@ -52,6 +52,7 @@ from wire.errors import EdgelamError, Refused, Unreachable, UsageError
 from wire.ids import SITE_USER, checked_name, new_boot_id
 from wire.limits import CONTROL_KEEPALIVE_S
 from wire.mqtt import MqttTransport
+from wire.ports import kept_ports
 from wire.transport import Transport
 
 LOG = logging.getLogger("edgelam.up")
@@ -88,7 +89,7 @@ def listening(host: str, wanted: int, default: int, last: int = 0) -> socket.soc
     """A listening socket on `wanted` if given (taken: UsageError), else on the first that is free of `last`, if there
     is one, `default`, and any other."""
     reason = ""
-    for port in (wanted,) if wanted else (last or default, default, 0):
+    for port in (wanted,) if wanted else (last or default, default, *kept_ports()):
         door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -30,6 +30,7 @@ from wire.addresses import host_port_text, is_loopback
 from wire.child import Child
 from wire.errors import Refused, Unreachable, UsageError
 from wire.limits import MAX_DEVICES, MAX_PUBLISH_BYTES
+from wire.ports import kept_ports
 
 READY_TIMEOUT_S: Final = 15.0
 """A broker that doesn't listen by then has failed: mosquitto takes 0.1 s, Python on a loaded board some seconds."""
@@ -360,18 +361,22 @@ def _account(name: str) -> pwd.struct_passwd | None:
 
 
 def free_port(host: str, port: int) -> int:
-    """Give `port`, or a free one for 0; raise Unreachable if it can't be bound."""
+    """Give `port`, or a free one for 0 that can be kept; raise Unreachable if it can't be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise Unreachable(
-                f"the broker can't have {host}:{port} ({(error.strerror or str(error)).lower()})",
-                try_=f"see who has it: ss -ltnp 'sport = :{port}'; or give another port",
-            ) from None
-        return int(probe.getsockname()[1])
+    reason = ""
+    for tried in (port,) if port else kept_ports():
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, tried))
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                continue
+            return int(probe.getsockname()[1])
+    raise Unreachable(
+        f"the broker can't have {host}:{port} ({reason})",
+        try_=f"see who has it: ss -ltnp 'sport = :{port}'; or give another port",
+    )
 
 
 def _listens(url: str) -> bool:

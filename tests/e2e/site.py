@@ -87,8 +87,15 @@ class Site:
         """Wait until the coordinator sees the devices so; fail with what it sees."""
         deadline_s = time.monotonic() + timeout_s
         while (seen := self.states()) != expected:
-            assert time.monotonic() < deadline_s, f"expected {expected}, seen {seen}"
+            assert time.monotonic() < deadline_s, f"expected {expected}, seen {seen}\n{self.log_ends()}"
             time.sleep(0.1)
+
+    def log_ends(self) -> str:
+        """What coordinator and boards said last."""
+        told = [f"coordinator at {self.address}", self.coordinator.log_end(15)]
+        for log in sorted((self.folder / "testbed").glob("logs/*")):
+            told += [str(log), *log.read_text(errors="replace").splitlines()[-8:]]
+        return "\n".join(told)
 
     def restart_coordinator(self) -> None:
         self.address = self.coordinator.start()
