@@ -25,6 +25,7 @@ from testbed.boards import BoardSpec
 from testbed.links import LinkSpec
 from testbed.site import CoordinatorProcess
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
+from wire.broker import free_port
 
 
 def edgelam(state: Path, *arguments: str, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
@@ -113,6 +114,12 @@ class Site:
             time.sleep(0.05)
 
 
+def own_ports() -> tuple[str, ...]:
+    """Arguments for ports that a coordinator which is killed finds again: the usual ones are taken by whichever of the
+    other tests' coordinators starts meanwhile."""
+    return "--mqtt-port", str(free_port("127.0.0.1", 0)), "--http-port", str(free_port("127.0.0.1", 0))
+
+
 def board_names(count: int) -> list[str]:
     return [f"board{number}" for number in range(1, count + 1)]
 
@@ -129,7 +136,7 @@ def running_site(
     """A coordinator and equal boards, without shaped links unless one is given, all found over mDNS on loopback. Boards
     in `without_broker` have none of their own."""
     name = f"t{os.getpid()}-{os.urandom(3).hex()}"
-    coordinator = CoordinatorProcess(folder, name, arguments)
+    coordinator = CoordinatorProcess(folder, name, (*own_ports(), *arguments))
     address = coordinator.start()
     site = Site(folder, coordinator, address)
     try:

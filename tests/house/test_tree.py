@@ -106,7 +106,7 @@ def names_of_extra(name: str) -> set[str]:
 
 @pytest.mark.parametrize("folder", ["coordinator", "models", "testbed"])
 def test_the_coordinators_extra_is_enough_for_a_coordinator(folder: str) -> None:
-    may = BASE_MODULES | set(PACKAGES) | set(sys.stdlib_module_names) | names_of_extra("coordinator")
+    may = BASE_MODULES | set(PACKAGES) | set(sys.stdlib_module_names) | names_of_extra("coordinator") | {"tomllib"}
     strange = {}
     for path in sources(folder):
         beyond = imports_at_import_time(path) - may - ALLOWED_ELSEWHERE.get(name_of(path), set())
