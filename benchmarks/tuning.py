@@ -12,6 +12,8 @@ what was planned for them, and what an outbox at a pace takes beside bytes / pac
 
 Memory: what a process that trains SmolLM2 takes at its peak beside what was foretold, for six ways of doing it.
 
+Served: what adapters in a deployment cost a decode step (benchmarks/parts/served).
+
 Perplexity: SmolLM2 with frozen 4 bit weights on boards that each have a part of a real text (benchmarks/texts); that on
 what all of them hold out, before and after.
 """
@@ -34,7 +36,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower
+from benchmarks.parts import flower, served
 from benchmarks.parts.sites import MODEL, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
 from coordinator.client import Client
@@ -54,7 +56,7 @@ from wire.transport import Link
 
 COUNTS = (2, 4, 8)
 ROUNDS = 8
-PARTS = ("overhead", "flower", "perplexity", "schedule", "memory")
+PARTS = ("overhead", "flower", "perplexity", "schedule", "memory", "served")
 PEAKS = (
     "int4 1 64 8 q,v keep",
     "int4 4 128 8 q,v keep",
@@ -271,6 +273,8 @@ def main() -> int:
         figures += [paced(), *planned(given.boards[0] if len(given.boards) == 1 else 4, given.link, given.rounds)]
     if "memory" in given.parts:
         figures += peaks()
+    if "served" in given.parts:
+        figures += served.measure(given.precision)
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

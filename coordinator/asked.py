@@ -15,6 +15,7 @@ from coordinator.planning.topology import TOPOLOGIES
 from coordinator.shelf import Prepared, canonical, is_item_model
 from models.build.pack import Packed
 from models.codecs import load_report
+from models.engine.names import PROCESSOR
 from wire.errors import Refused, UsageError
 
 PRECISIONS = ("int4", "int8", "f32")
@@ -39,6 +40,8 @@ def checked(request: DeployRequest) -> DeployRequest:
     check_reserve(request.reserve_percent)
     check_engine(request.engine)
     topology_of(request)
+    if request.adapters and request.engine not in ("auto", PROCESSOR):
+        raise Refused(f"adapters run on {PROCESSOR} alone, not on {request.engine}", try_="leave the engine out")
     if not 0 <= request.error_budget_percent <= MOST_ERROR_PERCENT:
         raise UsageError(
             f"an error budget of {request.error_budget_percent:g} % is not possible",
@@ -66,6 +69,8 @@ def _once(pairs: Iterable[tuple[str, T]], what: str) -> dict[str, T]:
 
 def _of_items(request: DeployRequest) -> DeployRequest:
     """Item models run at the precision of their file, on onnxruntime, and have no tokens and no perplexity."""
+    if request.adapters:
+        raise Refused(f"{request.model} is no language model: it takes no adapter", try_="leave the adapter out")
     if request.objective == "ttft" or request.tokens_per_s is not None:
         raise Refused(
             f"{request.model} is no language model: it gives no tokens, and runs on onnxruntime",

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from coordinator.distrust import Distrust
 from coordinator.planning.plan import Plan
 from wire.errors import CorruptData, UsageError
+from wire.limits import ADAPTER_ID, MAX_ADAPTERS
 from wire.messages import StageOrder
 
 SCHEMA = """
@@ -59,6 +61,8 @@ class DeployRequest(Struct, frozen=True, kw_only=True):
     """Of each board's usable memory, that stays free."""
     engine: str = "auto"
     """What all stages shall run on; auto: each board on what it is fastest with."""
+    adapters: Annotated[tuple[Annotated[str, Meta(pattern=ADAPTER_ID)], ...], Meta(max_length=MAX_ADAPTERS)] = ()
+    """By the ids of their copies (models.lora.serving): a request has one of them, or none."""
 
 
 class DeploymentRecord(Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from coordinator.adapters import alike, answers, joined
 from coordinator.asked import checked
 from coordinator.deployments import deployment_name, loading_text, make_orders, needs_standard, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
@@ -29,7 +30,7 @@ from coordinator.turns import Hold, Holds, Key, Lines
 from models.build.stage import build_stage_graph
 from models.build.standard import build_standard_graph
 from models.items.pack import PackedItems
-from wire.errors import Busy, Degraded, Refused, Unreachable, UsageError
+from wire.errors import Busy, Degraded, EdgelamError, Refused, Unreachable, UsageError
 from wire.messages import ArtifactRef
 
 READY_TIMEOUT_S = 600.0
@@ -54,7 +55,7 @@ class Operations:
         self.preparing = Preparing(coordinator, shelf, self._is_used)
         self.replicas = Replicas(
             coordinator,
-            lambda request: shelf.prepare(canonical(request.model), request.precision, _silent),
+            lambda request: shelf.prepare(canonical(request.model), request.precision, _silent, request.adapters),
             self.preparing.candidates,
             lambda: self._turn(_silent),
             self.preparing.ways.round_trips,
@@ -71,11 +72,13 @@ class Operations:
         Interrupted when what was chosen is gone before it was ready.
         """
         request = checked(request)
-        prepared = await self.preparing.prepare(request.model, request.precision, progress)
+        prepared = await self.preparing.prepare(request.model, request.precision, progress, request.adapters)
         await self.preparing.await_broker()
         await self._await_return(request, progress)
         async with self._line(request, progress):
-            record = self._in_force_for(request) or await self._deploy(request, progress, in_haste)
+            record = self._in_force_for(request)
+            if record is None:
+                record = await self._deploy(await self._joined(request, progress), progress, in_haste)
             hold.take(self._holds, _key(record))
         await self._await_ready(record, progress)
         return record, prepared
@@ -86,7 +89,7 @@ class Operations:
         coordinator = self._coordinator
 
         def away() -> list[str]:
-            records = (record for record in coordinator.records() if record.request == request)
+            records = (record for record in coordinator.records() if answers(record.request, request))
             record = next((record for record in records if not coordinator.given_up(record)), None)
             stages = record.plan.stages if record is not None else ()
             presence = {device.name: device.presence for device in coordinator.devices()}
@@ -111,8 +114,22 @@ class Operations:
 
     def _in_force_for(self, request: DeployRequest) -> DeploymentRecord | None:
         """The usable deployment in force for this request."""
-        records = (record for record in self._coordinator.records() if record.request == request)
+        records = (record for record in self._coordinator.records() if answers(record.request, request))
         return next((record for record in records if self.usable(record)), None)
+
+    async def _joined(self, request: DeployRequest, progress: Progress) -> DeployRequest:
+        """With the adapters of what is in force for the same, so that they go on sharing one base; without, if they
+        can't be had any more, or are too many together."""
+        for record in self._coordinator.records():
+            if alike(record.request, request) and record.request.adapters:
+                together = joined(record.request.adapters, request.adapters)
+                try:
+                    await self.preparing.prepare(request.model, request.precision, progress, together)
+                except EdgelamError as error:
+                    progress(f"not beside the adapters that are deployed: {error.message}")
+                else:
+                    return msgspec.structs.replace(request, adapters=together)
+        return request
 
     def usable(self, record: DeploymentRecord) -> bool:
         """Whether a deployment is in force, all its devices are there, with their brokers where the plan says, and none
@@ -131,7 +148,7 @@ class Operations:
         hold = Hold()
         try:
             async with self._line(request, progress):
-                record = await self._deploy(request, progress)
+                record = await self._deploy(await self._joined(request, progress), progress)
                 hold.take(self._holds, _key(record))
             await self._await_ready(record, progress)
         finally:
@@ -324,6 +341,7 @@ def _stage_graph(
     packed = prepared.packed
     if isinstance(packed, PackedItems):
         return packed.parts.stage_graph(stage.embedding, stage.first_block, stage.end_block, stage.head)
+    adapters = {} if packed.adapters is None else {"adapters": packed.adapters}
     return build(
         packed.config,
         plan.precision,
@@ -332,4 +350,5 @@ def _stage_graph(
         end_block=stage.end_block,
         embedding=stage.embedding,
         head=stage.head,
+        **adapters,
     )

@@ -34,6 +34,7 @@ from coordinator.ways import Ways
 from hwprofiles.samples import Codings
 from models.build.pack import Packed
 from models.codecs import load_report
+from models.engine.names import PROCESSOR
 from wire import topics
 from wire.errors import Unreachable, UsageError
 from wire.messages import InboxAddress, Kit, KitModule
@@ -72,10 +73,10 @@ class Preparing:
         self.ways = Ways(coordinator.calls, coordinator.is_online)
         self.pairs = Pairs(coordinator.calls, coordinator.is_online, is_used)
 
-    async def prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
-        """Pack a model and ask all devices to measure its modules (those that have not)."""
+    async def prepare(self, model: str, precision: str, progress: Progress, adapters: tuple[str, ...] = ()) -> Prepared:
+        """Pack a model, with adapters beside it, and ask all devices to measure its modules (those that have not)."""
         check_precision(precision)
-        prepared = await self._shelf.prepare(canonical(model), precision, progress)
+        prepared = await self._shelf.prepare(canonical(model), precision, progress, adapters)
         await self._offer_kit(prepared)
         return prepared
 
@@ -149,7 +150,7 @@ class Preparing:
         """Plan a model on the devices that are online and measured; waits for boards that join and for measurements
         that are under way, and has ways measured that were not; in haste it does with what is known."""
         request = checked(request)
-        prepared = await self.prepare(request.model, request.precision, progress)
+        prepared = await self.prepare(request.model, request.precision, progress, request.adapters)
         name = deployment_name(request.model)
         check(prepared.packed.graph, plan_request(request, name))
         if not in_haste:
@@ -186,7 +187,7 @@ class Preparing:
     async def boards(self, request: DeployRequest, progress: Progress) -> list[Candidate]:
         """The boards that a plan of this model would be made with, measured as for one."""
         request = checked(request)
-        prepared = await self.prepare(request.model, request.precision, progress)
+        prepared = await self.prepare(request.model, request.precision, progress, request.adapters)
         await self._await_boards(request, prepared, progress)
         return self.candidates(request)
 
@@ -321,7 +322,7 @@ def plan_request(request: DeployRequest, name: str) -> PlanRequest:
         tokens_per_s=request.tokens_per_s,
         weights=dict(request.weights),
         reserve_percent=request.reserve_percent,
-        engine=request.engine,
+        engine=PROCESSOR if request.adapters else request.engine,
         prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
         smaller_chunks=SMALLER_CHUNKS,
     )

@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from coordinator.adapters import answers
 from coordinator.deployments import readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.notices import notice
@@ -61,7 +62,7 @@ class Replicas:
         """Put copies in the places of what was lost of a deployment; None if that does not do. The caller has the turn
         to change deployments."""
         coordinator = self._coordinator
-        record = next((record for record in coordinator.records() if record.request == request), None)
+        record = next((record for record in coordinator.records() if answers(record.request, request)), None)
         if record is None or not record.plan.standbys:
             return None
         plan, applied, online = record.plan, coordinator.applied(), coordinator.is_online

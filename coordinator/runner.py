@@ -17,6 +17,7 @@ from typing import IO, Any
 import uvicorn
 from msgspec import Struct
 
+from coordinator.adapters import AdapterShelf
 from coordinator.api import make_app
 from coordinator.asked import check_precision
 from coordinator.config import (
@@ -210,9 +211,10 @@ class Runner:
         )
         self.shelf = Shelf(cache_dir())
         operations = Operations(self.coordinator, self.shelf)
-        serving = Serving(self.coordinator, operations)
+        jobs = options.state / "jobs"
+        serving = Serving(self.coordinator, operations, AdapterShelf(jobs, cache_dir()))
         items = ItemServing(self.coordinator, operations)
-        self.tuning = Tuning(self.coordinator, operations, JobStore(options.state / "jobs", self.coordinator.journal))
+        self.tuning = Tuning(self.coordinator, operations, JobStore(jobs, self.coordinator.journal))
         self.coordinator.open()
         await self._await_broker(transport, url)
         self.tuning.restore()

@@ -17,10 +17,14 @@ from models.catalog import find, resolve
 from models.formats.checkpoint import Checkpoint, open_checkpoint
 from models.items.pack import PackedItems, is_item_file, kit_of_items, pack_items
 from models.items.words import WordTokenizer
+from models.lora.serving import with_adapters
 from models.text import Tokenizer
 from wire.errors import EdgelamError, Refused, Unreachable
 
 Progress = Callable[[str], None]
+
+MOST_WITH_ADAPTERS = 4
+"""Sets of adapters beside one model that are kept ready; others are found in the cache."""
 
 END_WAIT_S = 1.0
 """For the file that is being packed: a block takes less, and what takes more is left to die with the process."""
@@ -47,6 +51,10 @@ def is_item_model(model: str) -> bool:
         return "\0" not in model and path.exists() and is_item_file(path)
     except OSError:  # too long for a path
         return False
+
+
+_Key = tuple[str, str, tuple[str, ...]]
+"""Model, precision, adapters."""
 
 
 class ItemSource(NamedTuple):
@@ -80,28 +88,29 @@ class Prepared:
 
 
 class Shelf:
-    """Prepared models by (name, precision). Two requests for the same one share the work."""
+    """Prepared models by name, precision and adapters. Two requests for the same one share the work."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
-        self._ready: dict[tuple[str, str], Prepared] = {}
-        self._under_way: dict[tuple[str, str], asyncio.Future[Prepared]] = {}
+        self._ready: dict[_Key, Prepared] = {}
+        self._under_way: dict[_Key, asyncio.Future[Prepared]] = {}
         self._ending = threading.Event()
 
     def prepared(self) -> list[Prepared]:
         return list(self._ready.values())
 
-    async def prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
-        """Give the model, packing it first if need be; raise what catalog, formats and packer raise.
+    async def prepare(self, model: str, precision: str, progress: Progress, adapters: tuple[str, ...] = ()) -> Prepared:
+        """Give the model, packing it first if need be, with adapters beside it; raise what catalog, formats, packer and
+        models.lora.serving raise.
 
         A caller that gives up does not stop the packing: the next one finds it under way, or done.
         """
-        key = (model, precision)
+        key = (model, precision, adapters)
         if key in self._ready:
             return self._ready[key]
         work = self._under_way.get(key)
         if work is None:
-            work = in_background(lambda: self._prepare(model, precision, progress), f"pack {model}")
+            work = in_background(lambda: self._prepare(model, precision, progress, adapters), f"pack {model}")
             self._under_way[key] = work
             work.add_done_callback(lambda done: self._keep(key, done))
         return await asyncio.shield(work)
@@ -117,12 +126,15 @@ class Shelf:
         if self._ending.is_set():
             raise Unreachable("the coordinator is ending", try_="edgelam up, then run again")
 
-    def _keep(self, key: tuple[str, str], done: asyncio.Future[Prepared]) -> None:
+    def _keep(self, key: _Key, done: asyncio.Future[Prepared]) -> None:
         del self._under_way[key]
         if not done.cancelled() and done.exception() is None:
             self._ready[key] = done.result()
+            with_others = [kept for kept in self._ready if kept[:2] == key[:2] and kept[2]]
+            for kept in with_others[:-MOST_WITH_ADAPTERS]:
+                del self._ready[kept]
 
-    def _prepare(self, model: str, precision: str, progress: Progress) -> Prepared:
+    def _prepare(self, model: str, precision: str, progress: Progress, adapters: tuple[str, ...]) -> Prepared:
         path = resolve(model, self.cache)
         progress(f"reading {path.name}")
         if is_item_model(model):
@@ -131,6 +143,8 @@ class Shelf:
             checkpoint = open_checkpoint(path, self.cache)
             progress(f"packing {model} at {precision}")
             packed = pack(checkpoint, precision, wire_dtype_of(precision), self.cache, self._go_on)
+            if adapters:
+                packed = with_adapters(packed, adapters, self.cache, self._go_on, checkpoint.digest)
             named = msgspec.structs.replace(packed.graph, model=model)
         except OSError as error:
             raise _unpackable(model, error, self.cache) from None

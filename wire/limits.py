@@ -59,6 +59,11 @@ MAX_CONTROL_BYTES: Final = 262_144
 MAX_ADAPTER_RANK: Final = 256
 """Of factors that a job trains: beyond it the whole matrix is as cheap."""
 
+MAX_ADAPTERS: Final = 8
+"""That one deployment serves: each costs every step a little."""
+
+ADAPTER_ID: Final = r"^[0-9a-f]{32}$"
+
 LEAST_CONTEXT_TOKENS: Final = 2
 """One token of a prompt and one of an answer."""
 

@@ -53,7 +53,7 @@ class Held:
             self.fail(meta.reply.topic, parcel.request, code, text)
             return None
         try:
-            slot = self._engine.open()
+            slot = self._engine.open(meta.adapter)
         except NoSlot:
             text = f"all {self.order.slots} slots of stage {self.order.stage} are taken"
             self.fail(meta.reply.topic, parcel.request, "busy", text)

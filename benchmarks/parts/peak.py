@@ -15,15 +15,11 @@ import numpy as np
 import torch
 
 from agent.workers import training as worker
-from benchmarks.parts.sites import MODEL
-from models.build.pack import Packed, pack
+from benchmarks.parts.sites import packed_model
 from models.build.stage import build_stage_graph
-from models.cache import cache_dir
-from models.catalog import resolve
 from models.engine.base import StageSpec
 from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
-from models.formats.checkpoint import open_checkpoint
 from models.lora.adapter import AdapterSpec, flat, initial, shapes
 from models.training.llama import TrainedStage
 from models.training.memory import peak_bytes
@@ -32,11 +28,6 @@ from models.training.samples import Row, Split
 from wire.messages import ArtifactRef, InboxAddress, RoundMeta, TrainingTask
 
 STEPS = 3
-
-
-def packed_model(precision: str) -> Packed:
-    checkpoint = open_checkpoint(resolve(MODEL, cache_dir()), cache_dir())
-    return pack(checkpoint, precision, "f32" if precision == "f32" else "f16", cache_dir())
 
 
 def main(precision: str, rows: str, tokens: str, rank: str, matrices: str, keep: str) -> None:

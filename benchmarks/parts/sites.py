@@ -12,6 +12,11 @@ from typing import Any, NamedTuple
 
 from coordinator.client import Client
 from coordinator.inference.requests import GenerateRequest
+from coordinator.shelf import wire_dtype_of
+from models.build.pack import Packed, pack
+from models.cache import cache_dir
+from models.catalog import resolve
+from models.formats.checkpoint import open_checkpoint
 from testbed import commands
 from testbed.boards import BoardSpec
 from testbed.site import CoordinatorProcess, until
@@ -24,6 +29,12 @@ the same time. Where they do they slow each other, since two processors of a mac
 chunks of a prompt took 1.45 times as long on four boards of 0.4 as on one). Boards of their own don't."""
 PROMPT = "Write three sentences about the sea and the people who live by it."
 CONTEXT_TOKENS = 512
+
+
+def packed_model(precision: str) -> Packed:
+    """The model as the coordinator packs it."""
+    checkpoint = open_checkpoint(resolve(MODEL, cache_dir()), cache_dir())
+    return pack(checkpoint, precision, wire_dtype_of(precision), cache_dir())
 
 
 class Site(NamedTuple):

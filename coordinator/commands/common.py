@@ -93,6 +93,12 @@ def model_name(text: str) -> str:
     return str(path.resolve()) if path.exists() else text
 
 
+def adapter_name(text: str) -> str:
+    """An adapter as the coordinator should hear it: a folder here, or a job by its name."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text and path.is_dir() and (path / "adapter_config.json").is_file() else text
+
+
 def client(url: str | None, key_file: Path | None = None) -> Client:
     return Client(url, read_site_key(key_file))
 

@@ -20,6 +20,7 @@ from coordinator.commands.common import (
     Slots,
     Through,
     WhatFor,
+    adapter_name,
     aside,
     client,
     model_name,
@@ -59,6 +60,9 @@ def run(
     pin: Pins = None,
     reserve: Reserve = 10.0,
     engine: Engine = "auto",
+    adapter: Annotated[
+        str, typer.Option(help="A LoRA adapter: a job of edgelam tune, or a folder in PEFT's layout.")
+    ] = "",
     timeout: Annotated[
         float, typer.Option(help="Seconds without a token after which to give up; the first may take longer, by plan.")
     ] = 30.0,
@@ -111,6 +115,7 @@ def run(
         pins=pins_of(pin),
         reserve_percent=reserve,
         engine=engine,
+        adapter=adapter_name(adapter),
         error_budget_percent=error_budget,
         stall_timeout_s=timeout,
         recoveries_at_most=recoveries,

@@ -44,7 +44,7 @@ class Guesses(Struct, frozen=True):
 class GenerateRequest(Struct, frozen=True, kw_only=True):
     """Body of POST /v1/generate. Either `prompt` or `messages`; `raw` sends the prompt without the chat template.
 
-    It has all fields of a DeployRequest: they choose the deployment that answers.
+    It has all fields of a DeployRequest but the adapters: they choose the deployment that answers.
     """
 
     model: str
@@ -80,6 +80,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     """Of each board's usable memory, that stays free."""
     engine: str = "auto"
     """What all stages shall run on; auto: each board on what it is fastest with."""
+    adapter: str = ""
+    """A job (its adapter as it is now), a folder in PEFT's layout on the coordinator's machine, or the id that `start`
+    said; '' is none."""
     stall_timeout_s: float = 30.0
     """Between two tokens. The first one may take longer, by the plan (coordinator.inference.patience)."""
     recoveries_at_most: int = 8
@@ -323,4 +326,5 @@ def request_meta(
         padded=guesses.padded,
         stop_ids=stop_ids,
         idle_timeout_s=max(60.0, request.stall_timeout_s, first_timeout_s),
+        adapter=request.adapter,
     )

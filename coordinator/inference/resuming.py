@@ -50,6 +50,8 @@ class _Heard:
         self._started = False
         self._given: list[int] = list(request.given)
         self._guesses: Guesses | None = request.guesses
+        self._adapter = request.adapter
+        """Its id, once it is known: a job may have another adapter meanwhile."""
         self._pauses: list[Pause] = []
         self._sign_s = time.monotonic()
         self._until_s = 0.0
@@ -66,6 +68,7 @@ class _Heard:
         if kind == "start":
             if event.get("guesses") is not None:
                 self._guesses = msgspec.convert(event["guesses"], Guesses)
+            self._adapter = event.get("adapter", "")
             self._place = {"epoch": event.get("epoch", 0), "boards": event.get("boards", [])}
             started, self._started = self._started, True
             if started:
@@ -103,7 +106,9 @@ class _Heard:
         self._until_s = now_s + self._asked.recovery_timeout_s
         pause = Pause(reason="the coordinator went away", given=len(self._given), detection_s=now_s - self._sign_s)
         self._pauses.append(pause)
-        self.request = msgspec.structs.replace(self._asked, given=tuple(self._given), guesses=self._guesses)
+        self.request = msgspec.structs.replace(
+            self._asked, given=tuple(self._given), guesses=self._guesses, adapter=self._adapter
+        )
         return {"event": "pause", "reason": pause.reason, "given": pause.given}
 
     def _resumed(self, now_s: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 `generate` yields events, each a plain dict that goes to the client as one JSON line:
     {"event": "status", "text"}            while models are packed, weights travel, stages load
-    {"event": "start", "deployment", "epoch", "boards", "prompt_tokens", "guesses"}
+    {"event": "start", "deployment", "epoch", "boards", "prompt_tokens", "guesses", "adapter"}
     {"event": "token", "id", "text"}       text that is safe to show; '' while a character is incomplete
     {"event": "pause", "reason", "given"}  a board, a stage or the broker was lost after so many tokens
     {"event": "resume", "pause_s", "epoch", "boards", "reason"}    the next token is there
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from coordinator.adapters import AdapterShelf
 from coordinator.asked import checked
 from coordinator.inference.answer import Answer
 from coordinator.inference.patience import Pace, first_token_timeout_s
@@ -74,9 +75,10 @@ class _Place(NamedTuple):
 class Serving:
     """All live requests of one coordinator."""
 
-    def __init__(self, coordinator: Coordinator, operations: Operations) -> None:
+    def __init__(self, coordinator: Coordinator, operations: Operations, adapters: AdapterShelf) -> None:
         self._coordinator = coordinator
         self._operations = operations
+        self._adapters = adapters
         self._live: dict[int, Generation] = {}
         self._turns: dict[str, tuple[int, asyncio.Semaphore]] = {}
         """Deployment -> epoch, and one turn per slot of it."""
@@ -126,6 +128,8 @@ class Serving:
         request.sampling()
         if bool(request.prompt) == bool(request.messages):
             raise UsageError("give either a prompt or messages", try_="edgelam run MODEL --prompt TEXT")
+        if request.adapter:
+            request = msgspec.structs.replace(request, adapter=await self._adapters.find(request.adapter))
         hold, seat = Hold(), Seat()
         try:
             prompts: list[list[int]] = []
@@ -147,7 +151,7 @@ class Serving:
             seat.leave()
             hold.close()
         record = placed[-1].record
-        yield answer.summary(record, await self._measured(record, answer))
+        yield {**answer.summary(record, await self._measured(record, answer)), "adapter": request.adapter}
 
     async def _admit(
         self, request: GenerateRequest, prompts: list[list[int]], placed: list[_Place], seat: Seat, hold: Hold
@@ -248,7 +252,8 @@ class Serving:
     async def _prompt(self, request: GenerateRequest, say: Callable[[str], None]) -> list[int]:
         """Tokenize the prompt, off the event loop; raise UsageError if it can't be served."""
         checked(deploy_request(request))
-        prepared = await self._operations.preparing.prepare(request.model, request.precision, say)
+        wanted = deploy_request(request)
+        prepared = await self._operations.preparing.prepare(request.model, request.precision, say, wanted.adapters)
         return await asyncio.to_thread(prompt_tokens, request, prepared)
 
     def _turn(self, record: DeploymentRecord) -> asyncio.Semaphore:
@@ -327,6 +332,7 @@ class Serving:
                     "boards": _boards(record.plan),
                     "prompt_tokens": len(answer.prompt_ids),
                     "guesses": msgspec.to_builtins(answer.guesses),
+                    "adapter": request.adapter,
                 }
             while not answer.complete:
                 token = await watch.next_token()
@@ -375,7 +381,9 @@ def _boards(plan: Plan) -> list[str]:
 
 
 def deploy_request(request: GenerateRequest) -> DeployRequest:
-    return DeployRequest(**{name: getattr(request, name) for name in DeployRequest.__struct_fields__})
+    fields = (name for name in DeployRequest.__struct_fields__ if name != "adapters")
+    adapters = (request.adapter,) if request.adapter else ()
+    return DeployRequest(**{name: getattr(request, name) for name in fields}, adapters=adapters)
 
 
 def prompt_tokens(request: GenerateRequest, prepared: Prepared) -> list[int]:

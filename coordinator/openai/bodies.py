@@ -69,7 +69,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     reserve_percent: float | None = None
     engine: str | None = None
     speculate: str | None = None
-    """Of this request alone: see coordinator.inference.requests."""
+    adapter: str | None = None
+    """These two are of this request alone: see coordinator.inference.requests."""
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True):

@@ -178,7 +178,7 @@ def ask_of(body: ChatBody | TextBody, records: Iterable[DeploymentRecord]) -> As
     wanted = settings(body.model, body.edgelam or Settings(), records)
     chat = isinstance(body, ChatBody)
     request = GenerateRequest(
-        **{name: getattr(wanted, name) for name in DeployRequest.__struct_fields__},
+        **{name: getattr(wanted, name) for name in DeployRequest.__struct_fields__ if name != "adapters"},
         prompt=body.text() if isinstance(body, TextBody) else "",
         messages=tuple(message.plain() for message in body.messages) if isinstance(body, ChatBody) else (),
         raw=not chat,
@@ -187,6 +187,7 @@ def ask_of(body: ChatBody | TextBody, records: Iterable[DeploymentRecord]) -> As
         top_k=body.top_k or 0,
         seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
         speculate=(body.edgelam and body.edgelam.speculate) or "auto",
+        adapter=(body.edgelam and body.edgelam.adapter) or "",
     )
     return Ask(
         request=request,

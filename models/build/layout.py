@@ -18,7 +18,7 @@ import msgspec
 
 from models.build.quantise import BLOCK, blocks_in
 from models.engine.manifest import Precision, WeightInfo, WireDtype
-from models.families.config import LlamaConfig
+from models.families.config import LlamaConfig, matrix_size
 from wire.errors import UsageError
 
 MATRICES: Final = ("qkv", "o", "gate", "up", "down")
@@ -48,20 +48,6 @@ def table_precision(precision: Precision) -> Precision:
 def head_matrix(config: LlamaConfig) -> str:
     """Give the name of the head's matrix: the embedding, where they are tied."""
     return "embedding" if config.tied_embeddings else "head"
-
-
-def matrix_size(config: LlamaConfig, matrix: str) -> tuple[int, int]:
-    """Give (out, in) of one of MATRICES, 'embedding' or 'head'."""
-    sizes = {
-        "qkv": (config.q_width + 2 * config.kv_width, config.hidden),
-        "o": (config.hidden, config.q_width),
-        "gate": (config.ffn, config.hidden),
-        "up": (config.ffn, config.hidden),
-        "down": (config.hidden, config.ffn),
-        "embedding": (config.vocabulary, config.hidden),
-        "head": (config.vocabulary, config.hidden),
-    }
-    return sizes[matrix]
 
 
 def matrix_weights(name: str, out: int, columns: int, precision: Precision) -> tuple[WeightInfo, ...]:

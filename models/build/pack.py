@@ -24,7 +24,7 @@ from models.build.layout import (
     table_weights,
 )
 from models.build.quantise import quantise_4bit, quantise_8bit
-from models.engine.manifest import Precision, WeightInfo
+from models.engine.manifest import Adapters, Precision, WeightInfo
 from models.families.config import LlamaConfig
 from models.families.llama import build_graph, module_names
 from models.formats import safetensors
@@ -49,6 +49,7 @@ class Packed(Struct, frozen=True, kw_only=True):
     graph: Graph
     files: dict[str, Path]
     config: LlamaConfig
+    adapters: Adapters | None = None
 
 
 def pack(

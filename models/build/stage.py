@@ -9,6 +9,8 @@ for GroupQueryAttention appends several rows of one request, or one row of sever
     rope.cos     float32 [context, head_dim / 2]     rope.sin alike: the engine computes them once
     kv.{i}.key   float32 [b, kv_heads, context, head_dim], and kv.{i}.value; the same buffers are the outputs
     hidden.out   wire dtype [b, n, hidden]           what goes to the next stage; with a head: of the last block
+    adapters     float32 [b, 1, width]               stages with adapters: 1 for each rank that a request's rows take
+                                                     part with, 0 for the others
     logits_from  int64 [1]                           stages with the head: -m for logits of the last m rows
     logits       float32 [b * m, vocabulary]         stages with the head; m is 1 where b is more
 Stages without blocks have none of last_row, rows, rope and kv. Weights are declared as external data: the engine
@@ -35,14 +37,13 @@ from models.build.layout import (
     checked_precision,
     checked_wire_dtype,
     head_matrix,
-    matrix_size,
     matrix_weights,
     table_precision,
     table_weights,
 )
 from models.build.quantise import BLOCK, ZERO_POINT_8BIT, blocks_in
-from models.engine.manifest import KEY, WEIGHTS_LOCATION, Precision, StageManifest, WeightInfo, WireDtype
-from models.families.config import LlamaConfig
+from models.engine.manifest import KEY, WEIGHTS_LOCATION, Adapters, Precision, StageManifest, WeightInfo, WireDtype
+from models.families.config import LlamaConfig, matrix_size
 from wire.errors import UsageError
 
 CONTRIB: Final = "com.microsoft"
@@ -77,14 +78,18 @@ def build_stage_graph(
     end_block: int,
     embedding: bool,
     head: bool,
+    adapters: Adapters | None = None,
 ) -> bytes:
-    """Give the ONNX model of blocks [first_block, end_block), with the embedding before and the head behind if wanted.
+    """Give the ONNX model of blocks [first_block, end_block), with the embedding before and the head behind if wanted,
+    and `adapters` beside the weights of its blocks.
 
     Equal arguments give equal bytes. Raises UsageError for an unknown precision or dtype and for blocks that the model
     hasn't; a stage without anything is such a case.
     """
     check_stage(config, first_block, end_block, embedding or head)
-    parts = _Parts(config, checked_precision(precision), checked_wire_dtype(wire_dtype))
+    if end_block == first_block:
+        adapters = None
+    parts = _Parts(config, checked_precision(precision), checked_wire_dtype(wire_dtype), adapters)
     residual = parts.embedding() if embedding else parts.given_hidden()
     if end_block > first_block:
         parts.declare_attention_inputs()
@@ -100,6 +105,7 @@ def build_stage_graph(
         end_block=end_block,
         config=config,
         weights=tuple(parts.weights.values()),
+        adapters=adapters,
     )
     return parts.graph.serialised(manifest)
 
@@ -165,8 +171,13 @@ class GraphWriter:
 class _Parts:
     """The parts of a Llama, appended to a graph."""
 
-    def __init__(self, config: LlamaConfig, precision: Precision, wire_dtype: WireDtype) -> None:
+    def __init__(
+        self, config: LlamaConfig, precision: Precision, wire_dtype: WireDtype, adapters: Adapters | None
+    ) -> None:
         self.config = config
+        self.adapters = adapters
+        self._masks: dict[int, str] = {}
+        """By the number of letters of a product."""
         self.precision = precision
         self.wire_dtype = wire_dtype
         self.graph = GraphWriter()
@@ -200,6 +211,8 @@ class _Parts:
     def declare_attention_inputs(self) -> None:
         self.graph.input("last_row", TensorProto.INT32, ["b"])
         self.graph.input("rows", TensorProto.INT32, [])
+        if self.adapters is not None:
+            self._masks[1] = self.graph.input("adapters", TensorProto.FLOAT, ["b", 1, self.adapters.width])
         for name in ("rope.cos", "rope.sin"):
             self.graph.input(name, TensorProto.FLOAT, ["context", self.config.head_dim // 2])
 
@@ -207,6 +220,8 @@ class _Parts:
         """Append a block; residual stream in wire dtype in and out."""
         prefix = f"block.{index}."
         for info in block_weights(self.config, index, self.precision):
+            self._declare([info])
+        for info in self.adapters.weights_of(self.config, index) if self.adapters is not None else ():
             self._declare([info])
         before = self._from_wire(residual)
         normed = self._norm(before, f"{prefix}attention_norm")
@@ -294,14 +309,28 @@ class _Parts:
         )
 
     def _product(self, values: str, prefix: str, matrix: str) -> str:
-        """Multiply with a matrix of a block, whose weights are declared."""
+        """Multiply with a matrix of a block, whose weights are declared, and with the factors beside it."""
         name = f"{prefix}{matrix}"
         if self.precision == "f32":
-            return self.graph.value("MatMul", [values, f"{name}.weight"])
-        names = [info.name for info in matrix_weights(name, *matrix_size(self.config, matrix), self.precision)]
-        product = f"{name}.product"
-        self._product_of_codes(values, matrix, names, 4 if self.precision == "int4" else 8, [product])
-        return product
+            product = self.graph.value("MatMul", [values, f"{name}.weight"])
+        else:
+            names = [info.name for info in matrix_weights(name, *matrix_size(self.config, matrix), self.precision)]
+            product = f"{name}.product"
+            self._product_of_codes(values, matrix, names, 4 if self.precision == "int4" else 8, [product])
+        products: dict[str, tuple[str, ...]] = dict(self.adapters.products) if self.adapters is not None else {}
+        letters = products.get(matrix)
+        if letters is None:
+            return product
+        ranks = self.graph.value("MatMul", [values, f"{name}.lora_a"])
+        # A row without an adapter gets zeros added: its bits stay.
+        taken = self.graph.value("Mul", [ranks, self._mask(len(letters))])
+        return self.graph.value("Add", [product, self.graph.value("MatMul", [taken, f"{name}.lora_b"])])
+
+    def _mask(self, letters: int) -> str:
+        """Which ranks the rows take part with, once for each letter of a product."""
+        if letters not in self._masks:
+            self._masks[letters] = self.graph.value("Concat", [self._masks[1]] * letters, axis=-1)
+        return self._masks[letters]
 
     def _product_of_codes(
         self, values: str, matrix: str, names: Sequence[str], bits: int, outputs: Sequence[str]

@@ -43,6 +43,12 @@ class StageSpec(Struct, frozen=True, kw_only=True):
     config: str = ""
 
 
+def without_adapters(adapter: str) -> None:
+    """Raise EngineFailed for an adapter, at an engine that has none."""
+    if adapter:
+        raise EngineFailed(f"this engine runs no adapters, and {adapter} was asked for", try_="--engine onnxruntime")
+
+
 class RowStep(Protocol):
     """Steps of one row in one slot, input and output where they lie. Good until the slot is closed."""
 
@@ -76,8 +82,9 @@ class StageEngine(Protocol):
     def idle_bytes(self) -> int:
         """What of `held_bytes` is kept for slots that are free."""
 
-    def open(self) -> int:
-        """Take a free slot for a new request and give its number; raise NoSlot."""
+    def open(self, adapter: str = "") -> int:
+        """Take a free slot for a new request, with an adapter of those in the graph or none, and give its number; raise
+        NoSlot, and EngineFailed for an adapter that is not there."""
 
     def close(self, slot: int) -> None:
         """Free a slot. Closing a free slot is an error of the caller."""

@@ -90,6 +90,8 @@ class Bound:
         if self._manifest.blocks:
             binding.bind_ortvalue_input("last_row", value(rows.last_row))
             binding.bind_ortvalue_input("rows", value(rows.end))
+            if rows.adapters is not None:
+                binding.bind_ortvalue_input("adapters", value(rows.adapters))
             for name, table in zip(("rope.cos", "rope.sin"), self._tables, strict=True):
                 binding.bind_ortvalue_input(name, table)
         if rows.hidden is not None:

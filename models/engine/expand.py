@@ -13,10 +13,11 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.build.layout import MATRICES, head_matrix, matrix_size, table_precision
+from models.build.layout import MATRICES, head_matrix, table_precision
 from models.build.quantise import Quantised, blocks_in, dequantise
 from models.engine.base import Array
 from models.engine.manifest import Precision, StageManifest, WeightInfo
+from models.families.config import matrix_size
 
 Floats = npt.NDArray[np.float32]
 Compute = Literal["f32", "f16"]

@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from models.engine.base import EngineFailed, StageSpec
-from models.families.config import MAX_BLOCKS, LlamaConfig
+from models.families.config import MAX_BLOCKS, LlamaConfig, matrix_size
 from wire.errors import EdgelamError
-from wire.limits import MAX_DIM, MAX_RANK
+from wire.limits import ADAPTER_ID, MAX_ADAPTER_RANK, MAX_ADAPTERS, MAX_DIM, MAX_RANK
 
 KEY: Final = "edgelam.stage"
 FORMAT: Final = "edgelam.stage/1"
@@ -37,6 +37,11 @@ WireDtype = Literal["f32", "f16", "bf16"]
 Operators = Literal["fused", "standard"]
 """Of onnxruntime's own (models.build.stage), or of ONNX alone (models.build.standard)."""
 Dim = Annotated[int, Meta(ge=1, le=MAX_DIM)]
+AdapterId = Annotated[str, Meta(pattern=ADAPTER_ID)]
+Rank = Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]
+Product = Literal["qkv", "o", "gate", "up", "down"]
+Letters = Annotated[tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...], Meta(min_length=1, max_length=3)]
+"""Which matrices of a stacked product have factors; of the others the one there is."""
 
 
 class WeightInfo(Struct, frozen=True, array_like=True):
@@ -54,6 +59,41 @@ class WeightInfo(Struct, frozen=True, array_like=True):
         return count
 
 
+class Adapters(Struct, frozen=True, kw_only=True):
+    """Low-rank factors that a stage has beside its weights, those of all adapters in one pair for each product: rows
+    take part with the ranks of one adapter, or with none.
+
+    Such a product of `letters` has A [in, len(letters) * width] and B [len(letters) * width, out]: for each letter the
+    ranks of all adapters, one behind the other, and zeros in B where a letter has no rows.
+    """
+
+    ranks: Annotated[tuple[tuple[AdapterId, Rank], ...], Meta(min_length=1, max_length=MAX_ADAPTERS)]
+    products: Annotated[tuple[tuple[Product, Letters], ...], Meta(min_length=1, max_length=5)]
+
+    @property
+    def width(self) -> int:
+        return sum(rank for _, rank in self.ranks)
+
+    def columns(self, adapter: str) -> slice | None:
+        """The ranks of an adapter among all; None if it is not here."""
+        start = 0
+        for name, rank in self.ranks:
+            if name == adapter:
+                return slice(start, start + rank)
+            start += rank
+        return None
+
+    def weights_of(self, config: LlamaConfig, block: int) -> tuple[WeightInfo, ...]:
+        """Both factors of each product of a block."""
+        found: list[WeightInfo] = []
+        for product, letters in self.products:
+            out, columns = matrix_size(config, product)
+            ranks = len(letters) * self.width
+            found.append(WeightInfo(f"block.{block}.{product}.lora_a", "f32", (columns, ranks)))
+            found.append(WeightInfo(f"block.{block}.{product}.lora_b", "f32", (ranks, out)))
+        return tuple(found)
+
+
 class StageManifest(Struct, frozen=True, kw_only=True):
     """Blocks are [first_block, end_block); `weights` in the order of the graph."""
 
@@ -68,6 +108,7 @@ class StageManifest(Struct, frozen=True, kw_only=True):
     weights: Annotated[tuple[WeightInfo, ...], Meta(max_length=MAX_BLOCKS * 32)]
     """As they are packed, whatever the graph's own initialisers are."""
     operators: Operators = "fused"
+    adapters: Adapters | None = None
 
     @property
     def blocks(self) -> range:

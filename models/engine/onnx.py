@@ -89,8 +89,14 @@ class OnnxStage:
         """Nothing: a place that nobody uses has no pages."""
         return 0
 
-    def open(self) -> int:
-        return self._places.open().number
+    def open(self, adapter: str = "") -> int:
+        adapters = self._manifest.adapters
+        ranks = adapters.columns(adapter) if adapters is not None and adapter else None
+        if adapter and ranks is None and self._manifest.blocks:
+            raise EngineFailed(f"adapter {adapter} is not in this stage", try_="run again: it is deployed anew")
+        slot = self._places.open()
+        slot.ranks = ranks
+        return slot.number
 
     def close(self, slot: int) -> None:
         self._places.close(self._places.find(slot))
@@ -110,6 +116,7 @@ class OnnxStage:
         if given.shape != into.shape or not (given.dtype == into.dtype or _fits(given.dtype, into.dtype)):
             raise EngineFailed(f"given {given.dtype} {list(given.shape)}, expected {into.dtype} {list(into.shape)}")
         into[...] = given
+        rows.take(0, opened.ranks)
         rows.last_row.fill(end - 1)
         rows.end.fill(end)
         self._check_given(rows)
@@ -134,6 +141,9 @@ class OnnxStage:
             return self._rows_without(failed, slots, given, positions)
         at = slice(None) if batch.in_order else batch.order
         rows.given[at, 0] = given
+        if rows.adapters is not None:
+            for place, slot in zip(batch.order, batch.slots, strict=True):
+                rows.take(place, slot.ranks)
         rows.last_row[at] = positions
         rows.end.fill(max(positions) + 1)
         for slot, position in zip(batch.slots, positions, strict=True):
@@ -305,6 +315,8 @@ class _OneRow:
 
     def run(self, position: int) -> None:
         rows, slot = self._rows, self._slot
+        if rows.adapters is not None:
+            rows.take(0, slot.ranks)
         if slot.place != self._place:
             self._binding, self._place = self._stage.binding_of_one(slot), slot.place
         rows.last_row.fill(position)

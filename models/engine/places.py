@@ -31,6 +31,8 @@ class Slot:
     number: int
     place: int
     rows: int = 0
+    ranks: slice | None = None
+    """Of the stage's adapters, those that its rows take part with."""
 
 
 class Places:

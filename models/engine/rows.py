@@ -43,6 +43,9 @@ class Rows:
         if manifest.head:
             self.logits = np.zeros((requests * logits_rows, manifest.config.vocabulary), np.float32)
         self.logits_from = np.array([-logits_rows], np.int64)
+        self.adapters: Array | None = None
+        if manifest.adapters is not None:
+            self.adapters = np.zeros((requests, 1, manifest.adapters.width), np.float32)
         self._name_parts()
 
     def _name_parts(self) -> None:
@@ -54,6 +57,13 @@ class Rows:
         assert result is not None, "a stage gives something"
         self.result: Array = result[0] if alone else result
 
+    def take(self, at: int, ranks: slice | None) -> None:
+        """Have the rows of a request take part with these ranks of the adapters, or with none."""
+        if self.adapters is not None:
+            self.adapters[at] = 0
+            if ranks is not None:
+                self.adapters[at, 0, ranks] = 1
+
     def first(self, requests: int) -> Rows:
         """The same buffers for fewer requests."""
         part = copy.copy(self)
@@ -61,12 +71,13 @@ class Rows:
         part.last_row = self.last_row[:requests]
         part.hidden = None if self.hidden is None else self.hidden[:requests]
         part.logits = None if self.logits is None else self.logits[:requests]
+        part.adapters = None if self.adapters is None else self.adapters[:requests]
         part._name_parts()
         return part
 
     @property
     def size_bytes(self) -> int:
-        arrays = (self.given, self.hidden, self.logits, self.scratch)
+        arrays = (self.given, self.hidden, self.logits, self.scratch, self.adapters)
         return sum(array.nbytes for array in arrays if array is not None)
 
 

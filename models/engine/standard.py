@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
+from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec, without_adapters
 from models.engine.device import ALIGNMENT_BYTES, At, Executor, Limits, size_bytes
 from models.engine.expand import compute_of
 from models.engine.manifest import StageManifest
@@ -85,7 +85,8 @@ class StandardStage:
     def idle_bytes(self) -> int:
         return self._rows.count(None) * len(self._tensors) * self._slot_bytes
 
-    def open(self) -> int:
+    def open(self, adapter: str = "") -> int:
+        without_adapters(adapter)
         if None not in self._rows:
             raise NoSlot(f"all {len(self._rows)} slots are taken", try_="try again when a request has ended")
         slot = self._rows.index(None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.build.layout import MATRICES, head_matrix
-from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec
+from models.engine.base import Array, ContextFull, EngineFailed, NoSlot, StageSpec, without_adapters
 from models.engine.expand import expanded as floats
 from models.engine.manifest import StageManifest, load_graph
 from models.engine.memory import made_weights, map_weights, rope_tables
@@ -83,7 +83,8 @@ class TorchStage:
         """Nothing: a slot's tensors come when it is opened."""
         return 0
 
-    def open(self) -> int:
+    def open(self, adapter: str = "") -> int:
+        without_adapters(adapter)
         for number, slot in enumerate(self._slots):
             if slot is None:
                 with _failing(self._device):

@@ -165,3 +165,17 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         shapes["head"] = (config.vocabulary, config.hidden)
     return shapes
+
+
+def matrix_size(config: LlamaConfig, matrix: str) -> tuple[int, int]:
+    """Give (out, in) of a product of a block, 'embedding' or 'head'; q, k and v are one product 'qkv'."""
+    sizes = {
+        "qkv": (config.q_width + 2 * config.kv_width, config.hidden),
+        "o": (config.hidden, config.q_width),
+        "gate": (config.ffn, config.hidden),
+        "up": (config.ffn, config.hidden),
+        "down": (config.hidden, config.ffn),
+        "embedding": (config.vocabulary, config.hidden),
+        "head": (config.vocabulary, config.hidden),
+    }
+    return sizes[matrix]

@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Final
 
 from models.build.keys import profile_key
-from models.build.layout import MATRICES, block_weights, head_matrix, matrix_size, table_weights
+from models.build.layout import MATRICES, block_weights, head_matrix, table_weights
 from models.engine.manifest import Precision, WeightInfo, WireDtype
-from models.families.config import LlamaConfig
+from models.families.config import LlamaConfig, matrix_size
 from models.graph import Edge, Graph, Module, ModuleKind
 
 WIRE_BYTES: Final[Mapping[str, int]] = {"f32": 4, "f16": 2, "bf16": 2}

@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
-from models.build.layout import matrix_size
-from models.families.config import LlamaConfig
+from models.families.config import LlamaConfig, matrix_size
 from wire.limits import MAX_ADAPTER_RANK
 from wire.messages import Matrix
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.build.layout import MATRICES, head_matrix, matrix_size, table_precision
+from models.build.layout import MATRICES, head_matrix, table_precision
 from models.build.quantise import BLOCK, ZERO_POINT_8BIT, blocks_in
 from models.engine.base import Array
 from models.engine.manifest import Precision, StageManifest
 from models.engine.memory import rope_tables
 from models.engine.torch import rms_norm, turned
+from models.families.config import matrix_size
 from models.lora.adapter import AdapterSpec
 from models.training.samples import IGNORED
 

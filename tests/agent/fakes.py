@@ -91,7 +91,7 @@ class FakeEngine:
         self.batches: list[tuple[int, ...]] = []
         self.closed = 0
 
-    def open(self) -> int:
+    def open(self, adapter: str = "") -> int:
         for slot in range(self.order.slots):
             if slot not in self.rows:
                 self.rows[slot] = 0

@@ -275,7 +275,7 @@ def test_what_a_device_invents_makes_no_series(play: Any) -> None:
 def test_two_coordinators_in_one_process_count_for_themselves(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as lab:
-            serving = serve.Serving(lab.coordinator, None)  # type: ignore[arg-type]
+            serving = serve.Serving(lab.coordinator, None, None)  # type: ignore[arg-type]
             one, other = (Metrics(lab.coordinator, serving) for _ in range(2))
             await one.watch(_nothing(), Watched()).__anext__()
             one._prompt_tokens.inc(5)
@@ -292,7 +292,7 @@ async def _nothing() -> AsyncGenerator[dict[str, Any], None]:
 def test_the_page_is_guarded_and_typed_as_prometheus_wants_it(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as lab:
-            serving = serve.Serving(lab.coordinator, None)  # type: ignore[arg-type]
+            serving = serve.Serving(lab.coordinator, None, None)  # type: ignore[arg-type]
             app = make_app(lab.coordinator, None, serving, None, "key")  # type: ignore[arg-type]
 
             def ask() -> None:

@@ -64,7 +64,7 @@ class Operations:
         self.prepared = FakePrepared()
         self.prepared.tokenizer = ChatTokenizer()
 
-    async def prepare(self, _model: str, _precision: str, _progress: Any) -> Any:
+    async def prepare(self, _model: str, _precision: str, _progress: Any, _adapters: Any = ()) -> Any:
         return self.prepared
 
 

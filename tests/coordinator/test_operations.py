@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +17,12 @@ from coordinator.journal import DeployRequest
 from coordinator.operations import Operations
 from coordinator.planning.best import best_plan
 from coordinator.preparing import MAX_KIT_MODULES
-from coordinator.shelf import Shelf
 from coordinator.turns import Hold, Holds
-from models.build import pack as pack_module
-from models.cache import hash_file
 from models.graph import Graph
 from tests.coordinator.memory_site import Lab, running, until
-from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from tests.planning import boards
 from wire import topics
-from wire.errors import Degraded, EdgelamError, Refused, Unreachable, UsageError
+from wire.errors import Degraded, Refused, Unreachable, UsageError
 from wire.messages import Desired, Kit, StageReport
 
 Scenario = Callable[["Site"], Awaitable[None]]
@@ -46,6 +40,7 @@ class Packed(NamedTuple):
     graph: Graph
     config: Config
     files: dict[str, Path]
+    adapters: None = None
 
 
 class Checkpoint(NamedTuple):
@@ -75,8 +70,14 @@ class FakeShelf:
         self._folder = folder
         self._blocks = blocks
         self.kits = 0
+        self.gone: set[str] = set()
+        """Adapters that can't be had any more."""
 
-    async def prepare(self, model: str, precision: str, progress: Callable[[str], None]) -> Prepared:
+    async def prepare(
+        self, model: str, precision: str, progress: Callable[[str], None], adapters: tuple[str, ...] = ()
+    ) -> Prepared:
+        if self.gone.intersection(adapters):
+            raise UsageError("it is gone")
         graph = msgspec.structs.replace(boards.graph(self._blocks), model=model)
         files = {}
         for module in graph.modules:
@@ -444,103 +445,53 @@ def test_the_kit_is_built_once_per_model_and_never_outgrows_its_message(
     play(scenario)
 
 
-# The shelf.
+ONE, OTHER = "1" * 32, "2" * 32
 
 
-class SlowShelf(Shelf):
-    """Packs when told to."""
+def test_requests_with_several_adapters_and_with_none_share_a_deployment(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        found = []
+        for adapters in ((ONE,), (), (OTHER,), (ONE,), ()):
+            work = site.ensure(adapters=adapters)
+            await site.carry_out(work)
+            found.append((await work)[0])
+        assert [record.request.adapters for record in found] == [
+            (ONE,), (ONE,), (ONE, OTHER), (ONE, OTHER), (ONE, OTHER),
+        ]  # fmt: skip
+        assert found[0] == found[1] and found[2] == found[3] == found[4]
+        assert len(site.lab.coordinator.records()) == 1
 
-    def __init__(self) -> None:
-        super().__init__(Path("cache"))
-        self.go = threading.Event()
-        self.packed = 0
-        self.failure: Exception | None = None
-
-    def _prepare(self, model: str, precision: str, progress: Callable[[str], None]) -> Any:
-        self.go.wait(10)
-        self.packed += 1
-        if self.failure is not None:
-            raise self.failure
-        return f"{model} at {precision}"
-
-
-def test_a_model_is_packed_once_for_all_who_ask_even_if_the_first_gives_up() -> None:
-    async def scenario() -> None:
-        shelf = SlowShelf()
-        works = [asyncio.ensure_future(shelf.prepare("tiny", "int4", silent)) for _ in range(3)]
-        await asyncio.sleep(0.02)
-        works[0].cancel()
-        await asyncio.wait(works[:1])
-        shelf.go.set()
-        assert await asyncio.gather(*works[1:]) == ["tiny at int4"] * 2
-        assert await shelf.prepare("tiny", "int4", silent) == "tiny at int4"
-        assert shelf.packed == 1
-
-    asyncio.run(scenario())
+    play(scenario)
 
 
-def test_a_model_that_could_not_be_packed_is_tried_again_when_asked_again() -> None:
-    async def scenario() -> None:
-        shelf = SlowShelf()
-        shelf.go.set()
-        shelf.failure = EdgelamError("no space")
-        for _ in range(2):
-            with pytest.raises(EdgelamError, match="no space"):
-                await shelf.prepare("tiny", "int4", silent)
-        assert shelf.packed == 2 and not shelf._under_way and not shelf.prepared()
+def test_an_adapter_that_is_gone_keeps_no_other_from_being_deployed(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        await site.carry_out(site.ensure(adapters=(ONE,)))
+        site.shelf.gone = {ONE}
+        work = site.ensure(adapters=(OTHER,))
+        await site.carry_out(work)
+        assert (await work)[0].request.adapters == (OTHER,)
+        assert any("not beside the adapters that are deployed" in line for line in site.said)
+        with pytest.raises(UsageError, match="gone"):
+            await site.ensure(adapters=(ONE,))
 
-    asyncio.run(scenario())
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint each of whose files takes a moment to pack."""
-    config = tiny_config(blocks=6)
-    write_gguf(tmp_path / "tiny.gguf", config, random_tensors(config))
-    quick = pack_module.module_tensors
-
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.05)
-        return quick(*arguments)
-
-    monkeypatch.setattr(pack_module, "module_tensors", slow)
-    return tmp_path / "tiny.gguf"
+    play(scenario)
 
 
-def test_packing_that_is_ended_leaves_nothing_that_is_taken_for_whole(tiny: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+@pytest.mark.parametrize(
+    ("changes", "text"), [({"engine": "tensorrt"}, "adapters run on onnxruntime"), ({"precision": "int8"}, "")]
+)
+def test_engines_that_run_no_adapters_are_refused(
+    changes: dict[str, str], text: str, play: Callable[[Scenario], None]
+) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        if text:
+            with pytest.raises(Refused, match=text):
+                await site.ensure(adapters=(ONE,), **changes)
+        else:
+            assert preparing_module.plan_request(DeployRequest(model="m", adapters=(ONE,)), "m").engine == "onnxruntime"
 
-    def packed() -> list[Path]:
-        return sorted((cache / "packs").glob("*/[!.]*"))
-
-    async def ended() -> None:
-        shelf = Shelf(cache)
-        work = asyncio.ensure_future(shelf.prepare(str(tiny), "int4", silent))
-        await until(lambda: bool(packed()), "the first file")
-        await shelf.close()
-        with pytest.raises(Unreachable, match="ending"):
-            await work
-
-    async def whole() -> int:
-        prepared = await Shelf(cache).prepare(str(tiny), "int4", silent)
-        for digest, path in prepared.packed.files.items():
-            assert hash_file(path) == digest
-        return len(prepared.packed.files)
-
-    asyncio.run(ended())
-    before = len(packed())
-    assert not list((cache / "packs").glob("*/index.json")) and not list((cache / "packs").glob("*/.*"))
-    assert before < asyncio.run(whole())
-
-
-def test_work_that_can_not_be_ended_does_not_hold_up_the_end() -> None:
-    async def scenario() -> None:
-        shelf = SlowShelf()
-        work = asyncio.ensure_future(shelf.prepare("tiny", "int4", silent))
-        await asyncio.sleep(0.02)
-        await shelf.close()
-        work.cancel()
-
-    started_s = time.monotonic()
-    asyncio.run(scenario())
-    assert time.monotonic() - started_s < 6, "SlowShelf takes 10 s"
+    play(scenario)

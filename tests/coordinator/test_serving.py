@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from coordinator.adapters import AdapterShelf
 from coordinator.inference import serve
 from coordinator.inference.requests import GenerateRequest
 from coordinator.inference.serve import Serving
@@ -70,7 +71,9 @@ class FakeOperations:
         self.cancelled = 0
         self.holds = Holds(lambda: None)
 
-    async def prepare(self, _model: str, _precision: str, _progress: Callable[[str], None]) -> Any:
+    async def prepare(
+        self, _model: str, _precision: str, _progress: Callable[[str], None], _adapters: tuple[str, ...]
+    ) -> Any:
         return FakePrepared()
 
     async def ensure(
@@ -98,7 +101,7 @@ class Ring:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.operations = FakeOperations(lab)
-        self.serving = Serving(lab.coordinator, self.operations)  # type: ignore[arg-type]
+        self.serving = Serving(lab.coordinator, self.operations, AdapterShelf(Path("no jobs"), Path("no cache")))  # type: ignore[arg-type]
         self._stage = Client(lab.broker, "stage")
         self._inbox = Inbox(self._stage.transport, inbox_of(0).topic)
         reply = lab.coordinator.hub.reply_inbox.topic

@@ -31,8 +31,8 @@ from testbed import commands
 from testbed.boards import BoardSpec
 from testbed.links import LinkSpec
 from testbed.site import CoordinatorProcess
-from tests.e2e.site import Site
-from tests.models.stages import Ring
+from tests.e2e.site import Site, own_ports
+from tests.models.stages import WIRE_OF, Ring
 from wire.broker import mosquitto_path
 from wire.messages import Sampling
 from wire.mqtt import MqttTransport
@@ -52,7 +52,7 @@ SETTLE_S: Final = 60.0
 def running_losses_site(folder: Path) -> Iterator[Site]:
     """A coordinator and three boards of unequal speed on links that can be cut."""
     name = f"loss-{random.SystemRandom().randrange(1 << 24):x}"
-    coordinator = CoordinatorProcess(folder, name)
+    coordinator = CoordinatorProcess(folder, name, own_ports())
     site = Site(folder, coordinator, coordinator.start())
     try:
         boards = tuple(
@@ -75,12 +75,15 @@ def running_losses_site(folder: Path) -> Iterator[Site]:
 class Model:
     """The model in this process: what the stages must say, whatever was lost."""
 
-    def __init__(self, path: str, folder: Path) -> None:
+    def __init__(self, path: str, folder: Path, precision: str = "int4") -> None:
         self.path = path
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint = open_checkpoint(Path(path), folder)
         self.tokenizer = Tokenizer.from_checkpoint(checkpoint)
         self.prompt = list(self.tokenizer.encode(PROMPT))
-        self._ring = Ring.of(pack(checkpoint, "int4", "f16", folder), folder, (), context_tokens=CONTEXT)
+        self._ring = Ring.of(
+            pack(checkpoint, precision, WIRE_OF[precision], folder), folder, (), context_tokens=CONTEXT
+        )
 
     def says(self, ids: list[int], count: int, sampling: Sampling) -> list[int]:
         """`count` tokens behind these, which are run as a prompt."""

@@ -23,9 +23,11 @@ from models.formats import safetensors
 from testbed import commands
 from testbed.boards import BoardSpec, with_data
 from testbed.site import CoordinatorProcess
-from tests.e2e.site import Site
+from tests.e2e.losses import PROMPT, Model
+from tests.e2e.site import Site, own_ports
+from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from wire.errors import EdgelamError, UsageError
-from wire.messages import Privacy
+from wire.messages import Privacy, Sampling
 
 pytestmark = pytest.mark.torch
 
@@ -44,7 +46,7 @@ def tuning_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         text = "\n".join([*(json.dumps(line) for line in lines), "no json"])
         (notes / f"{board}.jsonl").write_text(text)
     name = f"tune-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    coordinator = CoordinatorProcess(folder, name)
+    coordinator = CoordinatorProcess(folder, name, own_ports())
     site = Site(folder, coordinator, coordinator.start())
     try:
         specs = with_data(tuple(BoardSpec(name=board, memory_bytes=2 << 30) for board in BOARDS), "notes", notes)
@@ -281,3 +283,48 @@ def test_what_can_not_be_is_refused_before_anything_starts(tuning_site: Site, ti
     assert done.returncode == 2
     assert all(word in done.stderr for word in ("model:", "data: missing", "rank: no such key", "rounds.steps:"))
     assert tuning_site.cli("tune", "follow", "nobody").returncode == 2
+
+
+def merged(tiny_model: str, adapter: dict[str, Any], scale: float, folder: Path) -> Model:
+    """The tiny model with the adapter in its weights."""
+    config = tiny_config("llama")
+    tensors = random_tensors(config, 0)
+    for name, b in adapter.items():
+        if ".lora_B." in name:
+            short = name.removesuffix("_proj.lora_B.weight").rsplit(".", 1)[1]
+            block = name.split(".layers.")[1].split(".")[0]
+            tensors[f"block.{block}.{short}"] = (
+                tensors[f"block.{block}.{short}"] + scale * b @ adapter[name.replace("_B.", "_A.")]
+            )
+    return Model(str(write_gguf(folder / "merged.gguf", config, tensors)), folder / "merged", "f32")
+
+
+def test_a_finished_adapter_is_served_beside_the_base_without_a_restart(
+    tuning_site: Site, undisturbed: dict[str, Any], tiny_model: str, tmp_path: Path
+) -> None:
+    site = tuning_site
+    expected = {
+        "": Model(tiny_model, tmp_path / "base", "f32"),
+        "calm": merged(tiny_model, undisturbed, 2.0, tmp_path),
+    }
+    epochs, said = [], {}
+    for adapter in ("", "calm", "", "calm"):
+        end = site.run(tiny_model, 2, prompt=PROMPT, precision="f32", max_tokens=24, adapter=adapter)
+        epochs.append(end["epoch"])
+        said[adapter] = end["token_ids"]
+        model = expected[adapter]
+        assert end["token_ids"] == model.says(model.prompt, 24, Sampling()), adapter
+        assert bool(end["adapter"]) == bool(adapter)
+    assert said[""] != said["calm"], "the adapter changes the answer"
+    assert epochs[0] < epochs[1] == epochs[2] == epochs[3], "base and adapter share one deployment"
+
+    asked = ["--prompt", PROMPT, "--raw", "--max-tokens", "24", "--context", "128", "--ignore-stop", "--precision",
+             "f32", "--boards-at-least", "2", "--boards-at-most", "2", "--speculate", "off", "--json"]  # fmt: skip
+    fetched = site.cli("tune", "adapter", "calm", "--output", str(tmp_path / "fetched"))
+    assert fetched.returncode == 0, fetched.stderr
+    for name in ("calm", str(tmp_path / "fetched")):
+        shown = site.cli("run", tiny_model, *asked, "--adapter", name)
+        assert shown.returncode == 0, shown.stderr
+        assert json.loads(shown.stdout)["token_ids"] == said["calm"]
+    unknown = site.cli("run", tiny_model, *asked, "--adapter", "nothing")
+    assert unknown.returncode == 2 and "no adapter 'nothing'" in unknown.stderr

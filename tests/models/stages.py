@@ -47,8 +47,10 @@ def stage_files(packed: Packed, folder: Path, spec: StageSpec) -> tuple[Path, li
         end_block=spec.end_block,
         embedding=spec.embedding,
         head=spec.head,
+        adapters=packed.adapters,
     )
-    path = folder / f"{graph.precision}-{spec.first_block}-{spec.end_block}-{'-'.join(parts)}.onnx"
+    kind = graph.precision + ("" if packed.adapters is None else "-lora")
+    path = folder / f"{kind}-{spec.first_block}-{spec.end_block}-{'-'.join(parts)}.onnx"
     path.write_bytes(data)
     names = [*parts, *(f"block.{index}" for index in range(spec.first_block, spec.end_block))]
     digests = dict.fromkeys(digest for name in names for digest in graph.module(name).artifacts)
