@@ -72,7 +72,7 @@ class FakeOperations:
         self.holds = Holds(lambda: None)
 
     async def prepare(
-        self, _model: str, _precision: str, _progress: Callable[[str], None], _adapters: tuple[str, ...]
+        self, _model: str, _precision: str, _progress: Callable[[str], None], _adapters: tuple[str, ...] = ()
     ) -> Any:
         return FakePrepared()
 

@@ -31,7 +31,7 @@ from testbed import commands
 from testbed.boards import BoardSpec
 from testbed.links import LinkSpec
 from testbed.site import CoordinatorProcess
-from tests.e2e.site import Site, own_ports
+from tests.e2e.site import Site, prefer_own_ports
 from tests.models.stages import WIRE_OF, Ring
 from wire.broker import mosquitto_path
 from wire.messages import Sampling
@@ -52,7 +52,8 @@ SETTLE_S: Final = 60.0
 def running_losses_site(folder: Path) -> Iterator[Site]:
     """A coordinator and three boards of unequal speed on links that can be cut."""
     name = f"loss-{random.SystemRandom().randrange(1 << 24):x}"
-    coordinator = CoordinatorProcess(folder, name, own_ports())
+    prefer_own_ports(folder)
+    coordinator = CoordinatorProcess(folder, name)
     site = Site(folder, coordinator, coordinator.start())
     try:
         boards = tuple(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from coordinator.client import Client
+from coordinator.config import Ports, write_ports
 from coordinator.inference.requests import GenerateRequest
 from models.cache import cache_dir
 from models.catalog import find, is_cached
@@ -114,10 +115,11 @@ class Site:
             time.sleep(0.05)
 
 
-def own_ports() -> tuple[str, ...]:
-    """Arguments for ports that a coordinator which is killed finds again: the usual ones are taken by whichever of the
-    other tests' coordinators starts meanwhile."""
-    return "--mqtt-port", str(free_port("127.0.0.1", 0)), "--http-port", str(free_port("127.0.0.1", 0))
+def prefer_own_ports(folder: Path) -> None:
+    """Have a coordinator begin with ports that it finds again after it was killed: the usual ones are taken by
+    whichever of the other tests' coordinators starts meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_ports(folder, Ports(free_port("127.0.0.1", 0), free_port("127.0.0.1", 0)))
 
 
 def board_names(count: int) -> list[str]:
@@ -136,7 +138,8 @@ def running_site(
     """A coordinator and equal boards, without shaped links unless one is given, all found over mDNS on loopback. Boards
     in `without_broker` have none of their own."""
     name = f"t{os.getpid()}-{os.urandom(3).hex()}"
-    coordinator = CoordinatorProcess(folder, name, (*own_ports(), *arguments))
+    prefer_own_ports(folder)
+    coordinator = CoordinatorProcess(folder, name, arguments)
     address = coordinator.start()
     site = Site(folder, coordinator, address)
     try:
