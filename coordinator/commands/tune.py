@@ -1,8 +1,9 @@
-"""`edgelam tune JOB.toml`, and what can be done with a job: status, follow, stop, resume, adapter."""
+"""`edgelam tune JOB.toml`, and what can be done with a job: status, follow, stop, resume, adapter, report."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +25,16 @@ from coordinator.commands.common import (
     write_text,
 )
 from coordinator.rounds.job import load_job
+from coordinator.rounds.report import JobReport, csv_of, part_of, plots_of
 from coordinator.rounds.store import FILES
 from coordinator.screens.table import table
+from hwprofiles.report.page import page
+from hwprofiles.report.render import markdown_of, plain_of
 from wire.errors import ExitCode, Unreachable, UsageError
 from wire.units import bytes_text, seconds_text
 
-VERBS = ("status", "follow", "stop", "resume", "adapter")
+VERBS = ("status", "follow", "stop", "resume", "adapter", "report")
+REPORT_FORMS = (".html", ".md", ".csv", ".json")
 
 
 class Nothing(Struct, frozen=True):
@@ -37,10 +42,11 @@ class Nothing(Struct, frozen=True):
 
 
 def tune(
-    job: Annotated[str, typer.Argument(help="A job file (docs/tuning.md), or: status, follow, stop, resume, adapter.")],
+    job: Annotated[str, typer.Argument(help=f"A job file (docs/tuning.md), or: {', '.join(VERBS)}.")],
     name: Annotated[str, typer.Argument(help="Of which job, after one of these words.")] = "",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the adapter (PEFT's layout).")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the adapter; for a report: FILE.html, .md, .csv or .json."),
     ] = None,
     coordinator: CoordinatorUrl = None,
     site_key_file: SiteKeyFile = None,
@@ -65,7 +71,7 @@ def tune(
 
 
 def _verb(there: Client, verb: str, name: str, output: Path | None, json: bool) -> None:
-    if output is not None and verb not in ("follow", "adapter"):
+    if output is not None and verb not in ("follow", "adapter", "report"):
         raise UsageError(f"edgelam tune {verb} gives no adapter", try_="without --output")
     if json and verb == "adapter":
         raise UsageError("edgelam tune adapter writes files", try_="without --json")
@@ -78,6 +84,8 @@ def _verb(there: Client, verb: str, name: str, output: Path | None, json: bool) 
         _follow(there, f"/v1/jobs/{name}/follow", Nothing(), name, output, json)
     elif verb == "adapter":
         _fetch(there, name, output or Path(name))
+    elif verb == "report":
+        _report(there, name, output, json)
     else:
         row = there.post(f"/v1/jobs/{name}/{verb}")
         if json:
@@ -157,6 +165,28 @@ def _fetch(there: Client, name: str, folder: Path) -> None:
     for file in FILES:
         write_file(folder / file, there.file(f"/v1/jobs/{name}/{file}"))
     status_line(f"adapter in {folder}")
+
+
+def _report(there: Client, name: str, output: Path | None, json: bool) -> None:
+    if output is not None and output.suffix not in REPORT_FORMS:
+        raise UsageError(f"--output {output}: in which form?", try_=f"a name that ends in {', '.join(REPORT_FORMS)}")
+    if output is not None and json and output.suffix != ".json":
+        raise UsageError(f"--json, and --output {output}", try_="one of them")
+    document = msgspec.convert(there.get(f"/v1/jobs/{name}/rounds"), type=JobReport)
+    if output is None:
+        if json:
+            print_json(msgspec.to_builtins(document))
+        else:
+            write_text(plain_of(part_of(document), shutil.get_terminal_size().columns), end="")
+        return
+    forms = {
+        ".html": lambda: page([part_of(document)], [plots_of(document)]),
+        ".md": lambda: markdown_of(part_of(document)),
+        ".csv": lambda: csv_of(document),
+        ".json": lambda: msgspec.json.format(msgspec.json.encode(document)).decode() + "\n",
+    }
+    write_file(output, forms[output.suffix]().encode())
+    status_line(f"report in {output}")
 
 
 def round_text(event: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@
     POST /v1/jobs/{name}/follow     what happens in it (NDJSON)
     POST /v1/jobs/{name}/stop       end it where it stands -> its row
     POST /v1/jobs/{name}/resume     go on there -> its row
+    GET  /v1/jobs/{name}/rounds     its rounds (coordinator.rounds.report)
     GET  /v1/jobs/{name}/{file}     a file of its adapter
 
 As the other paths of the coordinator's door (coordinator.api).
@@ -16,6 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -61,6 +63,9 @@ class JobsDoor:
     async def resume(self, request: Request) -> Response:
         return json_reply(self._tuning.resume(request.path_params["name"]))
 
+    async def rounds(self, request: Request) -> Response:
+        return json_reply(msgspec.to_builtins(self._tuning.report(request.path_params["name"])))
+
     async def file(self, request: Request) -> Response:
         name, file = request.path_params["name"], request.path_params["file"]
         return Response(self._tuning.file(name, file), media_type="application/octet-stream")
@@ -75,5 +80,6 @@ class JobsDoor:
             route("/v1/jobs/{name}/follow", self.follow, "POST"),
             route("/v1/jobs/{name}/stop", self.stop, "POST"),
             route("/v1/jobs/{name}/resume", self.resume, "POST"),
+            route("/v1/jobs/{name}/rounds", self.rounds),
             route("/v1/jobs/{name}/{file}", self.file),
         ]

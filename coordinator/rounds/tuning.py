@@ -17,6 +17,7 @@ from coordinator.operations import Operations
 from coordinator.rounds.adapters import spec_of, spent_by
 from coordinator.rounds.job import COUNTED, Job
 from coordinator.rounds.orders import able_devices, checkpoint_of, llama_of
+from coordinator.rounds.report import JobReport
 from coordinator.rounds.running import Running, round_event
 from coordinator.rounds.store import FILES, JobRecord, JobStore, now_unix, topic_name
 from coordinator.service import Coordinator
@@ -166,6 +167,19 @@ class Tuning:
             self._store.save(record)
             self._start(record)
         return self._row(record)
+
+    def report(self, name: str) -> JobReport:
+        """What became of a job so far; raises UsageError where there is none."""
+        self._known(name)
+        running = self._running.get(name)
+        record = running.record if running is not None else self._known(name)
+        return JobReport(
+            job=record.job,
+            state=record.state,
+            because=record.because,
+            base=record.base,
+            each=tuple(self._store.rounds(name)),
+        )
 
     def file(self, name: str, file: str) -> bytes:
         """A file of a job's adapter; raises UsageError where there is none."""

@@ -81,7 +81,7 @@ def figures_csv(report: Report) -> str:
                 )
                 for run in section.figures
             ]  # fmt: skip
-    return _csv(FIGURE_COLUMNS, lines)
+    return csv_text(FIGURE_COLUMNS, lines)
 
 
 def samples_csv(report: Report) -> str:
@@ -96,7 +96,7 @@ def samples_csv(report: Report) -> str:
                     (board.device, board.profile.source, section.name, section.engine, section.threads, what, at, value)
                     for at, value in enumerate(samples.samples_s)
                 ]
-    return _csv(SAMPLE_COLUMNS, lines)
+    return csv_text(SAMPLE_COLUMNS, lines)
 
 
 def _samples(profile: Profile, section: Section) -> list[Samples]:
@@ -118,7 +118,7 @@ def _samples(profile: Profile, section: Section) -> list[Samples]:
     ][: len(section.figures)]
 
 
-def _csv(columns: tuple[str, ...], lines: Iterable[tuple[object, ...]]) -> str:
+def csv_text(columns: tuple[str, ...], lines: Iterable[tuple[object, ...]]) -> str:
     """RFC 4180, but for line ends; nothing is an empty cell."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
