@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import threading
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import msgspec
 
 from coordinator.journal import DeployRequest
-from models.lora.serving import CONFIG, is_kept, keep
+from models.lora.serving import CONFIG, PROVENANCE, TENSORS, is_kept, keep
 from wire.errors import UsageError
 from wire.ids import is_name
-from wire.limits import ADAPTER_ID, MAX_ADAPTERS
+from wire.limits import ADAPTER_ID
+
+MOST_KNOWN: Final = 256
+"""Names whose files need not be read again while nobody has written them."""
+
+
+class _Known(NamedTuple):
+    state: tuple[tuple[str, int, int], ...]
+    adapter: str
 
 
 class AdapterShelf:
@@ -21,25 +32,58 @@ class AdapterShelf:
     def __init__(self, jobs: Path, cache: Path) -> None:
         self._jobs = jobs
         self._cache = cache
+        self._known: dict[str, _Known] = {}
+        """By what people call them."""
+        self.superseded: set[str] = set()
+        """Adapters in whose places later ones of the same name came."""
+        self._lock = threading.Lock()
 
     async def find(self, text: str) -> str:
         """The id of an adapter: of a job by its name, as it is now; of a folder in PEFT's layout; of a copy by its id.
         Raises UsageError, Refused, OSError."""
-        return await asyncio.to_thread(self._find, text)
+        return await asyncio.to_thread(self._find_alone, text)
+
+    def _find_alone(self, text: str) -> str:
+        with self._lock:
+            return self._find(text)
 
     def _find(self, text: str) -> str:
         if re.match(ADAPTER_ID, text) and is_kept(text, self._cache):
             return text
+        folder = self._folder(text)
+        known, state = self._known.get(text), _state_of(folder)
+        if known is not None and known.state == state and is_kept(known.adapter, self._cache):
+            return known.adapter
+        adapter = keep(folder, self._cache)
+        if known is not None and known.adapter != adapter:
+            self.superseded.add(known.adapter)
+        self.superseded.discard(adapter)
+        self._known[text] = _Known(state, adapter)
+        while len(self._known) > MOST_KNOWN:
+            del self._known[next(iter(self._known))]
+        return adapter
+
+    def _folder(self, text: str) -> Path:
         if is_name(text) and (self._jobs / text).is_dir():
             if not (self._jobs / text / CONFIG).is_file():
                 raise UsageError(f"job {text} has no adapter yet: no round is over", try_=f"edgelam tune status {text}")
-            return keep(self._jobs / text, self._cache)
+            return self._jobs / text
         if _is_folder(text):
-            return keep(Path(text), self._cache)
+            return Path(text)
         raise UsageError(
             f"no adapter {text!r}: no job of that name, and no folder",
             try_="a job (edgelam tune status), or a folder in PEFT's layout",
         )
+
+
+def _state_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a file of an adapter does."""
+    found = []
+    for name in (CONFIG, TENSORS, PROVENANCE):
+        with contextlib.suppress(OSError):
+            told = (folder / name).stat()
+            found.append((name, told.st_mtime_ns, told.st_size))
+    return tuple(found)
 
 
 def _is_folder(text: str) -> bool:
@@ -57,9 +101,3 @@ def answers(record: DeployRequest, request: DeployRequest) -> bool:
 def alike(one: DeployRequest, other: DeployRequest) -> bool:
     """Whether two requests differ in their adapters at most."""
     return msgspec.structs.replace(one, adapters=()) == msgspec.structs.replace(other, adapters=())
-
-
-def joined(before: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """What was deployed and what is wanted, the latter last; of too many the earliest are left out."""
-    kept = tuple(adapter for adapter in before if adapter not in wanted)
-    return (*kept[max(0, len(kept) + len(wanted) - MAX_ADAPTERS) :], *wanted)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 
 import msgspec
 
-from coordinator.adapters import alike, answers, joined
+from coordinator.adapters import alike, answers
 from coordinator.asked import checked
 from coordinator.deployments import deployment_name, loading_text, make_orders, needs_standard, readiness
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.losses import Lost, Overtaken
 from coordinator.planning.plan import Plan, PlannedStage
-from coordinator.planning.planner import Candidate, worth_moving
+from coordinator.planning.planner import Candidate, Infeasible, worth_moving
 from coordinator.preparing import Preparing, Progress
 from coordinator.presence import Presence
 from coordinator.replicas import Replicas
@@ -31,6 +31,7 @@ from models.build.stage import build_stage_graph
 from models.build.standard import build_standard_graph
 from models.items.pack import PackedItems
 from wire.errors import Busy, Degraded, EdgelamError, Refused, Unreachable, UsageError
+from wire.limits import MAX_ADAPTERS
 from wire.messages import ArtifactRef
 
 READY_TIMEOUT_S = 600.0
@@ -40,6 +41,8 @@ waits at a terminal still does. docs/architecture.md states it."""
 NOT_YET = (Presence.SEEN, Presence.JOINING)
 RETURN_S = 5.0
 """After its broker is there, a board needs a second to try it again, and one until its name is its own."""
+MOST_REMEMBERED = 256
+"""Adapters of which it is known when they were used."""
 PROGRESS_PERIOD_S = 2.0
 """Between two lines about the same thing: people read them, and logs keep them."""
 
@@ -52,6 +55,10 @@ class Operations:
         self._changing = asyncio.Lock()
         self._lines = Lines()
         self._holds = Holds(coordinator.changes.ring)
+        self._used: dict[str, float] = {}
+        """Adapter -> when somebody wanted it last."""
+        self.superseded: Set[str] = frozenset()
+        """Adapters whose jobs have later ones: they stay until something is deployed anew."""
         self.preparing = Preparing(coordinator, shelf, self._is_used)
         self.replicas = Replicas(
             coordinator,
@@ -72,13 +79,12 @@ class Operations:
         Interrupted when what was chosen is gone before it was ready.
         """
         request = checked(request)
-        prepared = await self.preparing.prepare(request.model, request.precision, progress, request.adapters)
+        prepared = await self.preparing.prepare(request.model, request.precision, progress)
+        self._note_use(request.adapters)
         await self.preparing.await_broker()
         await self._await_return(request, progress)
         async with self._line(request, progress):
-            record = self._in_force_for(request)
-            if record is None:
-                record = await self._deploy(await self._joined(request, progress), progress, in_haste)
+            record = self._in_force_for(request) or await self._deploy_beside(request, progress, in_haste)
             hold.take(self._holds, _key(record))
         await self._await_ready(record, progress)
         return record, prepared
@@ -112,21 +118,49 @@ class Operations:
         async with self._changing:
             yield
 
-    def _in_force_for(self, request: DeployRequest) -> DeploymentRecord | None:
-        """The usable deployment in force for this request."""
-        records = (record for record in self._coordinator.records() if answers(record.request, request))
+    def _in_force_for(self, request: DeployRequest, exactly: bool = False) -> DeploymentRecord | None:
+        """The usable deployment in force that answers this request, or `exactly` this."""
+        records = (
+            record
+            for record in self._coordinator.records()
+            if (record.request == request if exactly else answers(record.request, request))
+        )
         return next((record for record in records if self.usable(record)), None)
 
+    def _note_use(self, adapters: tuple[str, ...]) -> None:
+        for adapter in adapters:
+            self._used[adapter] = time.monotonic()
+        while len(self._used) > MOST_REMEMBERED:
+            del self._used[min(self._used, key=lambda adapter: self._used[adapter])]
+
+    async def _deploy_beside(self, request: DeployRequest, progress: Progress, in_haste: bool) -> DeploymentRecord:
+        """With the adapters of what is in force for the same, so that they go on sharing one base; without them, if
+        they are what keeps it from being planned."""
+        together = await self._joined(request, progress)
+        if together != request:
+            try:
+                return await self._deploy(together, progress, in_haste)
+            except Infeasible as error:
+                progress(f"not beside the adapters that are deployed: {error.message}")
+        return await self._deploy(request, progress, in_haste)
+
     async def _joined(self, request: DeployRequest, progress: Progress) -> DeployRequest:
-        """With the adapters of what is in force for the same, so that they go on sharing one base; without, if they
-        can't be had any more, or are too many together."""
-        for record in self._coordinator.records():
-            if alike(record.request, request) and record.request.adapters:
-                together = joined(record.request.adapters, request.adapters)
+        """With those adapters of what is in force for the same that no later ones of their jobs have taken the place
+        of; of too many those that were used longest ago are left out."""
+        coordinator = self._coordinator
+        for record in coordinator.records():
+            failed = readiness(record.plan, coordinator.applied(), coordinator.is_online).failed
+            if failed or not alike(record.request, request):
+                continue
+            there = [one for one in record.request.adapters if one not in {*request.adapters, *self.superseded}]
+            there.sort(key=lambda adapter: self._used.get(adapter, 0.0))
+            there = there[max(0, len(there) + len(request.adapters) - MAX_ADAPTERS) :]
+            while there:
+                together = (*there, *request.adapters)
                 try:
                     await self.preparing.prepare(request.model, request.precision, progress, together)
                 except EdgelamError as error:
-                    progress(f"not beside the adapters that are deployed: {error.message}")
+                    progress(f"not beside adapter {there.pop(0)[:8]}, which is deployed: {error.message}")
                 else:
                     return msgspec.structs.replace(request, adapters=together)
         return request
@@ -148,21 +182,24 @@ class Operations:
         hold = Hold()
         try:
             async with self._line(request, progress):
-                record = await self._deploy(await self._joined(request, progress), progress)
+                record = await self._deploy(request, progress, exactly=True)
                 hold.take(self._holds, _key(record))
             await self._await_ready(record, progress)
         finally:
             hold.close()
         return record
 
-    async def _deploy(self, request: DeployRequest, progress: Progress, in_haste: bool = False) -> DeploymentRecord:
-        """Plan and put in force, without waiting until it is ready. The caller has the turn in the name's line."""
+    async def _deploy(
+        self, request: DeployRequest, progress: Progress, in_haste: bool = False, exactly: bool = False
+    ) -> DeploymentRecord:
+        """Plan and put in force, without waiting until it is ready. The caller has the turn in the name's line. What is
+        in force with more adapters does, unless it is to be `exactly` this."""
         while True:
             async with self._turn(progress):
                 if in_haste and (found := self._in_force_for(request) or self.replicas.take_over(request)) is not None:
                     return found
                 plan, prepared, candidates = await self.preparing.plan(request, progress, in_haste)
-                running = self._in_force_for(request)
+                running = self._in_force_for(request, exactly)
                 if running is not None and in_haste:
                     return running  # what was lost has come back meanwhile
                 if running is not None and _boards(running) >= request.boards_at_least:

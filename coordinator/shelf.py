@@ -107,7 +107,8 @@ class Shelf:
         """
         key = (model, precision, adapters)
         if key in self._ready:
-            return self._ready[key]
+            self._ready[key] = found = self._ready.pop(key)  # behind those that were asked for longer ago
+            return found
         work = self._under_way.get(key)
         if work is None:
             work = in_background(lambda: self._prepare(model, precision, progress, adapters), f"pack {model}")

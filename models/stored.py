@@ -21,13 +21,13 @@ class Stored(Struct, frozen=True, kw_only=True):
 
     name: str
     kind: str
-    """'checkpoint' or 'pack'."""
+    """'checkpoint', 'pack' or 'adapter'."""
     of: str
     size_bytes: int
 
 
 def stored(cache: Path) -> list[Stored]:
-    """Give all checkpoints and packs in a cache, by name."""
+    """Give all checkpoints, packs and copies of adapters in a cache, by name."""
     checkpoints = models_dir(cache)
     folders = [path for path in _folders(checkpoints) if path.name != "hf"]
     folders += [revision for repository in _folders(checkpoints / "hf") for revision in _folders(repository)]
@@ -36,6 +36,7 @@ def stored(cache: Path) -> list[Stored]:
     for pack in _folders(cache / "packs"):
         digest, _, _ = pack.name.partition("-")
         found.append(_stored(cache, pack, "pack", Path(files[digest]).name if digest in files else ""))
+    found += [_stored(cache, path, "adapter", "") for path in _folders(cache / "adapters")]
     return sorted(found, key=lambda entry: entry.name)
 
 

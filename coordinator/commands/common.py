@@ -94,9 +94,9 @@ def model_name(text: str) -> str:
 
 
 def adapter_name(text: str) -> str:
-    """An adapter as the coordinator should hear it: a folder here, or a job by its name."""
-    path = Path(text).expanduser()
-    return str(path.resolve()) if text and path.is_dir() and (path / "adapter_config.json").is_file() else text
+    """An adapter as the coordinator should hear it: a job by its name; what has a slash, or begins with a dot or ~, is
+    a folder here."""
+    return str(Path(text).expanduser().resolve()) if "/" in text or text.startswith((".", "~")) else text
 
 
 def client(url: str | None, key_file: Path | None = None) -> Client:

@@ -61,7 +61,7 @@ def run(
     reserve: Reserve = 10.0,
     engine: Engine = "auto",
     adapter: Annotated[
-        str, typer.Option(help="A LoRA adapter: a job of edgelam tune, or a folder in PEFT's layout.")
+        str, typer.Option(help="A LoRA adapter: a job of edgelam tune, or ./FOLDER in PEFT's layout.")
     ] = "",
     timeout: Annotated[
         float, typer.Option(help="Seconds without a token after which to give up; the first may take longer, by plan.")

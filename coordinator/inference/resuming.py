@@ -68,7 +68,7 @@ class _Heard:
         if kind == "start":
             if event.get("guesses") is not None:
                 self._guesses = msgspec.convert(event["guesses"], Guesses)
-            self._adapter = event.get("adapter", "")
+            self._adapter = event.get("adapter", self._adapter)
             self._place = {"epoch": event.get("epoch", 0), "boards": event.get("boards", [])}
             started, self._started = self._started, True
             if started:

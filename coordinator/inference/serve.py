@@ -129,7 +129,9 @@ class Serving:
         if bool(request.prompt) == bool(request.messages):
             raise UsageError("give either a prompt or messages", try_="edgelam run MODEL --prompt TEXT")
         if request.adapter:
-            request = msgspec.structs.replace(request, adapter=await self._adapters.find(request.adapter))
+            adapter = await self._adapters.find(request.adapter)
+            self._operations.superseded = self._adapters.superseded
+            request = msgspec.structs.replace(request, adapter=adapter)
         hold, seat = Hold(), Seat()
         try:
             prompts: list[list[int]] = []
@@ -252,8 +254,7 @@ class Serving:
     async def _prompt(self, request: GenerateRequest, say: Callable[[str], None]) -> list[int]:
         """Tokenize the prompt, off the event loop; raise UsageError if it can't be served."""
         checked(deploy_request(request))
-        wanted = deploy_request(request)
-        prepared = await self._operations.preparing.prepare(request.model, request.precision, say, wanted.adapters)
+        prepared = await self._operations.preparing.prepare(request.model, request.precision, say)
         return await asyncio.to_thread(prompt_tokens, request, prepared)
 
     def _turn(self, record: DeploymentRecord) -> asyncio.Semaphore:

@@ -117,6 +117,8 @@ class Door:
 
     async def embed(self, request: Request) -> Response:
         body = read_embeddings(await read_body(request))
+        if body.edgelam is not None and body.edgelam.adapter:
+            raise BadParameter(f"{body.model} takes no adapter", param="edgelam", try_="leave the adapter out")
         wanted = settings(body.model, body.edgelam or Settings(), self._records())
         found = await unless_gone(request, embedded(self._items, body, wanted))
         return Response(status_code=CLIENT_GONE) if found is None else json_reply(found)

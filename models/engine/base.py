@@ -46,7 +46,7 @@ class StageSpec(Struct, frozen=True, kw_only=True):
 def without_adapters(adapter: str) -> None:
     """Raise EngineFailed for an adapter, at an engine that has none."""
     if adapter:
-        raise EngineFailed(f"this engine runs no adapters, and {adapter} was asked for", try_="--engine onnxruntime")
+        raise EngineFailed(f"this engine runs no adapters, and {adapter} was asked for")
 
 
 class RowStep(Protocol):

@@ -93,7 +93,7 @@ class OnnxStage:
         adapters = self._manifest.adapters
         ranks = adapters.columns(adapter) if adapters is not None and adapter else None
         if adapter and ranks is None and self._manifest.blocks:
-            raise EngineFailed(f"adapter {adapter} is not in this stage", try_="run again: it is deployed anew")
+            raise EngineFailed(f"adapter {adapter} is not in this stage: run again")
         slot = self._places.open()
         slot.ranks = ranks
         return slot.number

@@ -11,6 +11,7 @@ PEFT file is put into Hugging Face's order, and what comes from one into ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Final, get_args
 
@@ -31,6 +32,12 @@ _PEFT: Final[Mapping[str, str]] = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
     **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
+
+
+_PEFT_NAME: Final = re.compile(
+    rf"base_model\.model\.model\.layers\.(0|[1-9][0-9]{{0,3}})\.({'|'.join(map(re.escape, _PEFT.values()))})"
+    r"\.lora_([AB])\.weight"
+)
 
 
 class AdapterSpec(Struct, frozen=True, kw_only=True):
@@ -119,8 +126,10 @@ def from_peft(config: LlamaConfig, tensors: Mapping[str, Floats]) -> dict[str, F
     names = {long: short for short, long in _PEFT.items()}
     factors: dict[str, Floats] = {}
     for name, values in tensors.items():
-        block, rest = name.removeprefix("base_model.model.model.layers.").split(".", 1)
-        long, letter = rest.removesuffix(".weight").rsplit(".lora_", 1)
+        found = _PEFT_NAME.fullmatch(name)
+        if found is None:
+            raise KeyError(name)
+        block, long, letter = found.groups()
         matrix = names[long]
         rows = _paired(config, matrix, values, to_halves=False) if letter == "B" else values
         factors[f"block.{int(block)}.{matrix}.{letter.lower()}"] = np.ascontiguousarray(rows)

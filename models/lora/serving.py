@@ -9,9 +9,12 @@ The scale of an adapter is in its B.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, Final, cast
 
 import msgspec
@@ -39,8 +42,22 @@ PROVENANCE: Final = "provenance.json"
 
 MOST_CONFIG_BYTES: Final = 1 << 20
 MOST_TENSOR_BYTES: Final = 1 << 30
+MOST_PROVENANCE_BYTES: Final = 1 << 26
 MOST_WIDTH: Final = 512
 """Ranks of all adapters of a deployment."""
+
+UNKNOWN: Final = (
+    "use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+    "modules_to_save", "alora_invocation_tokens", "trainable_token_indices",
+)  # fmt: skip
+"""Settings with which PEFT would give another answer than the plain product."""
+
+LARGEST: Final = 1e4
+"""In a factor, its scale included. The products of all adapters are made for all rows, and what a row takes no part in
+counts zero times: that must be zero, so nothing may overflow."""
+
+MOST_PACKS: Final = 32
+"""Sets of adapters that stay laid out; those used longest ago are removed."""
 
 PACK_VERSION: Final = 1
 PRODUCTS: Final[Mapping[Product, tuple[Matrix, ...]]] = {
@@ -55,12 +72,16 @@ class _Config(Struct, frozen=True, kw_only=True):
     r: Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]
     lora_alpha: Annotated[float, Meta(gt=0, le=1e6)]
     bias: str = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    rank_pattern: dict[str, Any] = {}
-    alpha_pattern: dict[str, Any] = {}
-    modules_to_save: list[str] | None = None
+    use_rslora: Any = False
+    use_dora: Any = False
+    use_qalora: Any = False
+    lora_bias: Any = False
+    fan_in_fan_out: Any = False
+    rank_pattern: Any = None
+    alpha_pattern: Any = None
+    modules_to_save: Any = None
+    alora_invocation_tokens: Any = None
+    trainable_token_indices: Any = None
 
 
 class _Provenance(Struct, frozen=True, kw_only=True):
@@ -84,18 +105,19 @@ class Adapter(Struct, frozen=True, eq=False, kw_only=True):
 
 
 def keep(folder: Path, cache: Path) -> str:
-    """Copy an adapter's two files into the cache, and give the id that they have there. Raises UsageError (no adapter),
-    Refused (too big)."""
+    """Copy an adapter's two files into the cache, with the checkpoint that it says it is of, and give the id that they
+    have there: equal for equal ones. Raises UsageError (no adapter), Refused (too big), CorruptData."""
     found = {name: _content(folder / name, most) for name, most in _FILES.items()}
     if (folder / PROVENANCE).is_file():
-        found[PROVENANCE] = _content(folder / PROVENANCE, MOST_TENSOR_BYTES)
+        base = _base_of(folder / PROVENANCE)
+        found[PROVENANCE] = msgspec.json.encode(_Provenance(base=base))
     text = hashlib.sha256()
     for name, content in found.items():
         text.update(f"{name} {len(content)}\n".encode() + content)
     adapter_id = text.hexdigest()[:32]
     kept = kept_at(adapter_id, cache)
     for name, content in found.items():
-        if not (kept / name).exists():
+        if not (kept / name).is_file() or (kept / name).stat().st_size != len(content):
             write_atomic(kept / name, content)
     return adapter_id
 
@@ -113,7 +135,10 @@ _FILES: Final[Mapping[str, int]] = {CONFIG: MOST_CONFIG_BYTES, TENSORS: MOST_TEN
 
 def _content(path: Path, most: int) -> bytes:
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not S_ISREG(found.st_mode):
+            raise UsageError(f"{path}: no file", try_=f"a folder with {CONFIG} and {TENSORS}")
+        size = found.st_size
         if size > most:
             raise Refused(f"{path}: {size} bytes, an adapter's may have {most}")
         return path.read_bytes()
@@ -137,8 +162,9 @@ def load(adapter_id: str, config: LlamaConfig, cache: Path) -> Adapter:
         raise Refused(
             f"{path}: has tensors of matrices that no model here has", try_="LoRA on attention and feed-forward"
         ) from None
-    _check(path, config, settings.r, factors)
-    return Adapter(id=adapter_id, rank=settings.r, scale=settings.lora_alpha / settings.r, factors=factors)
+    scale = settings.lora_alpha / settings.r
+    _check(path, config, settings.r, scale, factors)
+    return Adapter(id=adapter_id, rank=settings.r, scale=scale, factors=factors)
 
 
 def _settings(path: Path) -> _Config:
@@ -146,22 +172,15 @@ def _settings(path: Path) -> _Config:
         found = msgspec.json.decode(_content(path, MOST_CONFIG_BYTES), type=_Config)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptData(f"{path}: {error}", try_="an adapter in PEFT's layout") from None
-    kinds = (
-        (found.peft_type != "LORA", f"peft_type {found.peft_type}"),
-        (found.bias != "none", f"bias {found.bias}"),
-        (found.use_rslora, "use_rslora"),
-        (found.use_dora, "use_dora"),
-        (found.fan_in_fan_out, "fan_in_fan_out"),
-        (bool(found.rank_pattern or found.alpha_pattern), "rank_pattern or alpha_pattern"),
-        (bool(found.modules_to_save), "modules_to_save"),
-    )
-    strange = [text for is_so, text in kinds if is_so]
+    strange = [f"peft_type {found.peft_type}"] if found.peft_type != "LORA" else []
+    strange += [f"bias {found.bias}"] if found.bias != "none" else []
+    strange += [name for name in UNKNOWN if getattr(found, name)]
     if strange:
         raise Refused(f"{path}: {', '.join(strange)}: not known here", try_="plain LoRA: r, lora_alpha, target_modules")
     return found
 
 
-def _check(path: Path, config: LlamaConfig, rank: int, factors: Mapping[str, Floats]) -> None:
+def _check(path: Path, config: LlamaConfig, rank: int, scale: float, factors: Mapping[str, Floats]) -> None:
     if not factors:
         raise Refused(f"{path}: has no factors", try_="an adapter in PEFT's layout")
     for name, values in factors.items():
@@ -176,24 +195,33 @@ def _check(path: Path, config: LlamaConfig, rank: int, factors: Mapping[str, Flo
             )
         if not np.isfinite(values).all():
             raise CorruptData(f"{path}: {name} has values that are no numbers")
+        largest = float(np.abs(values).max(initial=0)) * (scale if part == "b" else 1.0)
+        if largest > LARGEST:
+            raise Refused(
+                f"{path}: {name} has values up to {largest:.3g}, at most {LARGEST:g} are taken", try_="train it anew"
+            )
         if (name[:-1] + ("b" if part == "a" else "a")) not in factors:
             raise Refused(f"{path}: {name} has no other half")
 
 
 def _check_base(folder: Path, base: str) -> None:
     """Raise Refused for an adapter that says that it is of another checkpoint."""
-    if base and (folder / PROVENANCE).is_file():
-        try:
-            told = msgspec.json.decode((folder / PROVENANCE).read_bytes(), type=_Provenance).base
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise CorruptData(
-                f"{folder / PROVENANCE}: {error}", try_="the adapter's folder, as it was written"
-            ) from None
-        if told and told != base:
-            raise Refused(
-                f"the adapter was trained for another checkpoint ({told[:19]}..., this model's is {base[:19]}...)",
-                try_="the model that it was trained for",
-            )
+    if not base or not (folder / PROVENANCE).is_file():
+        return
+    told = _base_of(folder / PROVENANCE)
+    if told and told != base:
+        raise Refused(
+            f"the adapter was trained for another checkpoint ({told[:19]}..., this model's is {base[:19]}...)",
+            try_="the model that it was trained for",
+        )
+
+
+def _base_of(path: Path) -> str:
+    """Digest of the checkpoint; '' if it is not said."""
+    try:
+        return msgspec.json.decode(_content(path, MOST_PROVENANCE_BYTES), type=_Provenance).base
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CorruptData(f"{path}: {error}", try_="the adapter as it was written") from None
 
 
 def laid_out(adapters: Sequence[Adapter]) -> Adapters:
@@ -270,6 +298,8 @@ def with_adapters(
             content = safetensors.to_bytes(block_tensors(config, adapters, layout, block))
             files.append(write_file(folder, name, content))
         finish(folder, files)
+        _remove_old(folder.parent)
+    (folder / "index.json").touch()
     modules = tuple(
         msgspec.structs.replace(
             module,
@@ -286,6 +316,16 @@ def with_adapters(
         config=config,
         adapters=layout,
     )
+
+
+def _remove_old(packs: Path) -> None:
+    """Of the sets that are laid out, those that were used longest ago."""
+    used = []
+    for folder in packs.glob("lora-*"):
+        with contextlib.suppress(OSError):
+            used.append(((folder / "index.json").stat().st_mtime_ns, folder))
+    for _, folder in sorted(used)[:-MOST_PACKS]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bytes_of(layout: Adapters, config: LlamaConfig) -> int:

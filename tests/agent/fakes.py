@@ -88,10 +88,15 @@ class FakeEngine:
         self.steps: list[tuple[int, int, int]] = []
         self.fail_at = fail_at
         self.fail_batch = False
+        self.adapters: set[str] = set()
+        self.opened: list[str] = []
         self.batches: list[tuple[int, ...]] = []
         self.closed = 0
 
     def open(self, adapter: str = "") -> int:
+        if adapter and adapter not in self.adapters:
+            raise EngineFailed(f"adapter {adapter} is not in this stage: run again")
+        self.opened.append(adapter)
         for slot in range(self.order.slots):
             if slot not in self.rows:
                 self.rows[slot] = 0

@@ -16,6 +16,7 @@ from coordinator import preparing as preparing_module
 from coordinator.journal import DeployRequest
 from coordinator.operations import Operations
 from coordinator.planning.best import best_plan
+from coordinator.planning.planner import Infeasible
 from coordinator.preparing import MAX_KIT_MODULES
 from coordinator.turns import Hold, Holds
 from models.graph import Graph
@@ -23,6 +24,7 @@ from tests.coordinator.memory_site import Lab, running, until
 from tests.planning import boards
 from wire import topics
 from wire.errors import Degraded, Refused, Unreachable, UsageError
+from wire.limits import MAX_ADAPTERS
 from wire.messages import Desired, Kit, StageReport
 
 Scenario = Callable[["Site"], Awaitable[None]]
@@ -473,25 +475,78 @@ def test_an_adapter_that_is_gone_keeps_no_other_from_being_deployed(play: Callab
         work = site.ensure(adapters=(OTHER,))
         await site.carry_out(work)
         assert (await work)[0].request.adapters == (OTHER,)
-        assert any("not beside the adapters that are deployed" in line for line in site.said)
+        assert any("not beside adapter 11111111" in line for line in site.said)
         with pytest.raises(UsageError, match="gone"):
             await site.ensure(adapters=(ONE,))
 
     play(scenario)
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"), [({"engine": "tensorrt"}, "adapters run on onnxruntime"), ({"precision": "int8"}, "")]
-)
-def test_engines_that_run_no_adapters_are_refused(
-    changes: dict[str, str], text: str, play: Callable[[Scenario], None]
+def test_engines_that_run_no_adapters_are_refused_and_none_is_planned_for(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        with pytest.raises(Refused, match="adapters run on onnxruntime"):
+            await site.ensure(adapters=(ONE,), engine="tensorrt")
+        work = site.ensure(adapters=(ONE,))
+        await site.carry_out(work)
+        assert [stage.engine for stage in (await work)[0].plan.stages] == ["onnxruntime"]
+
+    play(scenario)
+    assert preparing_module.plan_request(DeployRequest(model="m", adapters=(ONE,)), "m").engine == "onnxruntime"
+    assert preparing_module.plan_request(DeployRequest(model="m"), "m").engine == "auto"
+
+
+def test_a_later_adapter_of_a_job_takes_the_place_of_the_earlier_one(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        await site.carry_out(site.ensure(adapters=(ONE,)))
+        site.operations.superseded = {ONE}
+        work = site.ensure(adapters=(OTHER,))
+        await site.carry_out(work)
+        assert (await work)[0].request.adapters == (OTHER,)
+
+    play(scenario)
+
+
+def test_of_too_many_adapters_those_go_that_nobody_used_for_longest(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        ids = [f"{number:032x}" for number in range(MAX_ADAPTERS)]
+        for adapter in (*ids, ids[0], "f" * 32):
+            work = site.ensure(adapters=(adapter,))
+            await site.carry_out(work)
+        assert (await work)[0].request.adapters == (*ids[2:], ids[0], "f" * 32)
+
+    play(scenario)
+
+
+def test_an_explicit_deployment_has_no_adapters_but_its_own(play: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.measured("a")
+        await site.carry_out(site.ensure(adapters=(ONE,)))
+        work = asyncio.ensure_future(site.operations.deploy(DeployRequest(model="tiny"), site.said.append))
+        await site.carry_out(work)
+        assert (await work).request.adapters == ()
+
+    play(scenario)
+
+
+def test_adapters_that_leave_no_room_are_left_out(
+    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(site: Site) -> None:
         await site.measured("a")
-        if text:
-            with pytest.raises(Refused, match=text):
-                await site.ensure(adapters=(ONE,), **changes)
-        else:
-            assert preparing_module.plan_request(DeployRequest(model="m", adapters=(ONE,)), "m").engine == "onnxruntime"
+        await site.carry_out(site.ensure(adapters=(ONE,)))
+        plan = site.operations.preparing.plan
+
+        async def tight(request: DeployRequest, *given: Any) -> Any:
+            if len(request.adapters) > 1:
+                raise Infeasible("no room")
+            return await plan(request, *given)
+
+        monkeypatch.setattr(site.operations.preparing, "plan", tight)
+        work = site.ensure(adapters=(OTHER,))
+        await site.carry_out(work)
+        assert (await work)[0].request.adapters == (OTHER,) and any("no room" in line for line in site.said)
 
     play(scenario)

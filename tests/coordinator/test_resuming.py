@@ -87,6 +87,14 @@ def test_the_next_one_is_asked_for_what_is_behind_what_was_given(how: str) -> No
     assert told["given"] == 2 and 0 <= told["detection_s"] <= told["pause_s"] == resume["pause_s"]
 
 
+def test_the_rest_has_the_adapter_that_the_beginning_had() -> None:
+    """A job may have another one by then."""
+    started = {**START, "adapter": "1" * 32}
+    coordinators = Coordinators([started, token("h"), GONE], [{**START, "adapter": "1" * 32}, token("e"), end()])
+    hear(coordinators, adapter="notes")
+    assert [request.adapter for request in coordinators.asked] == ["notes", "1" * 32]
+
+
 def test_it_may_be_lost_again_and_boards_too() -> None:
     board = {"reason": "pi4 did not answer", "given": 3, "losses": 1, "detection_s": 0.1, "pause_s": 0.2}
     coordinators = Coordinators(

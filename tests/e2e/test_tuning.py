@@ -24,7 +24,7 @@ from testbed import commands
 from testbed.boards import BoardSpec, with_data
 from testbed.site import CoordinatorProcess
 from tests.e2e.losses import PROMPT, Model
-from tests.e2e.site import Site, own_ports
+from tests.e2e.site import Site, prefer_own_ports
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from wire.errors import EdgelamError, UsageError
 from wire.messages import Privacy, Sampling
@@ -46,7 +46,8 @@ def tuning_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         text = "\n".join([*(json.dumps(line) for line in lines), "no json"])
         (notes / f"{board}.jsonl").write_text(text)
     name = f"tune-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    coordinator = CoordinatorProcess(folder, name, own_ports())
+    prefer_own_ports(folder)
+    coordinator = CoordinatorProcess(folder, name)
     site = Site(folder, coordinator, coordinator.start())
     try:
         specs = with_data(tuple(BoardSpec(name=board, memory_bytes=2 << 30) for board in BOARDS), "notes", notes)
@@ -328,3 +329,21 @@ def test_a_finished_adapter_is_served_beside_the_base_without_a_restart(
         assert json.loads(shown.stdout)["token_ids"] == said["calm"]
     unknown = site.cli("run", tiny_model, *asked, "--adapter", "nothing")
     assert unknown.returncode == 2 and "no adapter 'nothing'" in unknown.stderr
+
+
+def test_a_report_says_what_became_of_a_job(tuning_site: Site, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    shown = tuning_site.cli("tune", "report", "calm")
+    assert shown.returncode == 0 and "2 of 2" in shown.stdout and "board1" in shown.stdout
+    assert "privacy: none" in shown.stdout.lower() and "idle" not in shown.stdout
+    for form in ("html", "md", "csv", "json"):
+        path = tmp_path / f"calm.{form}"
+        made = tuning_site.cli("tune", "report", "calm", "-o", str(path))
+        assert made.returncode == 0, made.stderr
+        assert path.stat().st_size > 200
+    assert (tmp_path / "calm.html").read_text().count("<svg") == 4
+    document = json.loads((tmp_path / "calm.json").read_text())
+    assert document["schema"] == "edgelam.job-report/1" and len(document["each"]) == 3
+    assert len((tmp_path / "calm.csv").read_text().splitlines()) == 1 + 3 * len(TRAINED)
+    for arguments, said in ((("calm", "-o", "calm.pdf"), "in which form"), (("nobody",), "no job")):
+        refused = tuning_site.cli("tune", "report", *arguments)
+        assert refused.returncode == 2 and said in refused.stderr

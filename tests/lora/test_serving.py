@@ -180,6 +180,23 @@ def test_a_kept_adapter_is_not_that_of_the_folder_any_more(tmp_path: Path) -> No
         with_adapters(shelf.base, [keep(tmp_path / "adapter0", shelf.cache)], shelf.cache)
 
 
+LONGER = {
+    "dots": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    "negative": "base_model.model.model.layers.-1.self_attn.q_proj.lora_A.weight",
+    "zeros": "base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight",
+    "letter": "base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight",
+    "digits": "base_model.model.model.layers.\u0660.self_attn.q_proj.lora_A.weight",
+}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": [1]},
+    "kind": {"peft_type": "IA3"},
+    "rank": {"r": 0},
+}
+
+
 def bad(folder: Path, what: str) -> Path:
     """Folders that are no adapter of the tiny model."""
     config = tiny_config("llama")
@@ -196,11 +213,22 @@ def bad(folder: Path, what: str) -> Path:
         tensors = {key.replace("layers.0.", "layers.99."): value for key, value in tensors.items()}
     elif what == "matrix":
         tensors["base_model.model.lm_head.lora_A.weight"] = tensors.pop(name)
+    elif what in ("huge", "overflow"):
+        # Times zero they must be zero for rows that take no part; 3000 is more than is taken only with its scale of 8.
+        name = name if what == "huge" else name.replace("lora_A", "lora_B")
+        tensors[name] = np.full_like(tensors[name], 1e30 if what == "huge" else 3000)
+    elif what in LONGER:
+        tensors[LONGER[what]] = tensors.pop(name)
     elif what == "empty":
         tensors = {}
     else:
         settings = json.loads((path / CONFIG).read_text())
-        settings |= {"dora": {"use_dora": True}, "kind": {"peft_type": "IA3"}, "rank": {"r": 0}}[what]
+        settings |= {
+            "dora": {"use_dora": True},
+            "alora": {"alora_invocation_tokens": [1]},
+            "kind": {"peft_type": "IA3"},
+            "rank": {"r": 0},
+        }[what]
         (path / CONFIG).write_text(json.dumps(settings))
     (path / TENSORS).write_bytes(safetensors.to_bytes(tensors))
     return path
@@ -215,6 +243,10 @@ def bad(folder: Path, what: str) -> Path:
         ("blocks", Refused, "blocks"),
         ("matrix", Refused, "matrices"),
         ("empty", Refused, "no factors"),
+        ("huge", Refused, r"values up to 1e\+30"),
+        ("overflow", Refused, r"values up to 2\.4e\+04"),
+        *((what, Refused, "matrices") for what in LONGER),
+        ("alora", Refused, "alora_invocation_tokens"),
         ("dora", Refused, "use_dora"),
         ("kind", Refused, "IA3"),
         ("rank", CorruptData, "adapter_config.json"),
