@@ -3,165 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from msgspec import Struct
 
 from coordinator import operations as operations_module
-from coordinator import preparing as preparing_module
 from coordinator.journal import DeployRequest
-from coordinator.operations import Operations
 from coordinator.planning.best import best_plan
-from coordinator.planning.planner import Infeasible
 from coordinator.preparing import MAX_KIT_MODULES
 from coordinator.turns import Hold, Holds
-from models.graph import Graph
-from tests.coordinator.memory_site import Lab, running, until
+from tests.coordinator.memory_site import until
+from tests.coordinator.operations_site import Checkpoint, Config, KitEntry, Packed, Prepared, Scenario, Site, silent
 from tests.planning import boards
 from wire import topics
 from wire.errors import Degraded, Refused, Unreachable, UsageError
-from wire.limits import MAX_ADAPTERS
-from wire.messages import Desired, Kit, StageReport
-
-Scenario = Callable[["Site"], Awaitable[None]]
-
-
-def silent(_text: str) -> None:
-    return
-
-
-class Config(Struct, frozen=True):
-    blocks: int = 2
-
-
-class Packed(NamedTuple):
-    graph: Graph
-    config: Config
-    files: dict[str, Path]
-    adapters: None = None
-
-
-class Checkpoint(NamedTuple):
-    path: Path
-
-
-class Prepared(NamedTuple):
-    packed: Packed
-    checkpoint: Checkpoint
-
-
-class KitEntry(NamedTuple):
-    key: str
-    kind: str
-    graphs: dict[int, bytes]
-    standard: dict[int, bytes] = {}  # noqa: RUF012
-    hidden: int = 8
-    vocabulary: int = 32
-    wire_dtype: str = "f16"
-    runs: str = "tokens"
-
-
-class FakeShelf:
-    """Models of two blocks; each name has module keys of its own beside the ones that boards have measured."""
-
-    def __init__(self, folder: Path, blocks: int = 2) -> None:
-        self._folder = folder
-        self._blocks = blocks
-        self.kits = 0
-        self.gone: set[str] = set()
-        """Adapters that can't be had any more."""
-
-    async def prepare(
-        self, model: str, precision: str, progress: Callable[[str], None], adapters: tuple[str, ...] = ()
-    ) -> Prepared:
-        if self.gone.intersection(adapters):
-            raise UsageError("it is gone")
-        graph = msgspec.structs.replace(boards.graph(self._blocks), model=model)
-        files = {}
-        for module in graph.modules:
-            for digest in module.artifacts:
-                files[digest] = self._folder / digest.removeprefix("sha256:")
-                files[digest].write_bytes(b"weights")
-        return Prepared(Packed(graph, Config(), files), Checkpoint(self._folder / "tiny.gguf"))
-
-    def kit_of(self, prepared: Prepared) -> list[KitEntry]:
-        self.kits += 1
-        keys = dict.fromkeys(module.profile_key for module in prepared.packed.graph.modules)
-        return [KitEntry(key, "block", {1: key.encode()}) for key in keys]
-
-
-class Site:
-    def __init__(self, lab: Lab, folder: Path, blocks: int = 2) -> None:
-        self.lab = lab
-        self.shelf = FakeShelf(folder, blocks)
-        self.operations = Operations(lab.coordinator, self.shelf)  # type: ignore[arg-type]
-        self.said: list[str] = []
-
-    async def measured(self, *names: str) -> None:
-        await self.lab.with_boards(*names)
-        for name in names:
-            self.lab.boards[name].say(topics.PROFILE, msgspec.json.encode(boards.profile(name)), name)
-        await until(lambda: set(names) <= set(self.lab.coordinator.profiles()), "profiles")
-
-    def report(self, phase: str, detail: str = "") -> None:
-        """All boards that have orders carry out the latest as far as `phase`."""
-        for board in (board for board in self.lab.boards.values() if board.orders):
-            desired: Desired = board.orders[-1]
-            reports = [
-                StageReport(deployment=o.deployment, epoch=o.epoch, stage=o.stage, phase=phase, detail=detail)  # type: ignore[arg-type]
-                for o in desired.stages
-            ]
-            board.apply(desired.epoch, *reports)
-
-    async def ordered(self, deployment: str) -> None:
-        def came() -> bool:
-            return any(o.deployment == deployment for b in self.lab.boards.values() for d in b.orders for o in d.stages)
-
-        await until(came, f"orders of {deployment}")
-
-    def ensure(self, model: str = "tiny", hold: Hold | None = None, **changes: Any) -> asyncio.Future[Any]:
-        """What a request does first. `hold` stays; without one it is over when the deployment is there."""
-        request, own = DeployRequest(model=model, **changes), hold or Hold()
-
-        async def run() -> Any:
-            try:
-                return await self.operations.ensure(request, self.said.append, own)
-            finally:
-                if hold is None:
-                    own.close()
-
-        return asyncio.ensure_future(run())
-
-    async def ensured(self, hold: Hold, **changes: Any) -> Any:
-        """A request whose deployment is ready, and that goes on."""
-        work = self.ensure(hold=hold, **changes)
-        await self.carry_out(work)
-        return (await work)[0]
-
-    async def carry_out(self, work: asyncio.Future[Any]) -> None:
-        """The boards load what they are told until the request has its deployment."""
-        while not work.done():
-            self.report("ready")
-            await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scenario], None]:
-    monkeypatch.setattr(operations_module, "_stage_graph", lambda _prepared, plan, stage: b"%d" % stage.stage)
-    monkeypatch.setattr(preparing_module, "FIRST_BOARD_TIMEOUT_S", 0.1)
-
-    def run(scenario: Scenario) -> None:
-        async def whole() -> None:
-            async with running(tmp_path / "state") as lab:
-                await scenario(Site(lab, tmp_path))
-
-        asyncio.run(whole())
-
-    return run
+from wire.messages import Kit
 
 
 def test_a_model_is_planned_ordered_and_ready_once_and_then_found(play: Callable[[Scenario], None]) -> None:
@@ -443,110 +301,5 @@ def test_the_kit_is_built_once_per_model_and_never_outgrows_its_message(
         await until(lambda: topic in site.lab.broker.retained and b"block-39-2" in site.lab.broker.retained[topic])
         kit = msgspec.json.decode(site.lab.broker.retained[topic], type=Kit)
         assert len(kit.modules) == MAX_KIT_MODULES
-
-    play(scenario)
-
-
-ONE, OTHER = "1" * 32, "2" * 32
-
-
-def test_requests_with_several_adapters_and_with_none_share_a_deployment(play: Callable[[Scenario], None]) -> None:
-    async def scenario(site: Site) -> None:
-        await site.measured("a")
-        found = []
-        for adapters in ((ONE,), (), (OTHER,), (ONE,), ()):
-            work = site.ensure(adapters=adapters)
-            await site.carry_out(work)
-            found.append((await work)[0])
-        assert [record.request.adapters for record in found] == [
-            (ONE,), (ONE,), (ONE, OTHER), (ONE, OTHER), (ONE, OTHER),
-        ]  # fmt: skip
-        assert found[0] == found[1] and found[2] == found[3] == found[4]
-        assert len(site.lab.coordinator.records()) == 1
-
-    play(scenario)
-
-
-def test_an_adapter_that_is_gone_keeps_no_other_from_being_deployed(play: Callable[[Scenario], None]) -> None:
-    async def scenario(site: Site) -> None:
-        await site.measured("a")
-        await site.carry_out(site.ensure(adapters=(ONE,)))
-        site.shelf.gone = {ONE}
-        work = site.ensure(adapters=(OTHER,))
-        await site.carry_out(work)
-        assert (await work)[0].request.adapters == (OTHER,)
-        assert any("not beside adapter 11111111" in line for line in site.said)
-        with pytest.raises(UsageError, match="gone"):
-            await site.ensure(adapters=(ONE,))
-
-    play(scenario)
-
-
-def test_engines_that_run_no_adapters_are_refused_and_none_is_planned_for(play: Callable[[Scenario], None]) -> None:
-    async def scenario(site: Site) -> None:
-        await site.measured("a")
-        with pytest.raises(Refused, match="adapters run on onnxruntime"):
-            await site.ensure(adapters=(ONE,), engine="tensorrt")
-        work = site.ensure(adapters=(ONE,))
-        await site.carry_out(work)
-        assert [stage.engine for stage in (await work)[0].plan.stages] == ["onnxruntime"]
-
-    play(scenario)
-    assert preparing_module.plan_request(DeployRequest(model="m", adapters=(ONE,)), "m").engine == "onnxruntime"
-    assert preparing_module.plan_request(DeployRequest(model="m"), "m").engine == "auto"
-
-
-def test_a_later_adapter_of_a_job_takes_the_place_of_the_earlier_one(play: Callable[[Scenario], None]) -> None:
-    async def scenario(site: Site) -> None:
-        await site.measured("a")
-        await site.carry_out(site.ensure(adapters=(ONE,)))
-        site.operations.superseded = {ONE}
-        work = site.ensure(adapters=(OTHER,))
-        await site.carry_out(work)
-        assert (await work)[0].request.adapters == (OTHER,)
-
-    play(scenario)
-
-
-def test_of_too_many_adapters_those_go_that_nobody_used_for_longest(play: Callable[[Scenario], None]) -> None:
-    async def scenario(site: Site) -> None:
-        await site.measured("a")
-        ids = [f"{number:032x}" for number in range(MAX_ADAPTERS)]
-        for adapter in (*ids, ids[0], "f" * 32):
-            work = site.ensure(adapters=(adapter,))
-            await site.carry_out(work)
-        assert (await work)[0].request.adapters == (*ids[2:], ids[0], "f" * 32)
-
-    play(scenario)
-
-
-def test_an_explicit_deployment_has_no_adapters_but_its_own(play: Callable[[Scenario], None]) -> None:
-    async def scenario(site: Site) -> None:
-        await site.measured("a")
-        await site.carry_out(site.ensure(adapters=(ONE,)))
-        work = asyncio.ensure_future(site.operations.deploy(DeployRequest(model="tiny"), site.said.append))
-        await site.carry_out(work)
-        assert (await work).request.adapters == ()
-
-    play(scenario)
-
-
-def test_adapters_that_leave_no_room_are_left_out(
-    play: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def scenario(site: Site) -> None:
-        await site.measured("a")
-        await site.carry_out(site.ensure(adapters=(ONE,)))
-        plan = site.operations.preparing.plan
-
-        async def tight(request: DeployRequest, *given: Any) -> Any:
-            if len(request.adapters) > 1:
-                raise Infeasible("no room")
-            return await plan(request, *given)
-
-        monkeypatch.setattr(site.operations.preparing, "plan", tight)
-        work = site.ensure(adapters=(OTHER,))
-        await site.carry_out(work)
-        assert (await work)[0].request.adapters == (OTHER,) and any("no room" in line for line in site.said)
 
     play(scenario)
