@@ -305,38 +305,6 @@ def test_answers_under_way_go_on_while_a_long_prompt_enters() -> None:
     assert len(ring.tokens(1)) == 30 and len(ring.tokens(2)) == 5
 
 
-def test_a_request_is_opened_with_its_adapter_at_every_stage() -> None:
-    ring, adapter = Ring(3), "1" * 32
-    for engine in ring.engines:
-        engine.adapters = {adapter}
-    ring.ask([1, 2, 3], request=1, adapter=adapter)
-    ring.ask([1, 2, 3], request=2)
-    ring.run()
-    assert [engine.opened for engine in ring.engines] == [[adapter, ""]] * 3 and not ring.errors()
-
-
-def test_a_request_whose_adapter_a_stage_has_not_ends_everywhere() -> None:
-    ring, adapter = Ring(3), "1" * 32
-    for engine in ring.engines[:2]:
-        engine.adapters = {adapter}
-    ring.ask([1, 2, 3, 4, 5, 6], adapter=adapter)
-    ring.run()
-    [error] = ring.errors()
-    assert (error.code, error.stage) == ("engine", 2) and "not in this stage: run again" in error.text
-    assert ring.idle
-    ring.ask([9, 9], request=8)
-    ring.run()
-    assert len(ring.tokens(8)) == 5
-
-
-@pytest.mark.parametrize("adapter", ["x", "1" * 31, "1" * 33, "G" * 32, "../" * 10])
-def test_what_can_be_no_adapter_s_id_is_no_request(adapter: str) -> None:
-    ring = Ring(2)
-    ring.ask([1, 2, 3], adapter=adapter)
-    ring.run()
-    assert ring.works[0].tally.refused == 1 and ring.idle and not ring.answers
-
-
 def test_a_third_request_is_told_that_the_stage_is_busy() -> None:
     ring = Ring(3)
     for request in (1, 2, 3):
