@@ -13,7 +13,7 @@ import pytest
 from coordinator import preparing as preparing_module
 from coordinator.calls import CallFailed, MeasureRequest
 from tests.coordinator.memory_site import Client, running, until
-from tests.coordinator.test_operations import Site
+from tests.coordinator.operations_site import Site
 from wire import topics
 from wire.errors import Unreachable, UsageError
 from wire.messages import Command, Reply

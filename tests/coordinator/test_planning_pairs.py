@@ -15,7 +15,7 @@ from coordinator import preparing as preparing_module
 from coordinator.journal import DeployRequest
 from coordinator.planning.plan import Plan
 from tests.coordinator.memory_site import running, until
-from tests.coordinator.test_operations import Site, silent
+from tests.coordinator.operations_site import Site, silent
 from tests.planning import boards
 from tests.planning.test_pair_figures import pair
 from wire import topics

@@ -10,12 +10,9 @@ import pytest
 
 from coordinator.journal import DeployRequest
 from coordinator.turns import Hold
-from tests.coordinator import test_operations
 from tests.coordinator.memory_site import until
-from tests.coordinator.test_operations import Scenario, Site, silent
+from tests.coordinator.operations_site import Scenario, Site, silent
 from wire.errors import Degraded, UsageError
-
-play = test_operations.play
 
 
 def test_a_board_that_does_not_take_its_order_is_named_at_once(play: Callable[[Scenario], None]) -> None:

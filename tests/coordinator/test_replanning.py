@@ -23,7 +23,7 @@ from coordinator.screens.plain import devices_text
 from coordinator.turns import Hold
 from coordinator.view import device_rows
 from tests.coordinator.memory_site import running, until
-from tests.coordinator.test_operations import Site
+from tests.coordinator.operations_site import Site
 from tests.planning import boards
 from wire import topics
 from wire.messages import DeviceState, StageCounters, StepMark, Telemetry

@@ -25,7 +25,7 @@ from coordinator.standbys import ready_copies
 from coordinator.turns import Hold
 from coordinator.view import deployment_row, device_rows
 from tests.coordinator.memory_site import running, until
-from tests.coordinator.test_operations import Site, silent
+from tests.coordinator.operations_site import Site, silent
 from tests.planning import boards
 from tests.planning.boards import MB
 from wire.errors import EdgelamError, Refused, UsageError

@@ -12,11 +12,8 @@ from coordinator.inference.requests import GenerateRequest
 from coordinator.inference.serve import deploy_request
 from coordinator.journal import DeployRequest
 from coordinator.turns import Hold
-from tests.coordinator import test_operations
-from tests.coordinator.test_operations import Scenario, Site
+from tests.coordinator.operations_site import Scenario, Site
 from wire.errors import UsageError
-
-play = test_operations.play
 
 
 def test_pins_and_weights_are_pairs() -> None:
