@@ -48,7 +48,7 @@ class AdapterShelf:
             return self._find(text)
 
     def _find(self, text: str) -> str:
-        if re.match(ADAPTER_ID, text) and is_kept(text, self._cache):
+        if re.fullmatch(ADAPTER_ID, text) and is_kept(text, self._cache):
             return text
         folder = self._folder(text)
         known, state = self._known.get(text), _state_of(folder)

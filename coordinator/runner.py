@@ -212,7 +212,9 @@ class Runner:
         self.shelf = Shelf(cache_dir())
         operations = Operations(self.coordinator, self.shelf)
         jobs = options.state / "jobs"
-        serving = Serving(self.coordinator, operations, AdapterShelf(jobs, cache_dir()))
+        adapters = AdapterShelf(jobs, cache_dir())
+        operations.superseded = adapters.superseded
+        serving = Serving(self.coordinator, operations, adapters)
         items = ItemServing(self.coordinator, operations)
         self.tuning = Tuning(self.coordinator, operations, JobStore(jobs, self.coordinator.journal))
         self.coordinator.open()

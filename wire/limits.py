@@ -63,6 +63,7 @@ MAX_ADAPTERS: Final = 8
 """That one deployment serves: each costs every step a little."""
 
 ADAPTER_ID: Final = r"^[0-9a-f]{32}$"
+ADAPTER_ID_OR_NONE: Final = r"^([0-9a-f]{32})?$"
 
 LEAST_CONTEXT_TOKENS: Final = 2
 """One token of a prompt and one of an answer."""

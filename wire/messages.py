@@ -383,7 +383,7 @@ class RequestMeta(Struct, frozen=True, kw_only=True):
     """Most tokens that the first stage may guess for a step; 0: none."""
     padded: bool = False
     """Every step of it has two rows or more, so that what was given can be computed again as a prompt."""
-    adapter: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
+    adapter: Annotated[str, Meta(pattern=limits.ADAPTER_ID_OR_NONE)] = ""
     """Of those that the deployment serves; '' is none."""
 
 

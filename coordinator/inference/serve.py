@@ -129,9 +129,7 @@ class Serving:
         if bool(request.prompt) == bool(request.messages):
             raise UsageError("give either a prompt or messages", try_="edgelam run MODEL --prompt TEXT")
         if request.adapter:
-            adapter = await self._adapters.find(request.adapter)
-            self._operations.superseded = self._adapters.superseded
-            request = msgspec.structs.replace(request, adapter=adapter)
+            request = msgspec.structs.replace(request, adapter=await self._adapters.find(request.adapter))
         hold, seat = Hold(), Seat()
         try:
             prompts: list[list[int]] = []

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.rounds.job import Adapter, Job
-from coordinator.rounds.store import ADAPTER, CONFIG, PROVENANCE, JobRecord, RoundRecord, digest_of
+from coordinator.rounds.store import JobRecord, RoundRecord, digest_of
 from models.families.config import LlamaConfig
 from models.formats.safetensors import to_bytes
 from models.lora.adapter import AdapterSpec, flat, named, peft_modules, shapes, to_peft
 from models.lora.aggregate import Factors, Update, aggregated, sent, shortened_to, taken
+from models.lora.serving import CONFIG, PROVENANCE, TENSORS
 from wire.messages import UpdateMeta
 from wire.version import VERSION
 
@@ -147,7 +148,7 @@ def files_of(
         "privacy": privacy_of(job, rounds),
     }
     return {
-        ADAPTER: to_bytes(tensors, {"format": "pt"}),
+        TENSORS: to_bytes(tensors, {"format": "pt"}),
         CONFIG: msgspec.json.format(msgspec.json.encode(peft)),
         PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance)),
     }

@@ -26,6 +26,7 @@ from coordinator.journal import Journal
 from coordinator.rounds.job import Job
 from coordinator.rounds.offers import Timing
 from coordinator.rounds.schedule import Queues
+from models.lora.serving import CONFIG, PROVENANCE, TENSORS
 from wire.errors import CorruptData
 from wire.messages import StageOrder, UpdateMeta
 
@@ -34,10 +35,7 @@ LOG = logging.getLogger("edgelam.rounds")
 Floats = npt.NDArray[np.float32]
 State = Literal["running", "stopped", "done", "failed"]
 
-ADAPTER: Final = "adapter_model.safetensors"
-CONFIG: Final = "adapter_config.json"
-PROVENANCE: Final = "provenance.json"
-FILES: Final = (ADAPTER, CONFIG, PROVENANCE)
+FILES: Final = (TENSORS, CONFIG, PROVENANCE)
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from coordinator.journal import DeployRequest
 from coordinator.operations import Operations
 from coordinator.turns import Hold
 from models.graph import Graph
-from tests.coordinator.memory_site import Lab, until
+from tests.coordinator.memory_site import Lab, running, until
 from tests.planning import boards
 from wire import topics
 from wire.errors import UsageError
@@ -140,3 +140,13 @@ class Site:
         while not work.done():
             self.report("ready")
             await asyncio.sleep(0.01)
+
+
+def played(folder: Path, scenario: Scenario) -> None:
+    """A scenario on a site of its own."""
+
+    async def whole() -> None:
+        async with running(folder / "state") as lab:
+            await scenario(Site(lab, folder))
+
+    asyncio.run(whole())

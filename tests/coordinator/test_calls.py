@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,16 @@ import pytest
 
 from coordinator import preparing as preparing_module
 from coordinator.calls import CallFailed, MeasureRequest
-from tests.coordinator.memory_site import Client, running, until
-from tests.coordinator.operations_site import Site
+from tests.coordinator.memory_site import Client, until
+from tests.coordinator.operations_site import Scenario, Site, played
 from wire import topics
 from wire.errors import Unreachable, UsageError
 from wire.messages import Command, Reply
 
-Scenario = Callable[[Site], Awaitable[None]]
-
 
 @pytest.fixture
 def play(tmp_path: Path) -> Callable[[Scenario], None]:
-    def run(scenario: Scenario) -> None:
-        async def whole() -> None:
-            async with running(tmp_path / "state") as lab:
-                await scenario(Site(lab, tmp_path))
-
-        asyncio.run(whole())
-
-    return run
+    return partial(played, tmp_path)
 
 
 class Ears(Client):

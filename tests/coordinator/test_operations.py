@@ -245,7 +245,8 @@ def test_a_request_that_gives_up_lets_the_next_one_plan(play: Callable[[Scenario
         second = site.ensure()
         await site.ordered("tiny")
         site.report("ready")
-        await second
+        record, _ = await second
+        assert site.lab.coordinator.records() == [record]
 
     play(scenario)
 

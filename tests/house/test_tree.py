@@ -85,15 +85,20 @@ def imports_at_import_time(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ON_EVERY_BOARD)
-def test_the_base_install_is_enough_for_a_board(folder: str) -> None:
-    may = BASE_MODULES | set(PACKAGES) | set(sys.stdlib_module_names)
+def imports_beyond(folder: str, may: set[str]) -> dict[str, set[str]]:
+    """File -> what it imports at import time and may not."""
     strange = {}
     for path in sources(folder):
         beyond = imports_at_import_time(path) - may - ALLOWED_ELSEWHERE.get(name_of(path), set())
         if beyond:
             strange[name_of(path)] = beyond
-    assert strange == {}
+    return strange
+
+
+@pytest.mark.parametrize("folder", ON_EVERY_BOARD)
+def test_the_base_install_is_enough_for_a_board(folder: str) -> None:
+    may = BASE_MODULES | set(PACKAGES) | set(sys.stdlib_module_names)
+    assert imports_beyond(folder, may) == {}
 
 
 def names_of_extra(name: str) -> set[str]:
@@ -107,12 +112,7 @@ def names_of_extra(name: str) -> set[str]:
 @pytest.mark.parametrize("folder", ["coordinator", "models", "testbed"])
 def test_the_coordinators_extra_is_enough_for_a_coordinator(folder: str) -> None:
     may = BASE_MODULES | set(PACKAGES) | set(sys.stdlib_module_names) | names_of_extra("coordinator") | {"tomllib"}
-    strange = {}
-    for path in sources(folder):
-        beyond = imports_at_import_time(path) - may - ALLOWED_ELSEWHERE.get(name_of(path), set())
-        if beyond:
-            strange[name_of(path)] = beyond
-    assert strange == {}
+    assert imports_beyond(folder, may) == {}
 
 
 def loaded_by(code: str, folder: Path = REPOSITORY) -> set[str]:
