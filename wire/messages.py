@@ -165,6 +165,8 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     remember: bool = True
     """Whether blocks keep what their gradients need; else it is computed again, for a device of little memory. The
     result is the same."""
+    rows_at_once: Annotated[int, Meta(ge=1, le=4096)] = 4096
+    """Samples of a step whose gradients are made at one time; they are added up, to the same but for rounding."""
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):

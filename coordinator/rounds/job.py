@@ -65,6 +65,8 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     steps: Annotated[int, Meta(ge=1, le=100_000)] = 8
     """Of each device in a round."""
     batch_rows: Annotated[int, Meta(ge=1, le=4096)] = 4
+    rows_at_once: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """Of these, whose gradients are made at one time; None: all, or as many as a board has the memory for."""
     row_tokens: Annotated[int, Meta(ge=2, le=MAX_PROMPT_TOKENS)] = 128
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 5e-4
     most_norm: Annotated[float, Meta(gt=0, le=1e9)] = 1.0

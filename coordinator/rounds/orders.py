@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -26,6 +26,13 @@ AMPLE: Final = 0.7
 """Of a board's memory: other programs want some, too."""
 
 
+class Way(NamedTuple):
+    """How a board trains: wire.messages.TrainingTask says what these are."""
+
+    remember: bool
+    rows_at_once: int
+
+
 def make_orders(
     site: str,
     record: JobRecord,
@@ -34,7 +41,7 @@ def make_orders(
     task: TrainingTask,
     graph: ArtifactRef,
     weights: tuple[ArtifactRef, ...],
-    remembers: Mapping[str, bool],
+    ways: Mapping[str, Way],
 ) -> dict[str, tuple[StageOrder, ...]]:
     """The orders of all boards that have one, and of those that can take part now. Who has a number keeps it."""
     stages = {device: order.stage for device, (order,) in record.orders.items()}
@@ -71,7 +78,8 @@ def make_orders(
                 task,
                 rank=record.job.adapter.rank_of(device),
                 alpha=spec_of(record.job, device).alpha,
-                remember=remembers.get(device, True),
+                remember=ways[device].remember if device in ways else True,
+                rows_at_once=ways[device].rows_at_once if device in ways else rows_at_once(record.job),
             ),
         )
         orders[device] = (order,)
@@ -120,32 +128,43 @@ def able_devices(coordinator: Coordinator, job: Job, packed: Packed) -> tuple[tu
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
         elif torch is None or not torch.version:
             unable[device.name] = f"no torch: {torch.because if torch is not None else 'not looked for'}"
-        elif (least := peak_of(job, device.name, packed, remember=False)) > info.memory_bytes:
+        elif (least := peak_of(job, device.name, packed, Way(remember=False, rows_at_once=1))) > info.memory_bytes:
             unable[device.name] = (
                 f"would take {bytes_text(least)} of its {bytes_text(info.memory_bytes)} of memory;"
-                " fewer rounds.row_tokens or rounds.batch_rows need less"
+                " fewer rounds.row_tokens need less"
             )
         else:
             able.append(device.name)
     return tuple(sorted(able)), unable
 
 
-def peak_of(job: Job, device: str, packed: Packed, *, remember: bool) -> int:
+def rows_at_once(job: Job) -> int:
+    """Samples whose gradients are made at one time, where memory is no matter."""
+    if job.privacy is not None and job.privacy.unit == "sample":
+        return 1
+    return min(job.rounds.batch_rows, job.rounds.rows_at_once or job.rounds.batch_rows)
+
+
+def peak_of(job: Job, device: str, packed: Packed, way: Way) -> int:
     """Bytes that a board's worker takes at most, as foretold."""
     packed_bytes = sum(path.stat().st_size for path in packed.files.values())
-    # Of a private job, samples go one by one.
-    rows = 1 if job.privacy is not None and job.privacy.unit == "sample" else job.rounds.batch_rows
-    return peak_bytes(packed.config, packed_bytes, spec_of(job, device), rows * job.rounds.row_tokens, remember)
+    tokens = way.rows_at_once * job.rounds.row_tokens
+    return peak_bytes(packed.config, packed_bytes, spec_of(job, device), tokens, way.remember)
 
 
-def remembering(coordinator: Coordinator, job: Job, devices: Collection[str], packed: Packed) -> dict[str, bool]:
-    """Whether each board has the memory to keep what gradients need."""
+def ways_of(coordinator: Coordinator, job: Job, devices: Collection[str], packed: Packed) -> dict[str, Way]:
+    """How each board can train in its memory: all of a batch at once, keeping what gradients need, if that is ample;
+    else computing it again; else with fewer samples at once, since the weights are expanded for each piece anew."""
     memory = {device.name: device.info.memory_bytes for device in coordinator.devices() if device.info is not None}
-    return {
-        device: peak_of(job, device, packed, remember=True) <= AMPLE * memory[device]
-        for device in devices
-        if device in memory
-    }
+    found = {}
+    for device in set(devices) & memory.keys():
+        way = Way(remember=True, rows_at_once=rows_at_once(job))
+        if peak_of(job, device, packed, way) > AMPLE * memory[device]:
+            way = way._replace(remember=False)
+            while way.rows_at_once > 1 and peak_of(job, device, packed, way) > memory[device]:
+                way = way._replace(rows_at_once=-(-way.rows_at_once // 2))
+        found[device] = way
+    return found
 
 
 def llama_of(prepared: Prepared) -> Packed:

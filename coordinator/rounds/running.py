@@ -16,12 +16,13 @@ from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
 from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
 from coordinator.rounds.orders import (
+    Way,
     able_devices,
     checkpoint_of,
     llama_of,
     make_orders,
-    remembering,
     task_of,
+    ways_of,
     whole_graph,
 )
 from coordinator.rounds.schedule import after
@@ -238,11 +239,15 @@ class Running:
             coordinator.artifacts.add_file(digest, path, path.name) for digest, path in sorted(packed.files.items())
         )
         # Whoever has an order keeps what it says of this: the worker would have to begin anew.
-        remembers = {
-            **remembering(coordinator, self.job, able, packed),
-            **{name: order.training.remember for name, (order,) in self.record.orders.items() if order.training},
+        ways = {
+            **ways_of(coordinator, self.job, able, packed),
+            **{
+                name: Way(order.training.remember, order.training.rows_at_once)
+                for name, (order,) in self.record.orders.items()
+                if order.training
+            },
         }
-        orders = make_orders(coordinator.site, self.record, able, packed, task, graph, weights, remembers)
+        orders = make_orders(coordinator.site, self.record, able, packed, task, graph, weights, ways)
         if orders == self.record.orders and self._placed:
             return
         self.record, self._placed = msgspec.structs.replace(self.record, orders=orders), True

@@ -56,8 +56,9 @@ class Round:
         self._start = start
         self._tells = task.privacy is None or task.privacy.losses
         # Private jobs take samples one by one, and have no memory for more.
-        at_once = 1 if task.privacy is not None and task.privacy.unit == "sample" else task.batch_rows
-        self._held_out = batches(rows.held_out, at_once) if self._tells else []
+        one_by_one = task.privacy is not None and task.privacy.unit == "sample"
+        self._at_once = 1 if one_by_one else min(task.batch_rows, task.rows_at_once)
+        self._held_out = batches(rows.held_out, self._at_once) if self._tells else []
         self._to_train = task.steps if asked.train and rows.trained else 0
         self._done = 0
         self._loss = 0.0
@@ -114,10 +115,8 @@ class Round:
             return
         self._optimiser.zero_grad(set_to_none=True)
         batch = drawn(self._rows.trained, self._task.batch_rows, self._seed, self._number, self._done)
-        loss = self._loss_of(batch)
-        loss.backward()
+        value = self._accumulate(batch)
         torch.nn.utils.clip_grad_norm_(list(self._leaves.values()), self._task.most_norm)
-        value = float(loss.detach())
         if not math.isfinite(value) and self._guard is not None:
             # That it happened would tell something of the data: the round ends here, and what is left is clipped.
             self._done = self._to_train
@@ -126,6 +125,19 @@ class Round:
             raise Diverged(f"the loss is {value} in step {self._done}", try_="a lower learning_rate")
         self._optimiser.step()
         self._loss += value
+
+    def _accumulate(self, batch: Batch) -> float:
+        """Make the gradients of a batch, in as many pieces as memory asks for, and give its loss."""
+        if len(batch.ids) <= self._at_once or not batch.counted:
+            loss = self._loss_of(batch)
+            loss.backward()
+            return float(loss.detach())
+        value = 0.0
+        for piece in batch.pieces(self._at_once):
+            loss = self._loss_of(piece) * (piece.counted / batch.counted)
+            loss.backward()
+            value += float(loss.detach())
+        return value
 
     def _loss_of(self, batch: Batch) -> torch.Tensor:
         ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)

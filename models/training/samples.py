@@ -46,6 +46,12 @@ class Batch(NamedTuple):
     def counted(self) -> int:
         return int((self.targets != IGNORED).sum())
 
+    def pieces(self, rows: int) -> list[Batch]:
+        """The same in pieces of so many rows at most, those left out that have no target."""
+        starts = range(0, len(self.ids), rows)
+        found = [Batch(self.ids[start : start + rows], self.targets[start : start + rows]) for start in starts]
+        return [piece for piece in found if piece.counted]
+
 
 class Split(NamedTuple):
     trained: tuple[Row, ...]

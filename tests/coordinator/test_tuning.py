@@ -15,6 +15,7 @@ import pytest
 from coordinator.rounds.adapters import spec_of
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.offers import Timing
+from coordinator.rounds.orders import Way, peak_of
 from coordinator.rounds.store import JobStore
 from coordinator.rounds.tuning import Tuning
 from coordinator.shelf import Prepared
@@ -403,6 +404,26 @@ def test_a_board_of_little_memory_computes_again_and_one_of_less_is_not_chosen(p
             assert (await made.through())["state"] == "done"
             assert set(made.rounds()[0]["devices"]) == {"a", "b"}
             assert [trainer.held.remember for trainer in made.trainers[:2]] == [True, False]
+
+    play(scenario)
+
+
+def test_a_board_that_has_no_room_for_a_batch_takes_fewer_rows_at_a_time(play: Any) -> None:
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            await made.with_trainers(a=update, b=update)
+            job = msgspec.structs.replace(JOB, rounds=msgspec.structs.replace(JOB.rounds, batch_rows=5))
+            packed = made.operations.prepared.packed
+            room = peak_of(job, "b", packed, Way(remember=False, rows_at_once=3))
+            assert peak_of(job, "b", packed, Way(remember=False, rows_at_once=5)) > room
+            board = made.trainers[1]
+            info = next(one.info for one in made.lab.coordinator.devices() if one.name == "b")
+            board.say(topics.INFO, msgspec.structs.replace(info, memory_bytes=room), "b")
+            await until(
+                lambda: room in {one.info.memory_bytes for one in made.lab.coordinator.devices()}, "memory is known"
+            )
+            assert (await made.through(job))["state"] == "done"
+            assert [(one.held.remember, one.held.rows_at_once) for one in made.trainers] == [(True, 5), (False, 3)]
 
     play(scenario)
 

@@ -63,6 +63,23 @@ def test_training_learns_what_it_is_shown(tmp_path: Path) -> None:
     assert second.loss is not None and first.loss is not None and second.loss < first.loss - 0.05
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_gradients_of_fewer_rows_add_up_to_those_of_all(tmp_path: Path, at_once: int) -> None:
+    """Rows of unequal length: each counts by its tokens, not as a piece."""
+    task = msgspec.structs.replace(TASK, batch_rows=5, steps=1)
+    whole, _, _ = made(tmp_path, task)
+    pieces, _, _ = made(tmp_path, msgspec.structs.replace(task, rows_at_once=at_once))
+    through(whole), through(pieces)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert pieces.held_out_loss == pytest.approx(whole.held_out_loss, rel=1e-5)
+    compared = 0
+    for name, leaf in whole._leaves.items():
+        one, other = leaf.grad.numpy(), pieces._leaves[name].grad.numpy()
+        assert np.abs(one - other).max() <= 1e-5 * max(1e-3, np.abs(one).max()), name
+        compared += int(np.abs(one).max() > 1e-4)
+    assert compared >= 4
+
+
 def test_what_is_not_trained_stays_and_is_not_sent(tmp_path: Path) -> None:
     made_round, shaped, start = made(tmp_path, parts=("b",))
     found = named(through(made_round), shaped, ("b",))
