@@ -14,6 +14,9 @@ Memory: what a process that trains SmolLM2 takes at its peak beside what was for
 
 Served: what adapters in a deployment cost a decode step (benchmarks/parts/served).
 
+Sections: MiniLM learns to tell the section of a Debian package from its description, on eight boards of which each has
+the packages of other maintainers (benchmarks/parts/sections), beside the same training in one place with all of them.
+
 Perplexity: SmolLM2 with frozen 4 bit weights on boards that each have a part of a real text (benchmarks/texts); that on
 what all of them hold out, before and after.
 """
@@ -36,11 +39,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower, served
+from benchmarks.parts import flower, sections, served
+from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import MODEL, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
 from coordinator.client import Client
-from coordinator.commands.tune import round_text
 from coordinator.rounds.job import Adapter, Job, Rounds
 from testbed.boards import BoardSpec, preset, with_data, with_link
 from testbed.links import preset as link_of
@@ -56,7 +59,7 @@ from wire.transport import Link
 
 COUNTS = (2, 4, 8)
 ROUNDS = 8
-PARTS = ("overhead", "flower", "perplexity", "schedule", "memory", "served")
+PARTS = ("overhead", "flower", "perplexity", "schedule", "memory", "served", "sections")
 PEAKS = (
     "int4 1 64 8 q,v keep",
     "int4 4 128 8 q,v keep",
@@ -97,21 +100,6 @@ def rounds_of(
         rounds=Rounds(count=rounds, steps=1, batch_rows=1, row_tokens=16, held_out=0.0, learning_rate=1e-4, **more),
     )
     return events_of(there, job, each)[1:-1]  # the first waits for workers to load, the last trains nothing
-
-
-def events_of(there: Client, job: Job, each: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """The rounds of a job; `each` is called behind every one."""
-    found = []
-    for event in there.stream("/v1/jobs", job):
-        if event["event"] == "status":
-            print(f"... {event['text']}", file=sys.stderr)
-        elif event["event"] == "round":
-            print(f"... {round_text(event)}", file=sys.stderr)
-            found.append(event)
-            each()
-        elif event["event"] == "end" and event["state"] != "done":
-            raise SystemExit(f"the job {event['state']}: {event['because']}")
-    return found
 
 
 def overhead_s(one: dict[str, Any]) -> float:
@@ -275,6 +263,8 @@ def main() -> int:
         figures += peaks()
     if "served" in given.parts:
         figures += served.measure(given.precision)
+    if "sections" in given.parts:
+        figures += sections.measure(given.rounds)
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

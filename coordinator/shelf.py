@@ -13,7 +13,9 @@ import msgspec
 from coordinator.background import in_background
 from models.build.kit import KitEntry, build_kit
 from models.build.pack import Packed, pack
+from models.cache import file_digest
 from models.catalog import find, resolve
+from models.formats.bert import is_bert
 from models.formats.checkpoint import Checkpoint, open_checkpoint
 from models.items.pack import PackedItems, is_item_file, kit_of_items, pack_items
 from models.items.words import WordTokenizer
@@ -62,6 +64,13 @@ class ItemSource(NamedTuple):
 
     path: Path
     words: WordTokenizer | None
+    digest: str = ""
+    """Of the weights of a sentence encoder."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the configuration of an encoder is."""
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 class Prepared:
@@ -156,9 +165,12 @@ class Shelf:
         try:
             packed = pack_items(path, model, self.cache)
             words = WordTokenizer.beside(path)
+            source = ItemSource(path, words)
+            if words is not None and is_bert(source.folder):
+                source = source._replace(digest=file_digest(source.folder / "model.safetensors", self.cache))
         except OSError as error:
             raise _unpackable(model, error, self.cache) from None
-        return Prepared(model, ItemSource(path, words), packed, None)
+        return Prepared(model, source, packed, None)
 
     def kit_of(self, prepared: Prepared) -> list[KitEntry]:
         packed = prepared.packed

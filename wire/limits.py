@@ -59,6 +59,9 @@ MAX_CONTROL_BYTES: Final = 262_144
 MAX_ADAPTER_RANK: Final = 256
 """Of factors that a job trains: beyond it the whole matrix is as cheap."""
 
+MAX_LABELS: Final = 1024
+"""That a text may have one of."""
+
 MAX_ADAPTERS: Final = 8
 """That one deployment serves: each costs every step a little."""
 

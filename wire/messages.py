@@ -100,6 +100,9 @@ EngineName = Literal["tensorrt", "onnxruntime-cuda", "onnxruntime", "torch-cuda"
 """What can compute a stage (models.engine.choice)."""
 
 
+Label = Annotated[str, Meta(min_length=1, max_length=64)]
+"""Of a text."""
+
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """Matrices of a block that can have low-rank factors."""
 
@@ -167,6 +170,9 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     result is the same."""
     rows_at_once: Annotated[int, Meta(ge=1, le=4096)] = 4096
     """Samples of a step whose gradients are made at one time; they are added up, to the same but for rounding."""
+    labels: Annotated[tuple[Label, ...], Meta(max_length=limits.MAX_LABELS)] = ()
+    """Which of these a text has is learnt, by an encoder with a task module; none: to say the text itself. The graph of
+    such an order is the encoder's configuration, and the task module travels behind the factors."""
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):
@@ -412,8 +418,8 @@ class RoundMeta(Struct, frozen=True, kw_only=True):
 
     reply: InboxAddress
     round: Count
-    parts: Annotated[tuple[Literal["a", "b"], ...], Meta(min_length=1, max_length=2)]
-    """Which factors are trained and sent back; the others stay as they came."""
+    parts: Annotated[tuple[Literal["a", "b", "c"], ...], Meta(min_length=1, max_length=3)]
+    """Which factors are trained and sent back, 'c' for the task module; the others stay as they came."""
     train: bool = True
     """False: only the loss on what is held out is asked for."""
     bytes_per_s: Annotated[float, Meta(gt=0, le=1e12)] | None = None
@@ -430,10 +436,13 @@ class UpdateMeta(Struct, frozen=True, kw_only=True):
     bad_rows: Count = 0
     """Of its data, left out since they are no samples."""
     loss: Annotated[float, Meta(ge=0, le=1e9)] | None = None
-    """Mean over the round's steps, in nats per token; None where nothing was trained."""
+    """Mean over the round's steps, in nats per token or label; None where nothing was trained."""
     held_out_loss: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """Of the factors that came, before any step; None where nothing is held out."""
-    held_out_tokens: Count = 0
+    held_out_count: Count = 0
+    """Tokens, or texts with a label, that this is the mean over."""
+    held_out_right: Count | None = None
+    """Labels among them that were told right."""
     compute_s: Seconds = 0.0
     noise: Annotated[float, Meta(ge=0, le=1e12)] | None = None
     """Multiplier of the noise that is on it; None: none is."""

@@ -24,9 +24,8 @@ from agent.workers.sending import UNSENT, Sender
 from agent.workers.stretch import Stretch
 from models.engine.base import EngineFailed
 from models.privacy.plan import measure_of
-from models.training.llama import TrainedStage
 from models.training.private import Guard
-from models.training.rounds import Diverged, Round
+from models.training.rounds import Diverged, Round, Trained
 from models.training.samples import Split
 from wire.channel import Delivery
 from wire.errors import CorruptData, PeerError
@@ -48,7 +47,7 @@ class Model(Protocol):
     """agent.workers.training.Trainee."""
 
     @property
-    def stage(self) -> TrainedStage: ...
+    def stage(self) -> Trained: ...
 
     @property
     def shaped(self) -> Mapping[str, tuple[int, int]]: ...
@@ -279,7 +278,8 @@ class RoundWork:
             bad_rows=self._model.bad_rows,
             loss=made.loss,
             held_out_loss=made.held_out_loss,
-            held_out_tokens=made.held_out_tokens,
+            held_out_count=made.held_out_count,
+            held_out_right=made.held_out_right,
             compute_s=self._busy_s,
             noise=None if told is None else told.noise,
             epsilon=None if told is None else told.epsilon,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 from msgspec import Struct
 
@@ -21,13 +22,19 @@ from hwprofiles.measure import resident_bytes
 from models.engine.base import EngineFailed
 from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
+from models.families.bert import BertConfig
+from models.formats.bert import BertFile
 from models.lora.adapter import AdapterSpec, initial, shapes
-from models.training.data import read
+from models.training.data import Sample, read
+from models.training.encoder import TrainedEncoder
 from models.training.llama import TrainedStage
-from models.training.samples import Row, Split, encoder_of, rows_of, split
+from models.training.rounds import Trained
+from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_of, split
 from wire.errors import CorruptData
-from wire.messages import ArtifactRef, StageOrder
+from wire.messages import ArtifactRef, StageOrder, TrainingTask
 from wire.version import VERSION
+
+Shapes = Mapping[str, tuple[int, int]]
 
 MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 
@@ -35,8 +42,8 @@ MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     """A model with factors, and the rows of this device."""
 
-    stage: TrainedStage
-    shaped: Mapping[str, tuple[int, int]]
+    stage: Trained
+    shaped: Shapes
     rows: Split
     bad_rows: int
     fingerprint: str
@@ -63,22 +70,13 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         raise EngineFailed("the order says nothing of what to train")
     torch.set_num_threads(assignment.threads)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
-    path = Path(assignment.tokenizer_path)
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise CorruptData(f"tokenizer of {path.stat().st_size} bytes, at most {MAX_TOKENIZER_BYTES} are read")
     data = read(Path(assignment.data_path))
+    rows = _rows(assignment, task, data.samples)
+    stage, shaped = (_encoder if task.labels else _language_model)(assignment, task)
     private = task.privacy is not None
-    encode = encoder_of(path.read_text(encoding="utf-8"))
-    rows = rows_of(data.samples, encode, task.row_tokens, task.end_id, keep_all=private)
-    if not rows:
-        raise CorruptData(f"data {task.data}: no sample has two tokens", try_="longer texts")
-    spec = AdapterSpec(rank=task.rank, alpha=task.alpha, matrices=task.matrices, seed=task.seed)
-    _, manifest = load_graph(Path(assignment.graph_path), spec_of(order, assignment.threads))
-    weights = map_weights(manifest.weights, [Path(path) for path in assignment.weight_paths])
-    stage = TrainedStage(manifest, weights.tensors, spec, initial(manifest.config, spec), task.row_tokens)
     trainee = Trainee(
         stage=stage,
-        shaped=shapes(manifest.config, spec),
+        shaped=shaped,
         rows=split(rows, task.held_out, task.seed),
         bad_rows=0 if private else data.bad_rows + len(data.samples) - len(rows),
         fingerprint=fingerprint_of(rows, assignment.threads, [order.graph, *order.weights]),
@@ -88,12 +86,57 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
     return trainee
 
 
+def _rows(assignment: Assignment, task: TrainingTask, samples: Sequence[Sample]) -> list[Row]:
+    path = Path(assignment.tokenizer_path)
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise CorruptData(f"tokenizer of {path.stat().st_size} bytes, at most {MAX_TOKENIZER_BYTES} are read")
+    encode, private = encoder_of(path.read_text(encoding="utf-8")), task.privacy is not None
+    if task.labels:
+        rows = labelled_rows(samples, encode, task.row_tokens, task.labels, keep_all=private)
+        if not rows:
+            raise CorruptData(
+                f"data {task.data}: no text has one of the job's {len(task.labels)} labels",
+                try_='rows such as {"text": "...", "label": "..."}',
+            )
+        return rows
+    rows = rows_of(samples, encode, task.row_tokens, task.end_id, keep_all=private)
+    if not rows:
+        raise CorruptData(f"data {task.data}: no sample has two tokens", try_="longer texts")
+    return rows
+
+
+def _spec(task: TrainingTask) -> AdapterSpec:
+    return AdapterSpec(
+        rank=task.rank, alpha=task.alpha, matrices=task.matrices, seed=task.seed, labels=len(task.labels)
+    )
+
+
+def _language_model(assignment: Assignment, task: TrainingTask) -> tuple[Trained, Shapes]:
+    spec = _spec(task)
+    _, manifest = load_graph(Path(assignment.graph_path), spec_of(assignment.order, assignment.threads))
+    weights = map_weights(manifest.weights, [Path(path) for path in assignment.weight_paths])
+    stage = TrainedStage(manifest, weights.tensors, spec, initial(manifest.config, spec), task.row_tokens)
+    return stage, shapes(manifest.config, spec)
+
+
+def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[Trained, Shapes]:
+    try:
+        config = msgspec.json.decode(assignment.order.config, type=BertConfig)
+        config.check_context(task.row_tokens)
+        [path] = assignment.weight_paths
+        spec = _spec(task)
+        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, initial(config, spec))
+    except (msgspec.DecodeError, ValueError, KeyError) as error:
+        raise EngineFailed(f"an order that says nothing of an encoder: {error}") from error
+    return stage, shapes(config, spec)
+
+
 def fingerprint_of(rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef]) -> str:
     """Of all that a round comes from and its question does not say."""
     words = [str(threads), torch.__version__, VERSION, *(ref.digest for ref in files)]
     made = hashlib.sha256("/".join(words).encode())
     for row in rows:
-        made.update(f"/{row.learnt_from}/{len(row.ids)}/".encode() + row.ids.tobytes())
+        made.update(f"/{row.learnt_from}/{row.label}/{len(row.ids)}/".encode() + row.ids.tobytes())
     return made.hexdigest()
 
 

@@ -11,10 +11,20 @@ import numpy.typing as npt
 
 from coordinator.rounds.job import Adapter, Job
 from coordinator.rounds.store import JobRecord, RoundRecord, digest_of
-from models.families.config import LlamaConfig
+from models.families.bert import BertConfig
 from models.formats.safetensors import to_bytes
-from models.lora.adapter import AdapterSpec, flat, named, peft_modules, shapes, to_peft
-from models.lora.aggregate import Factors, Update, aggregated, sent, shortened_to, taken
+from models.lora.adapter import (
+    HEAD,
+    HEAD_FILE,
+    AdapterSpec,
+    Config,
+    flat,
+    named,
+    peft_modules,
+    shapes,
+    to_peft,
+)
+from models.lora.aggregate import Factors, Update, aggregated, mixed, sent, shortened_to, taken
 from models.lora.serving import CONFIG, PROVENANCE, TENSORS
 from wire.messages import UpdateMeta
 from wire.version import VERSION
@@ -27,10 +37,10 @@ def spec_of(job: Job, device: str = "") -> AdapterSpec:
     adapter: Adapter = job.adapter
     rank = adapter.rank_of(device)
     alpha = adapter.scale_alpha * rank / adapter.rank
-    return AdapterSpec(rank=rank, alpha=alpha, matrices=adapter.matrices, seed=job.seed)
+    return AdapterSpec(rank=rank, alpha=alpha, matrices=adapter.matrices, seed=job.seed, labels=len(job.labels))
 
 
-def taken_by(config: LlamaConfig, job: Job, device: str, factors: Floats) -> Floats:
+def taken_by(config: Config, job: Job, device: str, factors: Floats) -> Floats:
     """What a device is sent of the job's factors: all, or the first ranks."""
     if job.adapter.rank_of(device) == job.adapter.rank:
         return factors
@@ -41,16 +51,18 @@ def taken_by(config: LlamaConfig, job: Job, device: str, factors: Floats) -> Flo
         if name.endswith(".a"):
             other = f"{name[:-1]}b"
             found[name], found[other] = taken(rule, Factors(whole[name], whole[other]), rank)
+        elif name == HEAD:
+            found[name] = whole[name]
     return flat(found, shapes(config, spec_of(job, device)))
 
 
 def parts_of(job: Job, round_number: int) -> tuple[str, ...]:
-    """Which factors devices train and send in a round."""
-    return sent(job.rounds.aggregation, round_number)
+    """Which factors devices train and send in a round; a task module goes with them in all of them."""
+    return (*sent(job.rounds.aggregation, round_number), *(("c",) if job.labels else ()))
 
 
 def aggregate(
-    config: LlamaConfig,
+    config: Config,
     job: Job,
     round_number: int,
     start: Floats,
@@ -65,6 +77,10 @@ def aggregate(
     sent_in = [(meta, named(vector, shapes(config, spec_of(job, meta.device)), parts)) for meta, vector in updates]
     found: dict[str, Floats] = {}
     for name in shaped:
+        if name == HEAD:
+            in_order = sorted(sent_in, key=lambda one: one[0].device)
+            samples = [meta.samples for meta, _ in in_order]
+            found[name] = mixed([factors[name] for _, factors in in_order], samples, job.rounds.middle)
         if not name.endswith(".a"):
             continue
         other = f"{name[:-1]}b"
@@ -84,7 +100,7 @@ def aggregate(
 
 
 def _shortened(
-    config: LlamaConfig,
+    config: Config,
     job: Job,
     parts: tuple[str, ...],
     start: Floats,
@@ -116,16 +132,15 @@ def privacy_of(job: Job, rounds: Sequence[RoundRecord]) -> Any:
     return {**msgspec.to_builtins(job.privacy), "spent": spent_by(rounds)}
 
 
-def files_of(
-    config: LlamaConfig, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]
-) -> dict[str, bytes]:
-    """PEFT's two files, and where the adapter comes from."""
+def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]) -> dict[str, bytes]:
+    """PEFT's two files, a task module if there is one, and where the adapter comes from."""
     job = record.job
     spec = spec_of(job)
-    tensors = dict(to_peft(config, named(factors, shapes(config, spec))))
+    by_name = named(factors, shapes(config, spec))
+    tensors = dict(to_peft(config, by_name))
     peft: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "FEATURE_EXTRACTION" if isinstance(config, BertConfig) else "CAUSAL_LM",
         "base_model_name_or_path": job.model,
         "r": spec.rank,
         "lora_alpha": spec.alpha,
@@ -133,7 +148,7 @@ def files_of(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted(peft_modules(spec.matrices)),
+        "target_modules": peft_modules(config, spec.matrices),
     }
     samples = {device: found.samples for done in rounds for device, found in done.devices.items() if not found.refused}
     provenance: dict[str, Any] = {
@@ -145,9 +160,15 @@ def files_of(
         "rounds": sum(done.trained for done in rounds),
         "samples": samples,
         "held_out_loss": [done.held_out_loss for done in rounds],
+        "held_out_accuracy": [done.held_out_accuracy for done in rounds] if job.labels else None,
         "privacy": privacy_of(job, rounds),
     }
+    head: dict[str, bytes] = {}
+    if HEAD in by_name:
+        parts = {"weight": by_name[HEAD][:, :-1].copy(), "bias": by_name[HEAD][:, -1].copy()}
+        head[HEAD_FILE] = to_bytes(parts, {"format": "pt", "labels": msgspec.json.encode(job.labels).decode()})
     return {
+        **head,
         TENSORS: to_bytes(tensors, {"format": "pt"}),
         CONFIG: msgspec.json.format(msgspec.json.encode(peft)),
         PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance)),

@@ -18,8 +18,7 @@ from coordinator.rounds.machine import RoundState
 from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord, now_unix
 from coordinator.rounds.updates import checked, farthest_of
 from coordinator.service import Coordinator
-from models.families.config import LlamaConfig
-from models.lora.adapter import flat, named, shapes
+from models.lora.adapter import Config, flat, named, shapes
 from wire.errors import PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
 from wire.messages import RoundMeta, StageError, UpdateMeta, decode
@@ -37,7 +36,7 @@ class Exchange:
         coordinator: Coordinator,
         store: JobStore,
         record: JobRecord,
-        config: LlamaConfig,
+        config: Config,
         start: Floats,
         tell: Callable[[dict[str, Any]], None],
         *,
@@ -131,7 +130,8 @@ class Exchange:
                 bad_rows=meta.bad_rows,
                 loss=meta.loss,
                 held_out_loss=meta.held_out_loss,
-                held_out_tokens=meta.held_out_tokens,
+                held_out_count=meta.held_out_count,
+                held_out_right=meta.held_out_right,
                 compute_s=meta.compute_s,
                 noise=meta.noise,
                 epsilon=meta.epsilon,
@@ -148,7 +148,8 @@ class Exchange:
             trained=self.train,
             devices=devices,
             loss=weighted([(found.loss, found.samples) for found in counted]),
-            held_out_loss=weighted([(found.held_out_loss, found.held_out_tokens) for found in counted]),
+            held_out_loss=weighted([(found.held_out_loss, found.held_out_count) for found in counted]),
+            held_out_accuracy=accuracy([(found.held_out_right, found.held_out_count) for found in counted]),
             wall_s=wall_s,
             expected_s=self._record.expected_s if self.train else None,
             down_bytes=self._down_bytes,
@@ -218,3 +219,10 @@ def weighted(values: list[tuple[float | None, int]]) -> float | None:
     known = [(value, weight) for value, weight in values if value is not None and weight > 0]
     total = sum(weight for _, weight in known)
     return sum(value * weight for value, weight in known) / total if total else None
+
+
+def accuracy(values: list[tuple[int | None, int]]) -> float | None:
+    """Share that was right, over all who told; None where nobody did. Nobody has more right than there were."""
+    known = [(min(right, count), count) for right, count in values if right is not None and count > 0]
+    total = sum(count for _, count in known)
+    return sum(right for right, _ in known) / total if total else None

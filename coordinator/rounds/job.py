@@ -27,8 +27,8 @@ from models.lora.aggregate import ANY_RANKS, Middle
 from models.privacy.accountant import noise_for
 from wire.errors import UsageError
 from wire.ids import is_name
-from wire.limits import MAX_ADAPTER_RANK, MAX_PROMPT_TOKENS
-from wire.messages import Matrix, Privacy
+from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS
+from wire.messages import Label, Matrix, Privacy
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,8 +104,10 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str
     data: str
     mode: Literal["federated"] = "federated"
+    labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
+    """Which of these a text has is learnt, by a sentence encoder; none: to say the text, by a language model."""
     precision: Literal["int4", "int8", "f32"] = "int4"
-    """Of the frozen weights."""
+    """Of a language model's frozen weights; an encoder's are f32."""
     devices: tuple[str, ...] = ()
     """None: all that have the data."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
@@ -195,6 +197,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]
     if len(set(devices)) != len(devices):
         found.append("devices: one is listed twice")
+    labels = values.get("labels", ())
+    if len(set(labels)) != len(labels):
+        found.append("labels: one is listed twice")
+    if len(labels) == 1:
+        found.append("labels: with one there is nothing to tell apart")
     found += [
         f"adapter.ranks.{device}: {rank}, more than adapter.rank, {adapter.rank}"
         for device, rank in adapter.ranks.items()

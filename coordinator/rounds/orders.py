@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.bases import Base
 from coordinator.rounds.job import Job
 from coordinator.rounds.store import JobRecord, topic_name
 from coordinator.service import Coordinator
-from coordinator.shelf import Prepared
-from models.build.pack import Packed
-from models.build.stage import build_stage_graph
-from models.formats.contents import Checkpoint
-from models.training.memory import peak_bytes
 from wire import topics
-from wire.errors import Refused
 from wire.limits import MAX_DEVICES
 from wire.messages import ArtifactRef, InboxAddress, StageOrder, TrainingTask
 from wire.units import bytes_text
@@ -37,7 +32,7 @@ def make_orders(
     site: str,
     record: JobRecord,
     able: Collection[str],
-    packed: Packed,
+    base: Base,
     task: TrainingTask,
     graph: ArtifactRef,
     weights: tuple[ArtifactRef, ...],
@@ -47,7 +42,7 @@ def make_orders(
     stages = {device: order.stage for device, (order,) in record.orders.items()}
     for device in sorted(able):
         stages.setdefault(device, max(stages.values(), default=-1) + 1)
-    deployment, model = topic_name(record.name), packed.graph
+    deployment, config = topic_name(record.name), base.config
     orders: dict[str, tuple[StageOrder, ...]] = {}
     for device, stage in sorted(stages.items()):
         inbox = InboxAddress(topic=topics.INBOX.on(site, deployment, str(stage)))
@@ -63,16 +58,16 @@ def make_orders(
             embedding=True,
             head=True,
             first_block=0,
-            end_block=model.blocks,
-            hidden=model.hidden,
-            vocabulary=model.vocabulary,
-            wire_dtype=model.wire_dtype,
+            end_block=config.blocks,
+            hidden=config.hidden,
+            vocabulary=config.vocabulary,
+            wire_dtype=base.wire_dtype,  # type: ignore[arg-type]
             context_tokens=max(2, record.job.rounds.row_tokens),
             slots=1,
             prefill_chunk_tokens=2,
             inbox=inbox,
             next=inbox,
-            config=msgspec.json.encode(packed.config).decode(),
+            config=msgspec.json.encode(config).decode(),
             runs="rounds",
             training=msgspec.structs.replace(
                 task,
@@ -105,10 +100,11 @@ def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTas
         seed=job.seed,
         rounds=rounds.count,
         privacy=job.privacy,
+        labels=job.labels,
     )
 
 
-def able_devices(coordinator: Coordinator, job: Job, packed: Packed) -> tuple[tuple[str, ...], dict[str, str]]:
+def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[str, ...], dict[str, str]]:
     """Boards that can take part, and why others can't."""
     able: list[str] = []
     unable: dict[str, str] = dict.fromkeys(job.devices, "not heard of")
@@ -128,7 +124,7 @@ def able_devices(coordinator: Coordinator, job: Job, packed: Packed) -> tuple[tu
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
         elif torch is None or not torch.version:
             unable[device.name] = f"no torch: {torch.because if torch is not None else 'not looked for'}"
-        elif (least := peak_of(job, device.name, packed, Way(remember=False, rows_at_once=1))) > info.memory_bytes:
+        elif (least := base.peak_bytes(job, device.name, 1, remember=False)) > info.memory_bytes:
             unable[device.name] = (
                 f"would take {bytes_text(least)} of its {bytes_text(info.memory_bytes)} of memory;"
                 " fewer rounds.row_tokens need less"
@@ -145,51 +141,16 @@ def rows_at_once(job: Job) -> int:
     return min(job.rounds.batch_rows, job.rounds.rows_at_once or job.rounds.batch_rows)
 
 
-def peak_of(job: Job, device: str, packed: Packed, way: Way) -> int:
-    """Bytes that a board's worker takes at most, as foretold."""
-    packed_bytes = sum(path.stat().st_size for path in packed.files.values())
-    tokens = way.rows_at_once * job.rounds.row_tokens
-    return peak_bytes(packed.config, packed_bytes, spec_of(job, device), tokens, way.remember)
-
-
-def ways_of(coordinator: Coordinator, job: Job, devices: Collection[str], packed: Packed) -> dict[str, Way]:
+def ways_of(coordinator: Coordinator, job: Job, devices: Collection[str], base: Base) -> dict[str, Way]:
     """How each board can train in its memory: all of a batch at once, keeping what gradients need, if that is ample;
     else computing it again; else with fewer samples at once, since the weights are expanded for each piece anew."""
     memory = {device.name: device.info.memory_bytes for device in coordinator.devices() if device.info is not None}
     found = {}
     for device in set(devices) & memory.keys():
         way = Way(remember=True, rows_at_once=rows_at_once(job))
-        if peak_of(job, device, packed, way) > AMPLE * memory[device]:
+        if base.peak_bytes(job, device, way.rows_at_once, way.remember) > AMPLE * memory[device]:
             way = way._replace(remember=False)
-            while way.rows_at_once > 1 and peak_of(job, device, packed, way) > memory[device]:
+            while way.rows_at_once > 1 and base.peak_bytes(job, device, way.rows_at_once, False) > memory[device]:
                 way = way._replace(rows_at_once=-(-way.rows_at_once // 2))
         found[device] = way
     return found
-
-
-def llama_of(prepared: Prepared) -> Packed:
-    """Raises Refused for a model that is none of language."""
-    if not isinstance(prepared.packed, Packed):
-        raise Refused(f"{prepared.name} is no language model of the Llama family", try_="edgelam model list")
-    return prepared.packed
-
-
-def checkpoint_of(prepared: Prepared) -> Checkpoint:
-    """Of a language model."""
-    checkpoint: Any = prepared.checkpoint
-    llama_of(prepared)
-    return checkpoint  # type: ignore[no-any-return]
-
-
-def whole_graph(packed: Packed) -> bytes:
-    """All of a model as one stage."""
-    graph = packed.graph
-    return build_stage_graph(
-        packed.config,
-        graph.precision,
-        graph.wire_dtype,
-        first_block=0,
-        end_block=graph.blocks,
-        embedding=True,
-        head=True,
-    )

@@ -22,7 +22,8 @@ from hwprofiles.report.views import csv_text
 from wire.units import bytes_text, seconds_text
 
 ROUND_COLUMNS: Final = (
-    "round", "trained", "loss", "held_out_loss", "wall_s", "expected_s", "down_bytes", "up_bytes", "ended_unix",
+    "round", "trained", "loss", "held_out_loss", "held_out_accuracy", "wall_s", "expected_s", "down_bytes", "up_bytes",
+    "ended_unix",
 )  # fmt: skip
 DEVICE_COLUMNS: Final = DeviceRound.__struct_fields__
 
@@ -55,6 +56,7 @@ def part_of(report: JobReport) -> Part:
 def _job(report: JobReport) -> Table:
     job, trained = report.job, _trained(report.each)
     losses = [done.held_out_loss for done in report.each if done.held_out_loss is not None]
+    right = [done.held_out_accuracy for done in report.each if done.held_out_accuracy is not None]
     spent = spent_by(report.each)
     items = [
         ("state", report.state + (f": {clean(report.because)}" if report.because else "")),
@@ -62,6 +64,7 @@ def _job(report: JobReport) -> Table:
         ("adapter", f"rank {job.adapter.rank} on {', '.join(job.adapter.matrices)}, scale {job.adapter.scale_alpha:g}"),
         ("rounds", f"{len(trained)} of {job.rounds.count}; {job.rounds.who} take part, {job.rounds.aggregation}"),
         ("held-out loss", " -> ".join(map(_loss, (losses[0], losses[-1]))) if losses else "-"),
+        *([("held-out labels", f"{_right(right[0])} -> {_right(right[-1])}")] if right else []),
         ("time in rounds", seconds_text(sum(done.wall_s for done in report.each))),
         ("sent", _bytes(report.each)),
     ]
@@ -73,7 +76,8 @@ def _job(report: JobReport) -> Table:
 
 def _rounds(report: JobReport) -> Table:
     columns = (
-        Column("round"), Column("loss", 1), Column("held out"), Column("boards"), Column("took"),
+        Column("round"), Column("loss", 1), Column("held out"), *([Column("right")] if report.job.labels else []),
+        Column("boards"), Column("took"),
         Column("planned", 2), Column("sent", 1), Column("left out"),
     )  # fmt: skip
     lines = []
@@ -85,6 +89,7 @@ def _rounds(report: JobReport) -> Table:
                 str(done.round) if done.trained else "end",
                 _loss(done.loss),
                 _loss(done.held_out_loss),
+                *([_right(done.held_out_accuracy)] if report.job.labels else []),
                 f"{len(counted)} of {len(done.devices)}",
                 seconds_text(done.wall_s),
                 "-" if done.expected_s is None else seconds_text(done.expected_s),
@@ -121,7 +126,8 @@ def _devices(report: JobReport) -> Table:
 
 
 def plots_of(report: JobReport) -> tuple[Plot | NoPlot, ...]:
-    """Loss against rounds, time, bytes and, of a private job, epsilon; and what rounds took."""
+    """Loss against rounds, time, bytes and, of a private job, epsilon; labels told right against rounds; and what
+    rounds took."""
     seconds, sent, spent = _until(report.each)
     rounds = [float(done.round) for done in report.each]
     against = [
@@ -130,7 +136,18 @@ def plots_of(report: JobReport) -> tuple[Plot | NoPlot, ...]:
     ]
     if report.job.privacy is not None:
         against.append(_loss_plot(report, "epsilon of the board that told most", spent))
-    return (_by_round(report, rounds), *against, _times(report))
+    right = [_right_plot(report, rounds)] if report.job.labels else []
+    return (_by_round(report, rounds), *right, *against, _times(report))
+
+
+def _right_plot(report: JobReport, rounds: Sequence[float]) -> Plot | NoPlot:
+    title = "Labels told right by round"
+    points = _points(rounds, [done.held_out_accuracy for done in report.each])
+    if not points:
+        return NoPlot(title=title, because="no board told how many")
+    said = f"from {points[0].y:.1%} to {points[-1].y:.1%}"
+    series = (Series(name="held out, before the round", points=points),)
+    return Plot(title=title, alt=said, x_label="round", y_label="share that is right", series=series)
 
 
 def _by_round(report: JobReport, rounds: Sequence[float]) -> Plot | NoPlot:
@@ -192,6 +209,11 @@ def _trained(each: Sequence[RoundRecord]) -> list[RoundRecord]:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _right(value: float | None) -> str:
+    """A share of labels: '81.3 % right'."""
+    return "-" if value is None else f"{value:.1%} right"
 
 
 def _bytes(each: Sequence[RoundRecord]) -> str:

@@ -12,18 +12,16 @@ import msgspec
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import aggregate, files_of, parts_of, spec_of
 from coordinator.rounds.airtime import Offer
+from coordinator.rounds.bases import Base, base_of
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
 from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
 from coordinator.rounds.orders import (
     Way,
     able_devices,
-    checkpoint_of,
-    llama_of,
     make_orders,
     task_of,
     ways_of,
-    whole_graph,
 )
 from coordinator.rounds.schedule import after
 from coordinator.rounds.settling import knobs_of, settled
@@ -31,7 +29,6 @@ from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, to
 from coordinator.service import Coordinator
 from hwprofiles.link import bytes_per_s
 from hwprofiles.profile import LinkMeasurement
-from models.build.pack import Packed
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
@@ -57,7 +54,7 @@ class Running:
         self._store = store
         self._round: Exchange | None = None
         self._placed = False
-        self._packed: Packed | None = None
+        self._base: Base | None = None
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -84,15 +81,13 @@ class Running:
         """All rounds that are left, and a last look at what came of them. Raises EdgelamError."""
         job = self.job
         prepared = await self._operations.preparing.prepare(job.model, job.precision, self._say)
-        packed = self._packed = llama_of(prepared)
-        if await asyncio.to_thread(lambda: checkpoint_of(prepared).digest) != self.record.base:
+        base = self._base = await asyncio.to_thread(base_of, prepared, job)
+        if base.digest != self.record.base:
             raise Refused(f"{job.model} is another file than when the job began", try_="begin the job anew")
         await self._operations.preparing.await_broker()
         artifacts = self._coordinator.artifacts
-        words = (await asyncio.to_thread(prepared.tokenizer.to_json)).encode()
-        task = task_of(job, artifacts.add_bytes(words, "tokenizer.json"), checkpoint_of(prepared).eos_id)
-        data = await asyncio.to_thread(whole_graph, packed)
-        graph = artifacts.add_bytes(data, f"{topic_name(job.name)}.onnx")
+        task = task_of(job, artifacts.add_bytes(base.tokenizer, "tokenizer.json"), base.end_id)
+        graph = artifacts.add_bytes(base.graph, f"{topic_name(job.name)}.graph")
         if job.privacy is not None:
             self._say(private_text(job.privacy))
         await self._await_return()
@@ -100,18 +95,18 @@ class Running:
             number = self.record.round
             last = number >= job.rounds.count
             await self._await_boards(number, last)
-            self._place(packed, task, graph)
-            await self._choose(packed, number, last)
+            self._place(base, task, graph)
+            await self._choose(base, number, last)
             start = self._store.factors(self.record)
             round_ = self._round = Exchange(
-                self._coordinator, self._store, self.record, packed.config, start, self.tell, train=not last
+                self._coordinator, self._store, self.record, base.config, start, self.tell, train=not last
             )
             try:
                 began_s = time.monotonic()
                 await self._over(round_)
                 took_s = round_.running_s
                 round_.close()
-                await self._finish(packed, round_, time.monotonic() - began_s, took_s)
+                await self._finish(base, round_, time.monotonic() - began_s, took_s)
             finally:
                 round_.close()
                 self._round = None
@@ -138,13 +133,13 @@ class Running:
             round_.changed = False
             await self._coordinator.changes.wait(lambda: round_.changed, LOOK_PERIOD_S)
 
-    async def _finish(self, packed: Packed, round_: Exchange, wall_s: float, took_s: float) -> None:
+    async def _finish(self, base: Base, round_: Exchange, wall_s: float, took_s: float) -> None:
         number, job = round_.number, self.job
         updates = [round_.updates[device] for device in sorted(round_.updates)]
         factors = round_.start
         if round_.train:
             vectors = [(meta, vector) for meta, vector in updates if vector is not None]
-            factors = await asyncio.to_thread(aggregate, packed.config, job, number, round_.start, vectors)
+            factors = await asyncio.to_thread(aggregate, base.config, job, number, round_.start, vectors)
         done = round_.record(wall_s)
         # What came out is judged in a last round, unless boards may not tell losses.
         judged = job.privacy is None or job.privacy.losses
@@ -152,10 +147,10 @@ class Running:
         state: State = "running" if ahead else "done"
         # First the adapter: who is killed before the journal knows does the round again, and comes to the same.
         rounds = [*self._store.rounds(job.name), done]
-        files = await asyncio.to_thread(files_of, packed.config, self.record, factors, rounds)
+        files = await asyncio.to_thread(files_of, base.config, self.record, factors, rounds)
         await asyncio.to_thread(self._store.write_adapter, job.name, files)
         digest = await asyncio.to_thread(self._store.write_next, self.record, factors)
-        record = self._learnt(packed, done, took_s) if done.trained else self.record
+        record = self._learnt(base, done, took_s) if done.trained else self.record
         self.record = self._store.finish_round(record, done, digest, state)
         self.tell(round_event(done))
 
@@ -173,17 +168,17 @@ class Running:
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
             await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
 
-    async def _choose(self, packed: Packed, number: int, last: bool) -> None:
+    async def _choose(self, base: Base, number: int, last: bool) -> None:
         """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
         it."""
         if not self.record.chosen:
             able = self._able()
-            offers = [] if last else self._offers(packed, able, number)
+            offers = [] if last else self._offers(base, able, number)
             fields = await asyncio.to_thread(settled, self.record, able, offers, last)
             self.record = msgspec.structs.replace(self.record, **fields)
             self._store.save(self.record)
 
-    def _offers(self, packed: Packed, able: Sequence[str], number: int) -> list[Offer]:
+    def _offers(self, base: Base, able: Sequence[str], number: int) -> list[Offer]:
         """What each board would bring to a round, and take."""
         job = self.job
         parts = parts_of(job, number)
@@ -191,7 +186,7 @@ class Running:
         sharers = len(able) if job.rounds.medium == "shared" else 1
         found = []
         for device in able:
-            shaped = shapes(packed.config, spec_of(job, device))
+            shaped = shapes(base.config, spec_of(job, device))
             down_bytes, up_bytes = 4 * length_of(shaped), 4 * length_of(shaped, parts)
             timing = self.record.timing.get(device, Timing())
             offer = offer_of(device, timing, self._rate(device), down_bytes, up_bytes, samples[device], sharers)
@@ -203,7 +198,7 @@ class Running:
         profile = self._coordinator.profiles().get(device)
         return bytes_per_s(profile.link) if profile and isinstance(profile.link, LinkMeasurement) else None
 
-    def _learnt(self, packed: Packed, done: RoundRecord, took_s: float) -> JobRecord:
+    def _learnt(self, base: Base, done: RoundRecord, took_s: float) -> JobRecord:
         """What the round says of the boards, for the next."""
         record, job = self.record, self.job
         parts = parts_of(job, done.round)
@@ -211,7 +206,7 @@ class Running:
         for device, told in done.devices.items():
             if told.refused or told.wall_s <= 0:
                 continue
-            shaped = shapes(packed.config, spec_of(job, device))
+            shaped = shapes(base.config, spec_of(job, device))
             took = Took(
                 wall_s=told.wall_s,
                 compute_s=told.compute_s,
@@ -228,26 +223,26 @@ class Running:
         return msgspec.structs.replace(record, timing=timing, queues=queues)
 
     def _able(self) -> tuple[str, ...]:
-        assert self._packed is not None
-        return able_devices(self._coordinator, self.job, self._packed)[0]
+        assert self._base is not None
+        return able_devices(self._coordinator, self.job, self._base)[0]
 
-    def _place(self, packed: Packed, task: TrainingTask, graph: ArtifactRef) -> None:
+    def _place(self, base: Base, task: TrainingTask, graph: ArtifactRef) -> None:
         """Orders for all boards that can take part, those that have come meanwhile too: on disk first."""
         coordinator = self._coordinator
         able = self._able()
         weights = tuple(
-            coordinator.artifacts.add_file(digest, path, path.name) for digest, path in sorted(packed.files.items())
+            coordinator.artifacts.add_file(digest, path, path.name) for digest, path in sorted(base.files.items())
         )
         # Whoever has an order keeps what it says of this: the worker would have to begin anew.
         ways = {
-            **ways_of(coordinator, self.job, able, packed),
+            **ways_of(coordinator, self.job, able, base),
             **{
                 name: Way(order.training.remember, order.training.rows_at_once)
                 for name, (order,) in self.record.orders.items()
                 if order.training
             },
         }
-        orders = make_orders(coordinator.site, self.record, able, packed, task, graph, weights, ways)
+        orders = make_orders(coordinator.site, self.record, able, base, task, graph, weights, ways)
         if orders == self.record.orders and self._placed:
             return
         self.record, self._placed = msgspec.structs.replace(self.record, orders=orders), True

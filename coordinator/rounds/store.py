@@ -6,6 +6,7 @@ way. Beside it files, each written whole before the journal says that it is ther
     factors-7.f32            with which round 7 begins
     update-7-pi4.f32         what pi4 made of them
     adapter_model.safetensors, adapter_config.json, provenance.json     of the last round that is over (PEFT)
+    head.safetensors                                                    the task module, where labels are learnt
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from coordinator.journal import Journal
 from coordinator.rounds.job import Job
 from coordinator.rounds.offers import Timing
 from coordinator.rounds.schedule import Queues
+from models.lora.adapter import HEAD_FILE
 from models.lora.serving import CONFIG, PROVENANCE, TENSORS
 from wire.errors import CorruptData
 from wire.messages import StageOrder, UpdateMeta
@@ -35,7 +37,8 @@ LOG = logging.getLogger("edgelam.rounds")
 Floats = npt.NDArray[np.float32]
 State = Literal["running", "stopped", "done", "failed"]
 
-FILES: Final = (TENSORS, CONFIG, PROVENANCE)
+FILES: Final = (TENSORS, CONFIG, PROVENANCE, HEAD_FILE)
+"""Of an adapter; the last where labels are learnt alone."""
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):
@@ -75,7 +78,8 @@ class DeviceRound(Struct, frozen=True, kw_only=True):
     bad_rows: int = 0
     loss: float | None = None
     held_out_loss: float | None = None
-    held_out_tokens: int = 0
+    held_out_count: int = 0
+    held_out_right: int | None = None
     compute_s: float = 0.0
     noise: float | None = None
     """Multiplier, in a private job."""
@@ -96,6 +100,8 @@ class RoundRecord(Struct, frozen=True, kw_only=True):
     devices: dict[str, DeviceRound]
     loss: float | None
     held_out_loss: float | None
+    held_out_accuracy: float | None = None
+    """Share of the held-out labels that were told right, all devices together."""
     wall_s: float
     expected_s: float | None = None
     down_bytes: int

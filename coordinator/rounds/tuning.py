@@ -15,8 +15,9 @@ import msgspec
 
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import spec_of, spent_by
+from coordinator.rounds.bases import base_of
 from coordinator.rounds.job import COUNTED, Job
-from coordinator.rounds.orders import able_devices, checkpoint_of, llama_of
+from coordinator.rounds.orders import able_devices
 from coordinator.rounds.report import JobReport
 from coordinator.rounds.running import Running, round_event
 from coordinator.rounds.store import FILES, JobRecord, JobStore, now_unix, topic_name
@@ -89,11 +90,10 @@ class Tuning:
             raise Refused(f"{MOST_JOBS} jobs are under way", try_="edgelam tune status")
         job = msgspec.structs.replace(job, model=canonical(job.model))
         prepared = await self._operations.preparing.prepare(job.model, job.precision, say)
-        packed = llama_of(prepared)
-        length = length_of(shapes(packed.config, spec_of(job)))
-        packed.config.check_context(job.rounds.row_tokens)
+        base = await asyncio.to_thread(base_of, prepared, job)
+        length = length_of(shapes(base.config, spec_of(job)))
         await self._operations.preparing.await_broker()
-        able, unable = able_devices(self._coordinator, job, packed)
+        able, unable = able_devices(self._coordinator, job, base)
         if len(able) < job.rounds.at_least:
             why = "; ".join(f"{device}: {because}" for device, because in unable.items()) or "no board is online"
             raise Refused(
@@ -107,18 +107,17 @@ class Tuning:
                 f"an adapter of {bytes_text(4 * length)} on {at_once} boards at once: {bytes_text(most)} at most",
                 try_="a smaller adapter.rank, fewer adapter.matrices, or fewer rounds.devices with rounds.who",
             )
-        base = await asyncio.to_thread(lambda: checkpoint_of(prepared).digest)
         if job.name in self._running:
             raise UsageError(f"job {job.name} is under way", try_=f"edgelam tune stop {job.name}, or another name")
-        factors = initial(packed.config, spec_of(job))
+        factors = initial(base.config, spec_of(job))
         record = JobRecord(
             job=job,
             state="running",
             epoch=self._coordinator.next_epoch(),
-            base=base,
+            base=base.digest,
             began_unix=now_unix(),
         )
-        self._start(self._store.begin(record, flat(factors, shapes(packed.config, spec_of(job)))))
+        self._start(self._store.begin(record, flat(factors, shapes(base.config, spec_of(job)))))
 
     async def follow(self, name: str) -> AsyncGenerator[dict[str, Any], None]:
         """What happens in a job from now on, the rounds that are over first; ends with the job."""
@@ -229,6 +228,7 @@ class Tuning:
         rounds = self._store.rounds(record.name)
         running = self._running.get(record.name)
         losses = [done.held_out_loss for done in rounds if done.held_out_loss is not None]
+        right = [done.held_out_accuracy for done in rounds if done.held_out_accuracy is not None]
         return {
             "job": record.name,
             "model": record.job.model,
@@ -239,8 +239,11 @@ class Tuning:
             "waits_for": running.waits_for if running is not None else "",
             "first_held_out_loss": losses[0] if losses else None,
             "held_out_loss": losses[-1] if losses else None,
+            "first_held_out_accuracy": right[0] if right else None,
+            "held_out_accuracy": right[-1] if right else None,
             "epsilon": None if record.job.privacy is None else max(spent_by(rounds).values(), default=0.0),
             "most_epsilon": None if record.job.privacy is None else record.job.privacy.epsilon,
             "sent_bytes": sum(done.down_bytes + done.up_bytes for done in rounds),
+            "files": [file for file in FILES if (self._store.folder_of(record.name) / file).is_file()],
             "folder": str(self._store.folder_of(record.name)),
         }

@@ -15,8 +15,9 @@ from msgspec import Struct
 from models.build.kit import KitEntry
 from models.cache import file_digest
 from models.formats import safetensors
+from models.formats.bert import is_bert, read_bert_config
 from models.graph import Edge, Graph, Items, Module, ModuleKind
-from models.items.bert import build_bert, read_bert_config
+from models.items.bert import build_bert
 from models.items.cuts import chosen_cuts, live_at_cuts
 from models.items.manifest import ItemManifest, Port, bundle_bytes, check_size
 from models.items.net import TYPICAL_ROWS, Net, net_of, open_net
@@ -89,8 +90,6 @@ def is_item_file(path: Path) -> bool:
 
 
 def _encoder_folder(path: Path) -> Path | None:
-    from models.items.bert import is_bert
-
     folder = path if path.is_dir() else path.parent if path.name == "model.safetensors" else None
     return folder if folder is not None and is_bert(folder) else None
 

@@ -20,6 +20,7 @@ class WordTokenizer:
 
     def __init__(self, data: bytes, where: str) -> None:
         """Raises CorruptData. What the file says of cutting and padding is left out: what is too long is refused."""
+        self._data = data
         try:
             self._encoder = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises no narrower kind
@@ -36,6 +37,10 @@ class WordTokenizer:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise CorruptData(f"{file}: {file.stat().st_size} bytes are no tokenizer")
         return WordTokenizer(file.read_bytes(), str(file))
+
+    def to_json(self) -> str:
+        """tokenizer.json, as it came."""
+        return self._data.decode()
 
     def encode(self, text: str) -> list[int]:
         """Ids with the special tokens of the model around them."""

@@ -1,4 +1,5 @@
-"""An adapter: which matrices have low-rank factors, of which rank, and how they are named in files.
+"""An adapter: which matrices have low-rank factors, of which rank, and how they are named in files; and the task module
+of a model that learns labels, which is trained with them.
 
 In a file its factors have the names and the layout of PEFT (`adapter_config.json` and `adapter_model.safetensors`), so
 that others can load it. Inside, a factor is named as its matrix: 'block.3.q.a' is A [r, in], 'block.3.q.b' is
@@ -19,20 +20,32 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
+from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig, matrix_size
-from wire.limits import MAX_ADAPTER_RANK
+from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS
 from wire.messages import Matrix
 
 Floats = npt.NDArray[np.float32]
 
 MATRICES: Final[tuple[Matrix, ...]] = get_args(Matrix)
-PARTS: Final = ("a", "b")
+PARTS: Final = ("a", "b", "c")
+HEAD: Final = "head.c"
+"""The task module of a model that learns labels: [labels, hidden + 1], the last column its bias."""
+HEAD_FILE: Final = "head.safetensors"
+"""In it, beside PEFT's two files, with `weight` [labels, hidden], `bias` [labels], and the labels as JSON."""
+
+Config = LlamaConfig | BertConfig
 
 _PEFT: Final[Mapping[str, str]] = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
     **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
-
+_PEFT_OF_BERT: Final[Mapping[str, str]] = {
+    **{name[0]: f"attention.self.{name}" for name in ("query", "key", "value")},
+    "o": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
 
 _PEFT_NAME: Final = re.compile(
     rf"base_model\.model\.model\.layers\.(0|[1-9][0-9]{{0,3}})\.({'|'.join(map(re.escape, _PEFT.values()))})"
@@ -47,35 +60,42 @@ class AdapterSpec(Struct, frozen=True, kw_only=True):
     alpha: Annotated[float, Meta(gt=0, le=1e6)]
     matrices: tuple[Matrix, ...] = ("q", "v")
     seed: int = 0
+    labels: Annotated[int, Meta(ge=0, le=MAX_LABELS)] = 0
+    """That a task module tells apart; 0: there is none."""
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
 
-def sizes(config: LlamaConfig, matrix: Matrix) -> tuple[int, int]:
-    """(out, in) of a matrix."""
+def sizes(config: Config, matrix: Matrix) -> tuple[int, int]:
+    """(out, in) of a matrix; KeyError for one that such a model has not."""
+    if isinstance(config, BertConfig):
+        return matrix_sizes(config)[matrix]
     rows_of_qkv = {"q": config.q_width, "k": config.kv_width, "v": config.kv_width}
     return (rows_of_qkv[matrix], config.hidden) if matrix in rows_of_qkv else matrix_size(config, matrix)
 
 
-def shapes(config: LlamaConfig, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
-    """Name -> shape of all factors, blocks in order."""
+def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """Name -> shape of all factors, blocks in order, the task module last."""
     found: dict[str, tuple[int, int]] = {}
     for block in range(config.blocks):
         for matrix in spec.matrices:
             out, columns = sizes(config, matrix)
             found[f"block.{block}.{matrix}.a"] = (spec.rank, columns)
             found[f"block.{block}.{matrix}.b"] = (out, spec.rank)
+    if spec.labels:
+        found[HEAD] = (spec.labels, config.hidden + 1)
     return found
 
 
-def initial(config: LlamaConfig, spec: AdapterSpec) -> dict[str, Floats]:
-    """A of normal numbers with variance 1 / rank, B of zeros: the adapter changes nothing yet. The same on all
+def initial(config: Config, spec: AdapterSpec) -> dict[str, Floats]:
+    """A of normal numbers with variance 1 / rank, B of zeros: the adapter changes nothing yet, and a task module of
+    zeros knows nothing. The same on all
     devices; A of a smaller rank is the beginning of that of a larger one, but for its size."""
     factors: dict[str, Floats] = {}
     for number, (name, shape) in enumerate(shapes(config, spec).items()):
-        if name.endswith(".b"):
+        if not name.endswith(".a"):
             factors[name] = np.zeros(shape, np.float32)
             continue
         drawn = np.random.default_rng([spec.seed, number]).standard_normal(shape, dtype=np.float32)
@@ -107,18 +127,25 @@ def named(vector: Floats, shaped: Mapping[str, tuple[int, int]], parts: Sequence
     return found
 
 
-def peft_modules(matrices: Sequence[Matrix]) -> list[str]:
-    """PEFT's `target_modules`."""
-    return [_PEFT[matrix].rpartition(".")[2] for matrix in matrices]
+def peft_modules(config: Config, matrices: Sequence[Matrix]) -> list[str] | str:
+    """PEFT's `target_modules`: ends of names; or a pattern, since in Bert one name is the end of another."""
+    if isinstance(config, BertConfig):
+        return rf".*\.layer\.\d+\.({'|'.join(re.escape(_PEFT_OF_BERT[matrix]) for matrix in sorted(matrices))})"
+    return sorted(_PEFT[matrix].rpartition(".")[2] for matrix in matrices)
 
 
-def to_peft(config: LlamaConfig, factors: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:
-    """Factors by PEFT's names, rows of q and k in Hugging Face's order."""
+def to_peft(config: Config, factors: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:
+    """Factors by PEFT's names, rows of q and k in Hugging Face's order; without the task module, which it has not."""
     for name, values in factors.items():
+        if name == HEAD:
+            continue
         block, matrix, part = name.removeprefix("block.").split(".")
-        rows = _paired(config, matrix, values, to_halves=True) if part == "b" else values
-        long = f"base_model.model.model.layers.{block}.{_PEFT[matrix]}.lora_{part.upper()}.weight"
-        yield long, np.ascontiguousarray(rows)
+        if isinstance(config, BertConfig):
+            rows, long = values, f"encoder.layer.{block}.{_PEFT_OF_BERT[matrix]}"
+        else:
+            rows = _paired(config, matrix, values, to_halves=True) if part == "b" else values
+            long = f"model.layers.{block}.{_PEFT[matrix]}"
+        yield f"base_model.model.{long}.lora_{part.upper()}.weight", np.ascontiguousarray(rows)
 
 
 def from_peft(config: LlamaConfig, tensors: Mapping[str, Floats]) -> dict[str, Floats]:

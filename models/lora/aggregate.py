@@ -99,6 +99,11 @@ def aggregated(rule: Rule, updates: Sequence[Update], round_number: int = 0, mid
     return Factors(a, b)
 
 
+def mixed(matrices: Sequence[Floats], samples: Sequence[int], middle: Middle = "mean") -> Floats:
+    """What stands for a matrix that every device trains whole, devices in the order of their names."""
+    return _middle(matrices, _shares(samples), middle)
+
+
 def taken(rule: Rule, factors: Factors, rank: int) -> Factors:
     """What a device of that rank takes of what came out; with fedsa its own B goes with it."""
     return truncate(factors, rank) if rule in ANY_RANKS else factors
@@ -149,8 +154,12 @@ def _check(rule: Rule, updates: Sequence[Update]) -> None:
 
 def _weights(updates: Sequence[Update]) -> Doubles:
     """[K] by samples; equal where nobody has any."""
-    samples = np.array([update.samples for update in updates], dtype=np.float64)
-    return samples / samples.sum() if samples.sum() > 0 else np.full(len(updates), 1 / len(updates))
+    return _shares([update.samples for update in updates])
+
+
+def _shares(samples: Sequence[int]) -> Doubles:
+    counted = np.array(samples, dtype=np.float64)
+    return counted / counted.sum() if counted.sum() > 0 else np.full(len(counted), 1 / len(counted))
 
 
 def _by_size(updates: Sequence[Update], weights: Doubles) -> Doubles:

@@ -1,7 +1,8 @@
 """A device's own data: files of text, read row by row. What is no sample is counted and left out.
 
-    .jsonl  one object per line with `text`; or with `prompt` and `text`, of which the text alone is learnt
-    .csv    with a header line that names the column `text`, and perhaps `prompt`
+    .jsonl  one object per line with `text`; or with `prompt` and `text`, of which the text alone is learnt; or with
+            `text` and `label`
+    .csv    with a header line that names the column `text`, and perhaps `prompt` or `label`
     .txt    one sample per paragraph; paragraphs are parted by empty lines
 
 A folder stands for the files of these kinds in it, by name.
@@ -27,10 +28,11 @@ MAX_SAID: Final = 8
 
 
 class Sample(Struct, frozen=True):
-    """A text to be learnt, behind a prompt that is not."""
+    """A text to be learnt, behind a prompt that is not; or the label of a text."""
 
     text: str
     prompt: str = ""
+    label: str = ""
 
 
 class BadRow(Struct, frozen=True):
@@ -51,6 +53,13 @@ class DataSet(Struct, frozen=True, kw_only=True):
 class _Row(Struct, frozen=True):
     text: str
     prompt: str = ""
+    label: Any = ""
+
+    @property
+    def label_text(self) -> str:
+        """Numbers are labels, too; what is neither is of no concern where texts are learnt."""
+        is_label = isinstance(self.label, (str, int)) and not isinstance(self.label, bool)
+        return str(self.label) if is_label else ""
 
 
 def files_of(path: Path) -> list[Path]:
@@ -119,7 +128,7 @@ def _of_objects(file: Path, raw: Any) -> Iterator[Sample | BadRow]:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 yield BadRow(where, str(error))
             else:
-                yield _sample(where, row.text, row.prompt)
+                yield _sample(where, row.text, row.prompt, row.label_text)
 
 
 def _of_csv(file: Path, lines: Iterable[str]) -> Iterator[Sample | BadRow]:
@@ -132,13 +141,14 @@ def _of_csv(file: Path, lines: Iterable[str]) -> Iterator[Sample | BadRow]:
                 f"data {file}: no column 'text' among the {len(header)} of the first line",
                 try_="a first line that names the columns",
             )
-        text, prompt = header.index("text"), header.index("prompt") if "prompt" in header else -1
+        text = header.index("text")
+        prompt, label = (header.index(name) if name in header else -1 for name in ("prompt", "label"))
         for row in rows:
             where = f"{file.name}:{rows.line_num}"
             if len(row) != len(header):
                 yield BadRow(where, f"{len(row)} columns, the first line has {len(header)}")
             else:
-                yield _sample(where, row[text], row[prompt] if prompt >= 0 else "")
+                yield _sample(where, row[text], row[prompt] if prompt >= 0 else "", row[label] if label >= 0 else "")
     except csv.Error as error:
         yield BadRow(f"{file.name}:{rows.line_num}", f"{error}; the rest of the file is left out")
 
@@ -162,5 +172,5 @@ def _of_paragraphs(file: Path, raw: Any) -> Iterator[Sample | BadRow]:
             return
 
 
-def _sample(where: str, text: str, prompt: str) -> Sample | BadRow:
-    return Sample(text, prompt) if text.strip() else BadRow(where, "its text is empty")
+def _sample(where: str, text: str, prompt: str, label: str = "") -> Sample | BadRow:
+    return Sample(text, prompt, label) if text.strip() else BadRow(where, "its text is empty")

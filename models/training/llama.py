@@ -25,7 +25,7 @@ from models.engine.memory import rope_tables
 from models.engine.torch import rms_norm, turned
 from models.families.config import matrix_size
 from models.lora.adapter import AdapterSpec
-from models.training.samples import IGNORED
+from models.training.samples import IGNORED, Batch, Judged
 
 PIECE_ELEMENTS: Final = 1 << 22
 """Of a packed matrix that are expanded at one time: the table of a vocabulary would take more than the model."""
@@ -36,15 +36,15 @@ class Frozen:
 
     def __init__(self, stored: Mapping[str, Array], name: str, out: int, columns: int, precision: Precision) -> None:
         self.out, self._columns = out, columns
-        weight = _tensor(stored[f"{name}.weight"])
+        weight = mapped(stored[f"{name}.weight"])
         self._whole: Tensor | None = None
         if precision == "f32":
             self._whole = weight.T if weight.shape == (columns, out) and name.startswith("block.") else weight
             return
         self._codes = weight
-        self._scales = _tensor(stored[f"{name}.scales"]).reshape(out, blocks_in(columns), 1)
+        self._scales = mapped(stored[f"{name}.scales"]).reshape(out, blocks_in(columns), 1)
         zeros = stored.get(f"{name}.zero_points")
-        self._zeros = None if zeros is None else _tensor(zeros).reshape(out, -1)
+        self._zeros = None if zeros is None else mapped(zeros).reshape(out, -1)
 
     def rows(self, wanted: Tensor | slice = slice(None)) -> Tensor:
         """[n, in] float32, of all rows or of these."""
@@ -121,7 +121,7 @@ class TrainedStage:
             for name in MATRICES
         }
         self._vectors = {
-            info.name: _tensor(stored[info.name]) for info in manifest.weights if info.name.endswith(("norm", "bias"))
+            info.name: mapped(stored[info.name]) for info in manifest.weights if info.name.endswith(("norm", "bias"))
         }
         self.factors = {
             name: torch.tensor(np.asarray(values, np.float32), requires_grad=True)
@@ -165,6 +165,16 @@ class TrainedStage:
         count alone are put through the head, whose logits are what takes most memory."""
         counted = targets != IGNORED
         return functional.cross_entropy(self.logits(residual[counted]), targets[counted])
+
+    def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
+        """The same of a batch, by the whole model. `remember` as for `run`."""
+        ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
+        return self.loss(self.run(self.embedded(ids), remember), targets)
+
+    def judged(self, batch: Batch) -> Judged:
+        """The same without gradients."""
+        with torch.no_grad():
+            return Judged(float(self.loss_of(batch)), batch.counted)
 
     def _block(self, block: int, before: Tensor) -> Tensor:
         prefix = f"block.{block}."
@@ -213,8 +223,8 @@ class TrainedStage:
         return rms_norm(values, self._vectors[weight], self._manifest.config.rms_eps)
 
 
-def _tensor(values: Array) -> Tensor:
-    """Of mapped weights, which nobody writes to: torch warns of that."""
+def mapped(values: Array) -> Tensor:
+    """Weights that may be mapped from a file and that nobody writes to: torch warns of that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(np.asarray(values))

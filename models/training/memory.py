@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from models.families.bert import BertConfig
 from models.families.config import LlamaConfig
 from models.lora.adapter import AdapterSpec, length_of, shapes, sizes
 
@@ -21,6 +22,8 @@ LOGITS_COPIES: Final = 5
 """Logits, their gradient, and what cross entropy makes of them."""
 WORKING_COPIES: Final = 4
 """Of what one block keeps, while its gradients are made."""
+ENCODER_ROWS: Final = 9
+"""As wide as the model, that a block of an encoder keeps."""
 
 
 def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
@@ -33,3 +36,13 @@ def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens
     adapter = FLOAT * length_of(shapes(config, spec))
     by_token = tokens * (kept + (WORKING_COPIES - int(remember)) * block + logits)
     return TORCH_BYTES + packed_bytes + round(ADAPTER_COPIES * adapter) + by_token
+
+
+def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
+    """The same of a sentence encoder under a task module."""
+    adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
+    block = FLOAT * (ENCODER_ROWS * config.hidden + 3 * config.intermediate_size + adapted)
+    kept = config.blocks * (block if remember else FLOAT * config.hidden)
+    adapter = FLOAT * length_of(shapes(config, spec))
+    by_token = tokens * (kept + (WORKING_COPIES - int(remember)) * block)
+    return TORCH_BYTES + weight_bytes + round(ADAPTER_COPIES * adapter) + by_token

@@ -48,8 +48,8 @@ class Guard:
         """Put the noised mean over a drawn batch into the leaves' `grad`."""
         total = np.zeros(sum(leaf.numel() for leaf in leaves.values()), np.float32)
         for number in self._stream.sampled(len(rows), self.measure.share):
-            if len(rows[number].ids) <= rows[number].learnt_from:
-                continue  # there is nothing to learn
+            if not rows[number].teaches:
+                continue
             for leaf in leaves.values():
                 leaf.grad = None
             loss_of(batch_of([rows[number]])).backward()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 
+from models.engine.base import Array
 from models.lora.adapter import Floats, flat, named
-from models.training.llama import TrainedStage
 from models.training.private import Guard
-from models.training.samples import Batch, Split, batches, drawn
+from models.training.samples import Batch, Judged, Split, batches, drawn
 from wire.errors import EdgelamError
 from wire.messages import RoundMeta, TrainingTask
 
@@ -29,12 +29,26 @@ class Diverged(EdgelamError):
     """A loss or a factor is no number."""
 
 
+class Trained(Protocol):
+    """A model with factors: models.training.llama.TrainedStage, models.training.encoder.TrainedEncoder."""
+
+    factors: dict[str, torch.Tensor]
+
+    def take(self, factors: Mapping[str, Array]) -> None: ...
+
+    def train_only(self, parts: tuple[str, ...]) -> None: ...
+
+    def loss_of(self, batch: Batch, remember: bool = True) -> torch.Tensor: ...
+
+    def judged(self, batch: Batch) -> Judged: ...
+
+
 class Round:
     """Of one job on one device. `step` is called until it gives False."""
 
     def __init__(
         self,
-        stage: TrainedStage,
+        stage: Trained,
         shaped: Mapping[str, tuple[int, int]],
         rows: Split,
         task: TrainingTask,
@@ -63,17 +77,18 @@ class Round:
         self._done = 0
         self._loss = 0.0
         self._held_out_loss = 0.0
-        self._held_out_tokens = 0
+        self._held_out_count = 0
+        self._held_out_right: int | None = None
         self._judged = 0
 
     def step(self) -> bool:
         """Judge one batch of what is held out, or train on one; False when all is done. Raises Diverged."""
         if self._judged < len(self._held_out):
-            batch = self._held_out[self._judged]
-            with torch.no_grad():
-                loss = float(self._loss_of(batch))
-            self._held_out_loss += loss * batch.counted
-            self._held_out_tokens += batch.counted
+            found = self._stage.judged(self._held_out[self._judged])
+            self._held_out_loss += found.loss * found.counted
+            self._held_out_count += found.counted
+            if found.right is not None:
+                self._held_out_right = (self._held_out_right or 0) + found.right
             self._judged += 1
         elif self._done < self._to_train:
             self._train()
@@ -86,11 +101,17 @@ class Round:
 
     @property
     def held_out_loss(self) -> float | None:
-        return self._held_out_loss / self._held_out_tokens if self._held_out_tokens else None
+        return self._held_out_loss / self._held_out_count if self._held_out_count else None
 
     @property
-    def held_out_tokens(self) -> int:
-        return self._held_out_tokens
+    def held_out_count(self) -> int:
+        """Tokens, or texts with a label."""
+        return self._held_out_count
+
+    @property
+    def held_out_right(self) -> int | None:
+        """Of these, how many were told right, where that is asked."""
+        return self._held_out_right
 
     def vector(self) -> Floats:
         """The factors of the parts that were trained; raises Diverged."""
@@ -140,5 +161,4 @@ class Round:
         return value
 
     def _loss_of(self, batch: Batch) -> torch.Tensor:
-        ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
-        return self._stage.loss(self._stage.run(self._stage.embedded(ids), self._task.remember), targets)
+        return self._stage.loss_of(batch, self._task.remember)

@@ -1,7 +1,8 @@
 """Samples as rows of token ids, and which of them a step takes.
 
 A row is the ids of a prompt, of the text behind it, and the token that ends a text if the model has one. Each id is to
-say the one after it; the ids of the prompt are given, not learnt. What is drawn depends on seed, round and step alone,
+say the one after it; the ids of the prompt are given, not learnt. Or it is the ids of a text, all of which are to say
+its label. What is drawn depends on seed, round and step alone,
 so that a device that begins a round again does the same.
 """
 
@@ -30,6 +31,12 @@ class Row(NamedTuple):
 
     ids: Ids
     learnt_from: int
+    label: int | None = None
+    """The place of its label among the task's, or IGNORED; None where the text itself is learnt."""
+
+    @property
+    def teaches(self) -> bool:
+        return self.learnt_from < len(self.ids) if self.label is None else self.label != IGNORED
 
 
 NOTHING: Final = Row(np.zeros(1, np.int64), 1)
@@ -37,10 +44,12 @@ NOTHING: Final = Row(np.zeros(1, np.int64), 1)
 
 
 class Batch(NamedTuple):
-    """[n, T] each; rows that are shorter are filled up with zeros whose targets are IGNORED."""
+    """`ids` [n, T], filled up with zeros behind so many as `lengths` [n] says. `targets`: the ids that are to be said
+    [n, T], or labels [n]; those that are IGNORED don't count."""
 
     ids: Ids
     targets: Ids
+    lengths: Ids
 
     @property
     def counted(self) -> int:
@@ -49,8 +58,16 @@ class Batch(NamedTuple):
     def pieces(self, rows: int) -> list[Batch]:
         """The same in pieces of so many rows at most, those left out that have no target."""
         starts = range(0, len(self.ids), rows)
-        found = [Batch(self.ids[start : start + rows], self.targets[start : start + rows]) for start in starts]
+        found = [Batch(*(part[start : start + rows] for part in self)) for start in starts]
         return [piece for piece in found if piece.counted]
+
+
+class Judged(NamedTuple):
+    """What a model makes of a batch: mean loss over what counts, and how many labels it tells right."""
+
+    loss: float
+    counted: int
+    right: int | None = None
 
 
 class Split(NamedTuple):
@@ -97,6 +114,28 @@ def rows_of(
     return found
 
 
+def labelled_rows(
+    samples: Sequence[Sample],
+    encode: Callable[[str, bool], list[int]],
+    row_tokens: int,
+    labels: Sequence[str],
+    keep_all: bool = False,
+) -> list[Row]:
+    """Those that have one of the labels; what is longer than `row_tokens` is cut, but for the token that ends it. With
+    `keep_all` the others, too, as rows without anything to learn: their number then says nothing of their labels."""
+    place = {label: number for number, label in enumerate(labels)}
+    found = []
+    for sample in samples:
+        label = IGNORED if sample.prompt else place.get(sample.label, IGNORED)
+        if label == IGNORED and not keep_all:
+            continue
+        ids = encode(sample.text, True)
+        if len(ids) > row_tokens:
+            ids = [*ids[: row_tokens - 1], ids[-1]]
+        found.append(Row(np.array(ids, np.int64), 1, label))
+    return found
+
+
 def split(rows: Sequence[Row], held_out: float, seed: int) -> Split:
     """Which rows are never trained on: so many of them, drawn by the seed; one at least if any, and not all."""
     count = min(len(rows) - 1, max(1, round(held_out * len(rows)))) if held_out > 0 and len(rows) > 1 else 0
@@ -126,9 +165,14 @@ def batches(rows: Sequence[Row], count: int) -> list[Batch]:
 
 
 def batch_of(rows: Sequence[Row]) -> Batch:
-    length = max(len(row.ids) for row in rows)
-    ids, targets = np.zeros((len(rows), length), np.int64), np.full((len(rows), length), IGNORED, np.int64)
+    """Of rows that are all of one kind."""
+    lengths = np.array([len(row.ids) for row in rows], np.int64)
+    ids = np.zeros((len(rows), lengths.max()), np.int64)
     for number, row in enumerate(rows):
         ids[number, : len(row.ids)] = row.ids
+    if rows[0].label is not None:
+        return Batch(ids, np.array([row.label for row in rows], np.int64), lengths)
+    targets = np.full(ids.shape, IGNORED, np.int64)
+    for number, row in enumerate(rows):
         targets[number, row.learnt_from - 1 : len(row.ids) - 1] = row.ids[row.learnt_from :]
-    return Batch(ids, targets)
+    return Batch(ids, targets, lengths)

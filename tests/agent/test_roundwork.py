@@ -93,7 +93,8 @@ class FakeRound:
         if len(start) != 4:
             raise ValueError("the factors have 4")
         self.number, self.start, self.done, self.error = asked.round, start, 0, None
-        self.loss, self.held_out_loss, self.held_out_tokens = 1.5, None, 0
+        self.loss, self.held_out_loss, self.held_out_count = 1.5, None, 0
+        self.held_out_right = None
         self.guard = guard
         FakeRound.made.append(self)
 

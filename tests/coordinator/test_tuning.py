@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.bases import base_of
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.offers import Timing
-from coordinator.rounds.orders import Way, peak_of
 from coordinator.rounds.store import JobStore
 from coordinator.rounds.tuning import Tuning
 from coordinator.shelf import Prepared
@@ -89,7 +89,7 @@ class Trainer(Board):
 def update(board: Trainer, parcel: Parcel, meta: RoundMeta, change: Any = 0.001, **changes: Any) -> Parcel:
     """What an honest board answers, unless `changes` say otherwise."""
     assert parcel.tensor is not None
-    told = UpdateMeta(round=meta.round, device=board.name, samples=4, held_out_loss=2.0, held_out_tokens=3, loss=1.0)
+    told = UpdateMeta(round=meta.round, device=board.name, samples=4, held_out_loss=2.0, held_out_count=3, loss=1.0)
     vector = (parcel.tensor.array() + np.float32(change)).astype(np.float32)
     tensor = Tensor.of(vector) if meta.train else None
     made = Parcel(Kind.UPDATE, parcel.epoch, parcel.request, 0, 0, tensor, msgspec.json.encode(told))
@@ -413,9 +413,9 @@ def test_a_board_that_has_no_room_for_a_batch_takes_fewer_rows_at_a_time(play: A
         async with bench() as made:
             await made.with_trainers(a=update, b=update)
             job = msgspec.structs.replace(JOB, rounds=msgspec.structs.replace(JOB.rounds, batch_rows=5))
-            packed = made.operations.prepared.packed
-            room = peak_of(job, "b", packed, Way(remember=False, rows_at_once=3))
-            assert peak_of(job, "b", packed, Way(remember=False, rows_at_once=5)) > room
+            base = base_of(made.operations.prepared, job)
+            room = base.peak_bytes(job, "b", 3, remember=False)
+            assert base.peak_bytes(job, "b", 5, remember=False) > room
             board = made.trainers[1]
             info = next(one.info for one in made.lab.coordinator.devices() if one.name == "b")
             board.say(topics.INFO, msgspec.structs.replace(info, memory_bytes=room), "b")

@@ -18,21 +18,32 @@ import pytest
 
 pytest.importorskip("torch")
 
+from agent.workers.roundwork import device_seed
+from coordinator.rounds.adapters import aggregate, spec_of
 from coordinator.rounds.job import Adapter, Job, Rounds
+from coordinator.rounds.orders import task_of
 from models.formats import safetensors
+from models.formats.bert import BertFile, read_bert_config
+from models.lora.adapter import HEAD, flat, initial, named, shapes
+from models.training.data import read
+from models.training.encoder import TrainedEncoder
+from models.training.rounds import Round
+from models.training.samples import encoder_of, labelled_rows, split
 from testbed import commands
 from testbed.boards import BoardSpec, with_data
 from testbed.site import CoordinatorProcess
 from tests.e2e.losses import PROMPT, Model
 from tests.e2e.site import Site, prefer_own_ports
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
+from tests.models.tiny_bert import write_bert
 from wire.errors import EdgelamError, UsageError
-from wire.messages import Privacy, Sampling
+from wire.messages import ArtifactRef, InboxAddress, Privacy, RoundMeta, Sampling, UpdateMeta
 
 pytestmark = pytest.mark.torch
 
 BOARDS = ("board1", "board2", "idle")
 TRAINED = BOARDS[:2]
+LABELS = ("alone", "on a mat")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +53,13 @@ def tuning_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     notes = folder / "notes"
     notes.mkdir()
     for number, board in enumerate(TRAINED):
-        lines = [{"text": f"board {number} says hello world {line} times"} for line in range(12 + 6 * number)]
+        lines = [
+            {
+                "text": f"board {number} says hello world {line} times" + line % 2 * " on the mat",
+                "label": LABELS[line % 2],
+            }
+            for line in range(12 + 6 * number)
+        ]
         text = "\n".join([*(json.dumps(line) for line in lines), "no json"])
         (notes / f"{board}.jsonl").write_text(text)
     name = f"tune-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
@@ -284,6 +301,60 @@ def test_what_can_not_be_is_refused_before_anything_starts(tuning_site: Site, ti
     assert done.returncode == 2
     assert all(word in done.stderr for word in ("model:", "data: missing", "rank: no such key", "rounds.steps:"))
     assert tuning_site.cli("tune", "follow", "nobody").returncode == 2
+
+
+def by_hand(folder: Path, wanted: Job, data: Path) -> tuple[dict[str, Any], list[float]]:
+    """The factors that a job of labels comes to, and the share that is right before each round, in this process."""
+    config = read_bert_config(folder)
+    spec = spec_of(wanted)
+    shaped = shapes(config, spec)
+    stage = TrainedEncoder(BertFile.open(config, folder / "model.safetensors"), spec, initial(config, spec))
+    encode = encoder_of((folder / "tokenizer.json").read_text())
+    task = task_of(wanted, ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), None)
+    splits = {}
+    for board in TRAINED:
+        rows = labelled_rows(read(data / f"{board}.jsonl").samples, encode, task.row_tokens, LABELS)
+        splits[board] = split(rows, task.held_out, task.seed)
+    factors = flat(initial(config, spec), shaped)
+    right = []
+    for number in range(wanted.rounds.count + 1):
+        updates, told = [], []
+        for board, rows in splits.items():
+            train = number < wanted.rounds.count
+            asked = RoundMeta(reply=InboxAddress(topic="t"), round=number, parts=("a", "b", "c"), train=train)
+            made = Round(stage, shaped, rows, task, device_seed(task.seed, board), asked, factors)
+            while made.step():
+                pass
+            updates.append((UpdateMeta(round=number, device=board, samples=len(rows.trained)), made.vector()))
+            told.append((made.held_out_right or 0, made.held_out_count))
+        right.append(sum(one for one, _ in told) / sum(count for _, count in told))
+        if train:
+            factors = aggregate(config, wanted, number, factors, updates)
+    return named(factors, shaped), right
+
+
+def test_labels_of_texts_are_learnt_by_an_encoder(tuning_site: Site, tmp_path: Path) -> None:
+    """Over MQTT it comes to what the same rounds come to by hand."""
+    site, folder = tuning_site, write_bert(tmp_path / "bert")
+    wanted = msgspec.structs.replace(job(str(folder), "told", count=3, steps=8), labels=LABELS)
+    rounds: list[dict[str, Any]] = []
+    end = follow(site, wanted, lambda event: rounds.append(event) if event["event"] == "round" else None)
+    assert end["state"] == "done", end
+    expected, right = by_hand(folder, wanted, site.folder / "notes")
+    assert [one["held_out_accuracy"] for one in rounds] == pytest.approx(right)
+    assert right[-1] == 1.0 > right[0], "it has learnt to tell them"
+    done = site.cli("tune", "adapter", "told", "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    head = safetensors.open_safetensors(tmp_path / "out" / "head.safetensors")
+    assert msgspec.json.decode(head.metadata["labels"]) == list(LABELS)
+    np.testing.assert_allclose(head.view("weight"), expected[HEAD][:, :-1], atol=1e-4)
+    found = safetensors.read(tmp_path / "out" / "adapter_model.safetensors")
+    key = "base_model.model.encoder.layer.3.output.dense.lora_B.weight"
+    np.testing.assert_allclose(found[key], expected["block.3.down.b"], atol=1e-4)
+    with pytest.raises(EdgelamError, match="labels: missing"):
+        follow(site, msgspec.structs.replace(wanted, name="told-none", labels=()))
+    shown = site.cli("tune", "report", "told")
+    assert shown.returncode == 0 and "100.0% right" in shown.stdout, shown.stdout
 
 
 def merged(tiny_model: str, adapter: dict[str, Any], scale: float, folder: Path) -> Model:

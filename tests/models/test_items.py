@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models.engine.base import EngineFailed
 from models.engine.items import ItemStage
-from models.items.bert import build_bert, read_bert_config
+from models.formats.bert import read_bert_config
+from models.items.bert import build_bert
 from models.items.cuts import Node, chosen_cuts, live_at_cuts
 from models.items.manifest import ROWS, Port, bundle, bundle_bytes, views
 from models.items.net import MAX_OPSET, net_of

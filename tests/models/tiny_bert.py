@@ -93,7 +93,13 @@ def reference(tokens: list[int], seed: int = 1) -> npt.NDArray[np.float64]:
 
 
 def vector_of(tokens: list[int], tensors: Mapping[str, npt.NDArray[Any]], heads: int) -> npt.NDArray[np.float64]:
-    """The vector of a text by the formulas of the Bert paper (arXiv 1810.04805), in double precision."""
+    """The vector of a text, of length 1."""
+    mean = mean_of(tokens, tensors, heads)
+    return mean / np.linalg.norm(mean)
+
+
+def mean_of(tokens: list[int], tensors: Mapping[str, npt.NDArray[Any]], heads: int) -> npt.NDArray[np.float64]:
+    """The mean of a text's last rows by the formulas of the Bert paper (arXiv 1810.04805), in double precision."""
     weights = {name: tensor.astype(np.float64) for name, tensor in tensors.items() if tensor.dtype.kind == "f"}
     width = weights["embeddings.LayerNorm.weight"].size
     layers = sum(name.endswith("attention.self.query.bias") for name in weights)
@@ -123,5 +129,5 @@ def vector_of(tokens: list[int], tensors: Mapping[str, npt.NDArray[Any]], heads:
         inner = linear(states, f"{layer}.intermediate.dense")
         bent = inner * 0.5 * (1 + np.vectorize(erf)(inner / sqrt(2)))
         states = norm(linear(bent, f"{layer}.output.dense") + states, f"{layer}.output.LayerNorm")
-    mean = states.mean(0)
-    return mean / np.linalg.norm(mean)
+    mean: npt.NDArray[np.float64] = states.mean(0)
+    return mean

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ import pytest
 from coordinator.rounds.adapters import aggregate, files_of, parts_of, spec_of, taken_by
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.store import JobRecord
+from models.families.bert import BertConfig
 from models.formats import safetensors
-from models.lora.adapter import flat, from_peft, initial, named, shapes
+from models.lora.adapter import HEAD, flat, from_peft, initial, named, shapes
 from tests.models.tiny import tiny_config
 from wire.messages import UpdateMeta
 
@@ -130,3 +133,54 @@ def test_who_has_changed_too_much_is_shortened_before_the_mean() -> None:
     robust = msgspec.structs.replace(plain, rounds=msgspec.structs.replace(plain.rounds, middle="median"))
     found = aggregate(CONFIG, robust, 0, start, sent)
     assert np.linalg.norm((found - start).astype(float)) == pytest.approx(1.0, rel=1e-3)
+
+
+BERT = BertConfig(
+    model_type="bert", hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, vocab_size=9,
+    max_position_embeddings=16,
+)  # fmt: skip
+
+
+def of_labels(aggregation: str = "fedavg", **ranks: int) -> Job:
+    adapter = Adapter(rank=4, matrices=("q", "o", "down"), ranks=ranks)
+    rounds = Rounds(aggregation=aggregation)  # type: ignore[arg-type]
+    return Job(name="n", model="m", data="d", adapter=adapter, rounds=rounds, labels=("net", "games"))
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "rolora", "svd", "pad"])
+def test_the_task_module_is_the_mean_by_samples_in_every_round(rule: str) -> None:
+    wanted = of_labels(rule, **({"b": 2} if rule in ("svd", "pad") else {}))
+    shaped = shapes(BERT, spec_of(wanted))
+    start = flat(initial(BERT, spec_of(wanted)), shaped)
+    for number in range(2):
+        parts, sent, heads = parts_of(wanted, number), [], []
+        for device, samples in (("b", 3), ("a", 1)):
+            of_device = shapes(BERT, spec_of(wanted, device))
+            whole = named(taken_by(BERT, wanted, device, start), of_device)
+            whole[HEAD] = np.random.default_rng(samples).standard_normal(whole[HEAD].shape, np.float32)
+            heads.append(samples / 4 * whole[HEAD].astype(np.float64))
+            sent.append((msgspec.structs.replace(meta(device, samples), round=number), flat(whole, of_device, parts)))
+        found = named(aggregate(BERT, wanted, number, start, sent), shaped)
+        np.testing.assert_allclose(found[HEAD], sum(heads), rtol=1e-6)
+        assert (aggregate(BERT, wanted, number, start, sent[::-1]) == flat(found, shaped)).all()
+
+
+def test_files_of_an_encoder_have_its_names_and_the_task_module_beside_them(tmp_path) -> None:
+    wanted = of_labels()
+    factors = flat(initial(BERT, spec_of(wanted)), shapes(BERT, spec_of(wanted))) + np.float32(0.25)
+    files = files_of(BERT, JobRecord(job=wanted, state="done"), factors, [])
+    config = msgspec.json.decode(files["adapter_config.json"])
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+    layer = "encoder.layer.1"
+    every = [f"{layer}.{name}" for name in ("attention.self.query", "attention.output.dense", "output.dense")]
+    others = [f"{layer}.{name}" for name in ("attention.self.key", "intermediate.dense", "output.LayerNorm")]
+    assert all(re.fullmatch(config["target_modules"], name) for name in every)
+    assert not any(re.fullmatch(config["target_modules"], name) for name in others)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    tensors = safetensors.read(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 3 * 2
+    assert tensors["base_model.model.encoder.layer.1.attention.output.dense.lora_B.weight"].shape == (8, 4)
+    head = safetensors.open_safetensors(tmp_path / "head.safetensors")
+    assert msgspec.json.decode(head.metadata["labels"]) == ["net", "games"]
+    assert head.view("weight").shape == (2, 8) and (head.view("bias") == 0.25).all()

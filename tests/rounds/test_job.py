@@ -26,6 +26,13 @@ def problems(folder: Path, text: str) -> list[str]:
     return [line.strip() for line in str(caught.value.message).splitlines()[1:]]
 
 
+def test_labels_are_at_least_two_and_each_once(tmp_path: Path) -> None:
+    assert load(tmp_path, SMALL + 'labels = ["a", "b"]\n').labels == ("a", "b")
+    assert any("nothing to tell apart" in said for said in problems(tmp_path, SMALL + 'labels = ["a"]\n'))
+    assert any("listed twice" in said for said in problems(tmp_path, SMALL + 'labels = ["a", "a"]\n'))
+    assert any(said.startswith("labels:") for said in problems(tmp_path, SMALL + 'labels = ["a", ""]\n'))
+
+
 def test_what_is_left_out_has_values_and_the_file_gives_the_name(tmp_path: Path) -> None:
     assert load(tmp_path, SMALL) == Job(name="my-notes", model="smollm2", data="notes")
 

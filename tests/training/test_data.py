@@ -18,7 +18,7 @@ def test_objects_line_by_line(tmp_path: Path) -> None:
     ]  # fmt: skip
     path.write_bytes(b"\n".join(rows))
     found = read(path)
-    assert found.samples == (Sample("one"), Sample("two", "p"))
+    assert found.samples == (Sample("one", label="3"), Sample("two", "p"))
     assert found.bad_rows == 5
     assert [str(row).split(":")[:2] for row in found.said] == [["a.jsonl", str(line)] for line in (3, 4, 5, 6, 8)]
 

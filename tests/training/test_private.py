@@ -55,7 +55,7 @@ def test_a_private_round_tells_no_loss_unless_the_job_says_so(tmp_path: Path) ->
     for unit in ("sample", "device"):
         silent = guarded(tmp_path, private(unit=unit))[0]
         through(silent)
-        assert silent.loss is None and silent.held_out_loss is None and silent.held_out_tokens == 0
+        assert silent.loss is None and silent.held_out_loss is None and silent.held_out_count == 0
         telling = guarded(tmp_path, private(unit=unit, losses=True))[0]
         through(telling)
         assert telling.held_out_loss is not None

@@ -95,7 +95,7 @@ def test_to_judge_is_not_to_train(tmp_path: Path) -> None:
     made_round, _, start = made(tmp_path, train=False)
     assert (through(made_round) == start).all()
     assert made_round.loss is None and made_round.held_out_loss is not None
-    assert made_round.held_out_tokens == 3
+    assert made_round.held_out_count == 3
 
 
 def test_factors_of_another_length_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from models.training.data import Sample
-from models.training.samples import IGNORED, Row, batch_of, batches, drawn, rows_of, split
+from models.training.samples import IGNORED, Row, batch_of, batches, drawn, labelled_rows, rows_of, split
 
 
 def letters(text: str, at_start: bool) -> list[int]:
@@ -73,3 +73,20 @@ def test_each_turn_takes_every_row_once(count: int, at_once: int, seed: int, num
 
 def test_all_rows_in_order() -> None:
     assert [batch.ids.shape[0] for batch in batches(rows(5), 2)] == [2, 2, 1]
+
+
+def test_a_text_is_cut_but_for_the_token_that_ends_it_and_other_labels_are_left_out() -> None:
+    samples = [Sample("abc", label="x"), Sample("ab", label="z"), Sample("abcdef", label="y"), Sample("a")]
+    encode = lambda text, _: [1, *map(ord, text), 2]  # noqa: E731
+    found = labelled_rows(samples, encode, 5, ("x", "y"))
+    assert [(row.ids.tolist(), row.label) for row in found] == [([1, 97, 98, 99, 2], 0), ([1, 97, 98, 99, 2], 1)]
+    kept = labelled_rows(samples, encode, 5, ("x", "y"), keep_all=True)
+    assert [row.label for row in kept] == [0, IGNORED, 1, IGNORED]
+    assert [row.teaches for row in kept] == [True, False, True, False]
+
+
+def test_a_batch_of_labels_says_how_long_its_texts_are() -> None:
+    found = batch_of([Row(np.array([1, 5, 2]), 1, 1), Row(np.array([1, 2]), 1, IGNORED)])
+    assert found.ids.tolist() == [[1, 5, 2], [1, 2, 0]] and found.lengths.tolist() == [3, 2]
+    assert found.targets.tolist() == [1, IGNORED] and found.counted == 1
+    assert [piece.ids.tolist() for piece in found.pieces(1)] == [[[1, 5, 2]]], "the other one has nothing to say"

@@ -1,0 +1,108 @@
+"""What a job trains: a language model, or a sentence encoder under a task module, as boards are handed it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.job import Job
+from coordinator.shelf import ItemSource, Prepared
+from models.build.pack import Packed
+from models.build.stage import build_stage_graph
+from models.families.bert import BertConfig
+from models.formats.bert import is_bert, read_bert_config
+from models.lora.adapter import Config, sizes
+from models.training.memory import encoder_peak_bytes, peak_bytes
+from wire.errors import Refused, UsageError
+
+
+class Base(Struct, frozen=True, kw_only=True):
+    """Of one job."""
+
+    config: Config
+    files: Mapping[str, Path]
+    """Weights by digest."""
+    graph: bytes
+    """What an order names as its graph; an encoder's is its configuration."""
+    tokenizer: bytes
+    digest: str
+    """Of the checkpoint."""
+    end_id: int | None
+    wire_dtype: str
+
+    def peak_bytes(self, job: Job, device: str, rows: int, remember: bool) -> int:
+        """What a board's worker takes at most, as foretold, with so many samples at once."""
+        weights = sum(path.stat().st_size for path in self.files.values())
+        spec, row_tokens = spec_of(job, device), job.rounds.row_tokens
+        if isinstance(self.config, BertConfig):
+            return encoder_peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
+        return peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
+
+
+def base_of(prepared: Prepared, job: Job) -> Base:
+    """Raises UsageError where model and job don't go together, Refused for a model that can't be trained, CorruptData
+    and UsageError for what can't be read. Takes a moment: for a thread."""
+    packed, source = prepared.packed, prepared.checkpoint
+    if isinstance(packed, Packed) and not isinstance(source, ItemSource):
+        base = Base(
+            config=packed.config,
+            files=packed.files,
+            graph=_whole_graph(packed),
+            tokenizer=prepared.tokenizer.to_json().encode(),
+            digest=source.digest,
+            end_id=source.eos_id,
+            wire_dtype=packed.graph.wire_dtype,
+        )
+    elif isinstance(source, ItemSource) and source.words is not None and is_bert(source.folder):
+        config = read_bert_config(source.folder)
+        base = Base(
+            config=config,
+            files={source.digest: source.folder / "model.safetensors"},
+            graph=msgspec.json.encode(config),
+            tokenizer=source.words.to_json().encode(),
+            digest=source.digest,
+            end_id=None,
+            wire_dtype="f32",
+        )
+    else:
+        raise Refused(
+            f"{prepared.name} is no language model of the Llama family, and no sentence encoder of the Bert family",
+            try_="edgelam model list",
+        )
+    _check(prepared.name, base.config, job)
+    return base
+
+
+def _check(name: str, config: Config, job: Job) -> None:
+    problems = []
+    if isinstance(config, BertConfig) and not job.labels:
+        problems.append(f"labels: missing; {name} is a sentence encoder, which learns which of some labels a text has")
+    if not isinstance(config, BertConfig) and job.labels:
+        problems.append(f"labels: {name} is a language model, which learns to say a text")
+    for matrix in job.adapter.matrices:
+        try:
+            sizes(config, matrix)
+        except KeyError:
+            problems.append(f"adapter.matrices: {name} has no {matrix!r}")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise UsageError(f"job {job.name}:{lines}", try_="docs/tuning.md lists the keys")
+    config.check_context(job.rounds.row_tokens)
+
+
+def _whole_graph(packed: Packed) -> bytes:
+    """All of a language model as one stage."""
+    graph = packed.graph
+    return build_stage_graph(
+        packed.config,
+        graph.precision,
+        graph.wire_dtype,
+        first_block=0,
+        end_block=graph.blocks,
+        embedding=True,
+        head=True,
+    )

@@ -1,0 +1,125 @@
+"""Sentence encoders of the Bert family in torch for training: low-rank factors in the blocks, and a task module on top.
+
+    ids [n, T] -> embedding -> blocks with factors -> mean over each text -> task module -> a score for each label
+
+The task module is one matrix [labels, hidden + 1], the last column its bias, and is trained whole; all else is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from models.engine.base import Array
+from models.formats.bert import BLOCK_NORMS, EMBEDDINGS_NORM, MATRICES, BertFile
+from models.lora.adapter import HEAD, AdapterSpec
+from models.training.llama import mapped
+from models.training.samples import IGNORED, Batch, Judged
+
+
+class TrainedEncoder:
+    """All of an encoder. `factors` by name (models.lora.adapter), the task module's among them."""
+
+    def __init__(self, file: BertFile, spec: AdapterSpec, factors: Mapping[str, Array]) -> None:
+        """Raises CorruptData for a checkpoint that is not what its configuration says."""
+        self._config, self._spec = file.config, spec
+        self._words, self._places = mapped(file.words()), mapped(file.places())
+        self._norms: dict[str, tuple[Tensor, Tensor]] = {EMBEDDINGS_NORM: _pair(file.norm(EMBEDDINGS_NORM))}
+        self._linear: dict[str, tuple[Tensor, Tensor]] = {}
+        for block in range(self._config.blocks):
+            for matrix in MATRICES:
+                self._linear[f"block.{block}.{matrix}"] = _pair(file.linear(block, matrix))
+            for norm in BLOCK_NORMS:
+                self._norms[f"block.{block}.{norm}"] = _pair(file.norm(f"encoder.layer.{block}.{norm}"))
+        self.factors = {
+            name: torch.tensor(np.asarray(values, np.float32), requires_grad=True) for name, values in factors.items()
+        }
+
+    def take(self, factors: Mapping[str, Array]) -> None:
+        """Go on with these factors, of the same names and shapes."""
+        with torch.no_grad():
+            for name, factor in self.factors.items():
+                factor.copy_(torch.from_numpy(np.array(factors[name], np.float32)))
+
+    def train_only(self, parts: tuple[str, ...]) -> None:
+        """Of 'a', 'b' and 'c' (the task module), those that get gradients."""
+        for name, factor in self.factors.items():
+            factor.requires_grad_(name[-1] in parts)
+
+    def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
+        """Mean cross entropy over the texts of a batch that have a label."""
+        return self._loss(self._scores(batch, remember), batch)
+
+    def judged(self, batch: Batch) -> Judged:
+        """The same without gradients, and of how many texts the label has the highest score."""
+        with torch.no_grad():
+            scores = self._scores(batch, True)
+            targets = torch.from_numpy(batch.targets)
+            right = (scores.argmax(dim=1) == targets) & (targets != IGNORED)
+            return Judged(float(self._loss(scores, batch)), batch.counted, int(right.sum()))
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """[n, T] -> [n, T, hidden]."""
+        rows = functional.embedding(ids, self._words) + self._places[: ids.shape[1]]
+        return self._normed(EMBEDDINGS_NORM, rows)
+
+    def run(self, states: Tensor, lengths: Tensor, remember: bool = True) -> Tensor:
+        """All blocks over [n, T, hidden], of which the first `lengths` [n] rows are text. With `remember` false what a
+        block needs for its gradient is computed again instead of kept (activation checkpointing)."""
+        seen = _inside(lengths, states.shape[1])[:, None, None, :]
+        for block in range(self._config.blocks):
+            if remember:
+                states = self._block(block, states, seen)
+            else:
+                states = checkpoint(self._block, block, states, seen, use_reentrant=False)
+        return states
+
+    def scores(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """The task module: [n, T, hidden] -> [n, labels], of the mean over each text."""
+        inside = _inside(lengths, states.shape[1])[:, :, None]
+        mean = (states * inside).sum(dim=1) / lengths[:, None]
+        head = self.factors[HEAD]
+        return functional.linear(mean, head[:, :-1], head[:, -1])
+
+    def _scores(self, batch: Batch, remember: bool) -> Tensor:
+        ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)
+        return self.scores(self.run(self.embedded(ids), lengths, remember), lengths)
+
+    def _loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        return functional.cross_entropy(scores, torch.from_numpy(batch.targets), ignore_index=IGNORED)
+
+    def _block(self, block: int, states: Tensor, seen: Tensor) -> Tensor:
+        at, heads = f"block.{block}.", self._config.num_attention_heads
+        query, key, value = (
+            self._through(f"{at}{name}", states).unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("q", "k", "v")
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        attended = self._through(f"{at}o", mixed.transpose(1, 2).flatten(2))
+        states = self._normed(f"{at}{BLOCK_NORMS[0]}", attended + states)
+        wide = functional.gelu(self._through(f"{at}up", states))
+        return self._normed(f"{at}{BLOCK_NORMS[1]}", self._through(f"{at}down", wide) + states)
+
+    def _through(self, name: str, given: Tensor) -> Tensor:
+        made = functional.linear(given, *self._linear[name])
+        a = self.factors.get(f"{name}.a")
+        if a is None:
+            return made
+        return made + self._spec.scale * ((given @ a.T) @ self.factors[f"{name}.b"].T)
+
+    def _normed(self, name: str, rows: Tensor) -> Tensor:
+        weight, bias = self._norms[name]
+        return functional.layer_norm(rows, weight.shape, weight, bias, self._config.layer_norm_eps)
+
+
+def _pair(arrays: tuple[Array, Array]) -> tuple[Tensor, Tensor]:
+    return mapped(arrays[0]), mapped(arrays[1])
+
+
+def _inside(lengths: Tensor, most: int) -> Tensor:
+    """[n, T] which rows are text."""
+    return torch.arange(most)[None, :] < lengths[:, None]
