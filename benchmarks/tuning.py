@@ -10,12 +10,17 @@ and what crosses the loopback interface in a round beside twice the factors (to 
 Schedule: the same boards on links of their own, told how fast to send as if they shared one: what rounds take beside
 what was planned for them, and what an outbox at a pace takes beside bytes / pace.
 
-Memory: what a process that trains SmolLM2 takes at its peak beside what was foretold, for six ways of doing it.
+Memory: what a process that trains SmolLM2 takes at its peak beside what was foretold, for six ways of doing it; and
+MiniLM, for three.
 
 Served: what adapters in a deployment cost a decode step (benchmarks/parts/served).
 
 Sections: MiniLM learns to tell the section of a Debian package from its description, on eight boards of which each has
 the packages of other maintainers (benchmarks/parts/sections), beside the same training in one place with all of them.
+
+Policies: what each way of choosing who takes part comes to in the same time (benchmarks/parts/policies).
+
+Private: what a budget leaves of learning, with one factor or both (benchmarks/parts/private).
 
 Perplexity: SmolLM2 with frozen 4 bit weights on boards that each have a part of a real text (benchmarks/texts); that on
 what all of them hold out, before and after.
@@ -39,7 +44,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower, sections, served
+from benchmarks.parts import flower, policies, private, sections, served
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import MODEL, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
@@ -59,7 +64,7 @@ from wire.transport import Link
 
 COUNTS = (2, 4, 8)
 ROUNDS = 8
-PARTS = ("overhead", "flower", "perplexity", "schedule", "memory", "served", "sections")
+PARTS = ("overhead", "flower", "perplexity", "schedule", "memory", "served", "sections", "policies", "private")
 PEAKS = (
     "int4 1 64 8 q,v keep",
     "int4 4 128 8 q,v keep",
@@ -67,6 +72,9 @@ PEAKS = (
     "int4 4 128 8 q,k,v,o,gate,up,down again",
     "int8 2 64 8 q,v again",
     "f32 2 64 8 q,v again",
+    "encoder 16 32 8 q,v keep",
+    "encoder 32 128 8 q,k,v,o,up,down keep",
+    "encoder 32 128 8 q,v again",
 )
 """benchmarks.parts.peak."""
 TEXT = Path(__file__).parent / "texts" / "python_reference.txt"
@@ -249,6 +257,7 @@ def main() -> int:
     parser.add_argument("--link", choices=("none", "ethernet", "wifi"), default="none")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--precision", choices=("int4", "int8", "f32"), default="int4", help="of smollm2's weights")
+    parser.add_argument("--plot", type=Path, help="private: draw its curves into this .html")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     given = parser.parse_args()
     figures: list[Figure] = []
@@ -265,6 +274,10 @@ def main() -> int:
         figures += served.measure(given.precision)
     if "sections" in given.parts:
         figures += sections.measure(given.rounds)
+    if "policies" in given.parts:
+        figures += policies.measure()
+    if "private" in given.parts:
+        figures += private.measure(given.plot)
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

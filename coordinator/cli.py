@@ -73,13 +73,13 @@ def _add_heavier_commands() -> None:
     """Commands in files of their own that import more; once."""
     from coordinator.commands.bench import bench
     from coordinator.commands.demo import demo
-    from coordinator.commands.items import embed, infer
+    from coordinator.commands.items import embed, infer, label
     from coordinator.commands.report import app as report_app
     from coordinator.commands.top import top
     from coordinator.commands.tune import tune
     from coordinator.commands.up import up
 
-    for command in (up, top, bench, demo, embed, infer, tune):
+    for command in (up, top, bench, demo, embed, label, infer, tune):
         app.command()(command)
     app.add_typer(report_app, name="report")
 

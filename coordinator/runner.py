@@ -215,7 +215,7 @@ class Runner:
         adapters = AdapterShelf(jobs, cache_dir())
         operations.superseded = adapters.superseded
         serving = Serving(self.coordinator, operations, adapters)
-        items = ItemServing(self.coordinator, operations)
+        items = ItemServing(self.coordinator, operations, adapters, self.shelf)
         self.tuning = Tuning(self.coordinator, operations, JobStore(jobs, self.coordinator.journal))
         self.coordinator.open()
         await self._await_broker(transport, url)

@@ -125,6 +125,11 @@ class Shelf:
             work.add_done_callback(lambda done: self._keep(key, done))
         return await asyncio.shield(work)
 
+    def forget(self, model: str) -> None:
+        """The files of a model are about to go."""
+        for key in [key for key in self._ready if key[0] == model]:
+            del self._ready[key]
+
     async def close(self) -> None:
         """End the packing that is under way; waits END_WAIT_S at most. What was packed is found by the next one."""
         self._ending.set()

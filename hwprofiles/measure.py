@@ -7,6 +7,7 @@ the cost of one step; it is what the planner reads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from math import inf, isfinite, sqrt
@@ -182,14 +183,17 @@ def measure_module(
     *,
     base_bytes: int,
     clock: Clock = perf_counter,
+    held_bytes: Callable[[], int] | None = None,
 ) -> ModuleMeasurement:
     """Time one module at every point and depth of `plan`. What `run` and its steps raise passes through.
 
     `run` may load a stack when it is first asked for it; growth of the process's resident memory from just before the
     deepest stack is first asked for until it has made its first steps is reported as `resident_bytes`: what it holds,
     and nothing that larger steps need for a moment; that of the shallowest of several as `shallow_bytes`. `base_bytes`:
-    resident memory of this process before any module was loaded, with an engine that has been started.
+    resident memory of this process before any module was loaded, with an engine that has been started. `held_bytes`
+    says what is resident behind the first steps, or was while they were made.
     """
+    held_bytes = held_bytes or resident_bytes
     deepest, shallowest = max(plan.stacks), min(plan.stacks)
     taken: dict[tuple[Point, int], Samples] = {}
     grown: dict[int, int] = {}
@@ -199,7 +203,7 @@ def measure_module(
             step = run(point.phase, point.tokens, point.context, stack)
             taken[point, stack] = _sampled_with_retries(step, plan, clock)
             if stack not in grown:
-                grown[stack] = max(1, resident_bytes() - before_bytes)  # 0 is what was not measured
+                grown[stack] = max(1, held_bytes() - before_bytes)  # 0 is what was not measured
     for _ in range(plan.rounds - 1):
         for point, stack in taken:
             step = run(point.phase, point.tokens, point.context, stack)
@@ -278,6 +282,20 @@ def resident_bytes() -> int:
     """Resident memory of this process, as the kernel counts it."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def forget_peak() -> None:
+    """From now on `peak_bytes` tells of what comes."""
+    with contextlib.suppress(OSError):  # older kernels, and containers that keep it from their processes
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """The most resident memory of this process, since `forget_peak` if the kernel lets it forget."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resident_bytes()
 
 
 class StepEstimate(Struct, frozen=True, kw_only=True):

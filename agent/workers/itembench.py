@@ -11,7 +11,7 @@ import msgspec
 from agent.workers import emulated
 from agent.workers.memory import give_back_memory
 from agent.workers.pipe import MeasureModule, MeasureTask
-from hwprofiles.measure import MeasurePlan, Point, StopRule, measure_module
+from hwprofiles.measure import MeasurePlan, Point, StopRule, forget_peak, measure_module, peak_bytes
 from hwprofiles.profile import ModuleMeasurement, Phase
 
 ENGINE: Final = "onnxruntime"
@@ -62,6 +62,7 @@ class ItemBench:
                 stages.append(ItemStage.load_synthetic(Path(path), self._threads, SEED))
                 self.engine_name = stages[0].name
                 give_back_memory()  # as a worker does with its stage
+                forget_peak()  # what an item takes is given back behind each one
             stage, item = stages[0], stages[0].sample(rows)
             self._polite()
             timer = emulated.timer_of(self._task)
@@ -75,4 +76,6 @@ class ItemBench:
             return step
 
         plan = msgspec.structs.replace(plan, retries=RETRIES, rounds=emulated.rounds_of(self._task))
-        return measure_module(module.key, module.kind, ENGINE, self._threads, run, plan, base_bytes=base_bytes)
+        return measure_module(
+            module.key, module.kind, ENGINE, self._threads, run, plan, base_bytes=base_bytes, held_bytes=peak_bytes
+        )

@@ -155,7 +155,7 @@ def _item_case(site: Site, rng: random.Random, links: Mapping[str, LinkSpec], mo
         measured_s=found.measured_s,
         compute_s=found.compute_s,
         first_token_s=None,
-        memory_ratios=_memory_ratios(plan, {stage: one["resident_bytes"] for stage, one in found.counters.items()}),
+        memory_ratios=_memory_ratios(plan, found.peak_bytes),
         lost_share=found.lost_share,
     )
 

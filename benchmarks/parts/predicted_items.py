@@ -10,10 +10,12 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import psutil
 
 from benchmarks.parts import load
 from benchmarks.parts.sites import Site
@@ -78,7 +80,8 @@ class Measured(NamedTuple):
     predicted_s: float
     measured_s: float
     compute_s: tuple[float, float]
-    counters: Mapping[int, Mapping[str, float]]
+    peak_bytes: Mapping[int, float]
+    """Stage -> the most that its worker had resident while it answered."""
     lost_share: float
 
 
@@ -99,10 +102,12 @@ def measure(site: Site, rng: random.Random, model: str, names: Sequence[str]) ->
         return answered(site.there.url, [request(model, one, streams, **deployment) for one in requests])
 
     ask(PER_REQUEST[kind])
+    for worker in workers(site).values():
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5", encoding="ascii")
     items = PER_REQUEST[kind] if objective == "latency" else max(BUNCH[kind], 2 * streams)
     quiet = quietly(partial(ask, items))
     found = quiet.value
-    counters = load.settled_counters(site.there.url)
+    peaks = {device: _peak_bytes(worker.pid) for device, worker in workers(site).items()}
     records = site.there.get("/v1/status")["deployments"]
     [plan] = [record["plan"] for record in records if record["plan"]["deployment"] == found.end["deployment"]]
     token_s, slowest_s = plan["predicted_token_s"], plan["predicted_slowest_s"]
@@ -117,4 +122,21 @@ def measure(site: Site, rng: random.Random, model: str, names: Sequence[str]) ->
         sum(stage["predicted_compute_s"] for stage in stages),
         sum(stage["measured_compute_s"] for stage in stages),
     )
-    return Measured(plan, predicted_s, measured_s, compute_s, counters, quiet.lost_share)
+    peak_bytes = {stage["stage"]: float(peaks[stage["device"]]) for stage in plan["stages"]}
+    return Measured(plan, predicted_s, measured_s, compute_s, peak_bytes, quiet.lost_share)
+
+
+def workers(site: Site) -> dict[str, psutil.Process]:
+    """Board -> the process through which items go."""
+    found = {}
+    for board in site.boards.status().boards:
+        for process in psutil.Process(board.pid).children(recursive=True):
+            if "agent.workers.items" in process.cmdline():
+                found[board.name] = process
+    return found
+
+
+def _peak_bytes(pid: int) -> int:
+    """VmHWM: what is given back between items is among it, which a look now and then would not see."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import whole_site
@@ -31,9 +32,9 @@ from coordinator.rounds.orders import task_of
 from models.cache import cache_dir
 from models.catalog import resolve
 from models.formats.bert import BertFile, read_bert_config
-from models.lora.adapter import flat, initial, shapes
+from models.lora.adapter import AdapterSpec, flat, initial, shapes
 from models.training.data import read
-from models.training.samples import Split, encoder_of, labelled_rows, split
+from models.training.samples import Row, Split, batches, encoder_of, labelled_rows, split
 from testbed.boards import preset, with_data
 from wire.messages import ArtifactRef, InboxAddress, RoundMeta
 
@@ -106,6 +107,38 @@ def write(folder: Path, names: Sequence[str], most: int = MOST) -> tuple[str, ..
     return labels_of(packages)
 
 
+def vectors_of(
+    count: int = 10, each: int = 600, seed: int = 1
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """MiniLM's mean of each description [n, hidden], scaled to length 4, and the place of its section [n] among so many
+    of the largest, `each` of every one of them."""
+    import torch
+
+    from models.training.encoder import TrainedEncoder
+
+    packages = drawn(list(index()), 10**9, seed)
+    most = sorted(name for name, _ in Counter(package.section for package in packages).most_common(count))
+    kept = [one for name in most for one in [two for two in packages if two.section == name][:each]]
+    checkpoint = _checkpoint()
+    encode = encoder_of((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    file = BertFile.open(read_bert_config(checkpoint), checkpoint / "model.safetensors")
+    stage = TrainedEncoder(file, AdapterSpec(rank=1, alpha=1.0), {})
+    rows = [Row(np.array(encode(one.description, True)[:32], np.int64), 1, most.index(one.section)) for one in kept]
+    found = []
+    with torch.no_grad():
+        for batch in batches(rows, 64):
+            ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)
+            found.append(stage.means(stage.run(stage.embedded(ids), lengths), lengths).numpy())
+    vectors = np.concatenate(found)
+    vectors *= 4 / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors, np.array([row.label for row in rows], np.int64)
+
+
+def _checkpoint() -> Path:
+    source = resolve(MODEL, cache_dir())
+    return source if source.is_dir() else source.parent
+
+
 def job_of(labels: tuple[str, ...], rounds: int) -> Job:
     return Job(
         name="sections",
@@ -124,8 +157,7 @@ def in_one_place(job: Job, folder: Path, names: Sequence[str]) -> list[float]:
     from models.training.encoder import TrainedEncoder
     from models.training.rounds import Round
 
-    source = resolve(MODEL, cache_dir())
-    checkpoint = source if source.is_dir() else source.parent
+    checkpoint = _checkpoint()
     config, spec = read_bert_config(checkpoint), spec_of(job)
     shaped, first = shapes(config, spec), initial(config, spec)
     stage = TrainedEncoder(BertFile.open(config, checkpoint / "model.safetensors"), spec, first)

@@ -2,7 +2,7 @@
 
     {"event": "status", "text"}                  while the model is packed, weights travel, stages load
     {"event": "item", "index", "outputs"}        in the order of the items; tensors as below
-    {"event": "end", ...}                        coordinator.items.figures
+    {"event": "end", ..., "labels"}              coordinator.items.figures; whose shares come out, of labels
 A tensor is {"dtype": "f32", "shape": [1, 3, 224, 224], "data": its bytes in base64}, little-endian, row by row.
 """
 
@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 
 from coordinator.inference.progress import with_status
 from coordinator.items.figures import figures
+from coordinator.items.labels import Say
 from coordinator.items.live import Item
 from coordinator.items.serve import MOST_ITEMS, Answers, ItemServing
 from coordinator.items.texts import text_items
@@ -44,6 +45,8 @@ class ItemsRequest(Struct, frozen=True, kw_only=True):
     are a DeployRequest's."""
 
     model: str
+    adapter: str = ""
+    """Of a job, or a folder: the encoder tells labels with it."""
     texts: Annotated[tuple[Annotated[str, Meta(max_length=MAX_TEXT_CHARS)], ...], Meta(max_length=MOST_ITEMS)] = ()
     items: Annotated[
         tuple[Annotated[dict[str, TensorBody], Meta(max_length=MAX_PORTS)], ...], Meta(max_length=MOST_ITEMS)
@@ -72,8 +75,15 @@ async def answer_events(serving: ItemServing, request: ItemsRequest) -> AsyncGen
             return text_items(prepared, packed, request.texts)
         return [item_of(packed, index, item) for index, item in enumerate(request.items)]
 
+    async def run(say: Say) -> Answers:
+        wanted = request.deploy()
+        if request.adapter:
+            model = await serving.labels.model_with(request.model, request.adapter, say)
+            wanted = msgspec.structs.replace(wanted, model=model)
+        return await serving.run(wanted, make, say)
+
     came: list[Answers] = []
-    async with aclosing(with_status(lambda say: serving.run(request.deploy(), make, say), came)) as events:
+    async with aclosing(with_status(run, came)) as events:
         async for event in events:
             yield event
     [answers] = came
@@ -85,7 +95,7 @@ async def answer_events(serving: ItemServing, request: ItemsRequest) -> AsyncGen
             for port in ports
         }
         yield {"event": "item", "index": index, "outputs": msgspec.to_builtins(outputs)}
-    yield {"event": "end", **figures(answers)}
+    yield {"event": "end", **figures(answers), "labels": list(answers.packed.config.labels)}
 
 
 def item_of(packed: PackedItems, index: int, given: dict[str, TensorBody]) -> Item:

@@ -13,22 +13,22 @@ from typing import Final
 
 from msgspec import Struct
 
+from coordinator.adapters import AdapterShelf
 from coordinator.asked import checked
+from coordinator.items.labels import Labels, Say
 from coordinator.items.live import Item, LiveItem, Result
 from coordinator.journal import DeploymentRecord, DeployRequest
 from coordinator.losses import Interrupted, Lost
 from coordinator.operations import Operations
 from coordinator.planning.plan import Plan
 from coordinator.service import Coordinator
-from coordinator.shelf import Prepared
+from coordinator.shelf import Prepared, Shelf
 from coordinator.turns import Hold
 from models.items.pack import PackedItems
 from wire.errors import Busy, Degraded, EdgelamError, Refused, Unreachable, UsageError
 from wire.frames import Parcel
 from wire.ids import new_request_id
 from wire.limits import MAX_BACKLOG_BYTES
-
-Say = Callable[[str], None]
 
 MOST_ITEMS: Final = 1024
 """In one request."""
@@ -56,10 +56,11 @@ class Answers(Struct, frozen=True, eq=False, kw_only=True):
 class ItemServing:
     """All items of one coordinator that are on their way."""
 
-    def __init__(self, coordinator: Coordinator, operations: Operations) -> None:
+    def __init__(self, coordinator: Coordinator, operations: Operations, adapters: AdapterShelf, shelf: Shelf) -> None:
         """Hears what the coordinator hears from now on, and passes it on to who heard it before."""
         self._coordinator = coordinator
         self._operations = operations
+        self.labels = Labels(coordinator, operations, adapters, shelf, self._uses)
         self._live: dict[int, LiveItem] = {}
         self._turns: dict[str, tuple[int, asyncio.Semaphore]] = {}
         """Deployment -> epoch, and a turn for each item that may be on its way."""
@@ -93,6 +94,10 @@ class ItemServing:
     def live(self) -> int:
         """Items that the stages work on."""
         return len(self._live)
+
+    def _uses(self, deployment: str) -> bool:
+        """Whether items are on their way through it."""
+        return any(live.deployment == deployment for live in self._live.values())
 
     async def run(
         self, request: DeployRequest, make: Callable[[Prepared, PackedItems], Sequence[Item]], say: Say

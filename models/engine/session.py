@@ -45,8 +45,13 @@ class Session:
     keeps bare pointers to them: they must live as long as it does.
     """
 
-    def __init__(self, graph: bytes, weights: Mapping[str, Array], threads: int, what: str) -> None:
+    def __init__(
+        self, graph: bytes, weights: Mapping[str, Array], threads: int, what: str, *, together: bool = True
+    ) -> None:
+        """`together`: the tensors of a run may lie in one piece of memory. Where they are large that takes up to half
+        as much again, each time another amount, and saves no time: so pictures go without."""
         options = _options(threads)
+        options.enable_mem_pattern = together
         self._values = {name: value(tensor) for name, tensor in weights.items()}
         for name, initialiser in self._values.items():
             options.add_initializer(name, initialiser)

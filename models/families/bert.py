@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from models.families.config import MAX_BLOCKS, MAX_CONTEXT, MAX_HEADS, MAX_VOCABULARY, MAX_WIDTH
 from wire.errors import CorruptData, Refused
+from wire.limits import MAX_LABELS
+from wire.messages import Label
 
 
 class BertConfig(Struct, frozen=True, kw_only=True):
@@ -21,6 +25,8 @@ class BertConfig(Struct, frozen=True, kw_only=True):
     layer_norm_eps: float = 1e-12
     hidden_act: str = "gelu"
     position_embedding_type: str = "absolute"
+    edgelam_labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
+    """That a task module behind the encoder tells apart; none: what comes out is the vector of a text."""
 
     def __post_init__(self) -> None:
         if self.model_type != "bert":

@@ -20,6 +20,8 @@ PREFIXES: Final = ("", "bert.")
 """Before the names of tensors: checkpoints of the bare encoder have none."""
 EMBEDDINGS_NORM: Final = "embeddings.LayerNorm"
 BLOCK_NORMS: Final = ("attention.output.LayerNorm", "output.LayerNorm")
+HEAD_WEIGHT: Final = "edgelam.head.weight"
+HEAD_BIAS: Final = "edgelam.head.bias"
 MATRICES: Final = {
     "q": "attention.self.query",
     "k": "attention.self.key",
@@ -52,6 +54,11 @@ def read_bert_config(folder: Path) -> BertConfig:
         raise CorruptData(f"{path}: {error}") from error
 
 
+def matrix_name(block: int, matrix: str) -> str:
+    """In a file, without its prefix."""
+    return f"encoder.layer.{block}.{MATRICES[matrix]}"
+
+
 class BertFile:
     """The tensors of one encoder by their own names, each checked against the configuration when it is asked for.
 
@@ -61,7 +68,7 @@ class BertFile:
     def __init__(self, config: BertConfig, file: SafetensorsFile) -> None:
         self.config = config
         self._file = file
-        self._prefix = next((p for p in PREFIXES if f"{p}embeddings.word_embeddings.weight" in file.tensors), "")
+        self.prefix = next((p for p in PREFIXES if f"{p}embeddings.word_embeddings.weight" in file.tensors), "")
 
     @staticmethod
     def open(config: BertConfig, path: Path) -> BertFile:
@@ -82,8 +89,15 @@ class BertFile:
     def linear(self, block: int, matrix: str) -> tuple[Floats, Floats]:
         """Weight [out, in] and bias [out] of a matrix by its short name."""
         out, columns = matrix_sizes(self.config)[matrix]
-        name = f"encoder.layer.{block}.{MATRICES[matrix]}"
+        name = matrix_name(block, matrix)
         return self.tensor(f"{name}.weight", out, columns), self.tensor(f"{name}.bias", out)
+
+    def task_module(self) -> tuple[Floats, Floats] | None:
+        """Weight [labels, hidden] and bias [labels], where there is one."""
+        labels = len(self.config.edgelam_labels)
+        if not labels:
+            return None
+        return self.tensor(HEAD_WEIGHT, labels, self.config.hidden_size), self.tensor(HEAD_BIAS, labels)
 
     def norm(self, name: str) -> tuple[Floats, Floats]:
         """Weight and bias [hidden]."""
@@ -92,7 +106,7 @@ class BertFile:
 
     def tensor(self, name: str, *shape: int | None) -> Floats:
         """As float32, of this shape (None: any size)."""
-        full = f"{self._prefix}{name}"
+        full = f"{self.prefix}{name}"
         if full not in self._file.tensors:
             raise CorruptData(f"{self._file.path}: no tensor {full!r}")
         values = self._file.float32(full)

@@ -1,9 +1,10 @@
 """Sentence encoders of the Bert family (MiniLM, BGE, E5): from a folder of safetensors to an ONNX graph.
 
-    tokens int64 [rows] -> embedding f32 [hidden]
+    tokens int64 [rows] -> embedding f32 [hidden], or, with a task module, shares f32 [labels]
 
 One text at a time, so nothing is padded and no mask is needed. The rows of the last block are averaged and brought to
-length 1, as sentence-transformers does for these models. Positions and the one token type are added beforehand.
+length 1, as sentence-transformers does for these models; a task module takes the plain average, and its scores become
+shares that add up to 1. Positions and the one token type are added beforehand.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-from models.formats.bert import BLOCK_NORMS, EMBEDDINGS_NORM, BertFile, read_bert_config
+from models.formats.bert import BLOCK_NORMS, EMBEDDINGS_NORM, BertFile, matrix_name, read_bert_config
 
 OPSET: Final = 20
 """The oldest with Gelu as one operator."""
@@ -41,17 +42,27 @@ class _Builder:
         for index in range(config.num_hidden_layers):
             states = self._block(index, states)
         mean = self._value("pool.mean", "ReduceMean", [states, self._numbers("rows_axis", 0)], keepdims=0)
-        self._value("embedding", "LpNormalization", [mean], axis=0, p=2)
+        name, width = self._answer(mean)
         graph = helper.make_graph(
             self._nodes,
             "encoder",
             [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["rows"])],
-            [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [config.hidden_size])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [width])],
             list(self._constants.values()),
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
         data: bytes = model.SerializeToString()
         return data
+
+    def _answer(self, mean: str) -> tuple[str, int]:
+        """What comes out, and how many numbers that has."""
+        task = self._file.task_module()
+        if task is None:
+            return self._value("embedding", "LpNormalization", [mean], axis=0, p=2), self._config.hidden_size
+        weight, bias = task
+        product = self._value("scores.product", "MatMul", [self._constant("scores.weight", weight), mean])
+        scores = self._value("scores", "Add", [product, self._constant("scores.bias", bias)])
+        return self._value("shares", "Softmax", [scores], axis=-1), len(bias)
 
     def _embedded(self) -> str:
         words = self._constant("embeddings.word_embeddings.weight", self._file.words())
@@ -91,7 +102,8 @@ class _Builder:
         weight, bias = self._file.linear(block, matrix)
         turned = self._constant(f"{name}.weight", np.ascontiguousarray(weight.T))
         product = self._value(f"{name}.product", "MatMul", [rows, turned])
-        return self._value(name, "Add", [product, self._constant(f"{name}.bias", bias)])
+        added = self._constant(f"{matrix_name(block, matrix)}.bias", bias)
+        return self._value(name, "Add", [product, added])
 
     def _norm(self, name: str, rows: str, source: str) -> str:
         weight, bias = self._file.norm(source)

@@ -37,6 +37,8 @@ class ItemConfig(Struct, frozen=True, kw_only=True):
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     most_rows: int
+    labels: tuple[str, ...] = ()
+    """Whose shares the output is, of an encoder with a task module."""
 
 
 class PackedItems(Struct, frozen=True, kw_only=True):
@@ -98,15 +100,17 @@ def pack_items(path: Path, name: str, cache: Path) -> PackedItems:
     """Give the packed model, its weights from `cache` if they are there. Raises what reading it raises, Refused for a
     model that can't be cut so that every item fits a message, and OSError when the cache can't be written."""
     folder = _encoder_folder(path)
+    labels: tuple[str, ...] = ()
     if folder is None:
         digest = file_digest(path, cache)
         net = open_net(path, MOST_ROWS)
     else:
         digest = file_digest(folder / "model.safetensors", cache)
         config = read_bert_config(folder)
+        labels = config.edgelam_labels
         net = net_of(build_bert(folder), name, config.max_position_embeddings)
     parts = ItemParts(net)
-    kept = cache / "packs" / f"{digest.removeprefix('sha256:')[:32]}-items-v{PACK_VERSION}"
+    kept = pack_folder(digest, cache)
     graphs = [parts.graph_of(index, index + 1) for index in range(len(parts))]
     for _, manifest in graphs:
         check_size(manifest.inputs, net.most_rows if net.has_rows else 1, f"{name}: what crosses a cut")
@@ -116,11 +120,16 @@ def pack_items(path: Path, name: str, cache: Path) -> PackedItems:
     if files is None:
         files = _write(parts, kept)
     net.forget_weights()
-    config_of = ItemConfig(inputs=tuple(net.given), outputs=tuple(net.wanted), most_rows=net.most_rows)
+    config_of = ItemConfig(inputs=tuple(net.given), outputs=tuple(net.wanted), most_rows=net.most_rows, labels=labels)
     graph = _graph(name, parts, graphs, files)
     return PackedItems(
         graph=graph, files={file.digest: file.path(kept) for file in files}, config=config_of, parts=parts
     )
+
+
+def pack_folder(digest: str, cache: Path) -> Path:
+    """Where a model whose file has this digest is packed."""
+    return cache / "packs" / f"{digest.removeprefix('sha256:')[:32]}-items-v{PACK_VERSION}"
 
 
 def kit_of_items(packed: PackedItems) -> list[KitEntry]:

@@ -47,10 +47,16 @@ _PEFT_OF_BERT: Final[Mapping[str, str]] = {
     "down": "output.dense",
 }
 
-_PEFT_NAME: Final = re.compile(
-    rf"base_model\.model\.model\.layers\.(0|[1-9][0-9]{{0,3}})\.({'|'.join(map(re.escape, _PEFT.values()))})"
-    r"\.lora_([AB])\.weight"
-)
+
+def _name(layers: str, names: Mapping[str, str]) -> re.Pattern[str]:
+    return re.compile(
+        rf"base_model\.model\.{layers}\.(0|[1-9][0-9]{{0,3}})\.({'|'.join(map(re.escape, names.values()))})"
+        r"\.lora_([AB])\.weight"
+    )
+
+
+_PEFT_NAME: Final = _name(r"model\.layers", _PEFT)
+_PEFT_NAME_OF_BERT: Final = _name(r"encoder\.layer", _PEFT_OF_BERT)
 
 
 class AdapterSpec(Struct, frozen=True, kw_only=True):
@@ -148,17 +154,20 @@ def to_peft(config: Config, factors: Mapping[str, Floats]) -> Iterator[tuple[str
         yield f"base_model.model.{long}.lora_{part.upper()}.weight", np.ascontiguousarray(rows)
 
 
-def from_peft(config: LlamaConfig, tensors: Mapping[str, Floats]) -> dict[str, Floats]:
+def from_peft(config: Config, tensors: Mapping[str, Floats]) -> dict[str, Floats]:
     """The other way round; KeyError for a tensor that is of no matrix of ours."""
-    names = {long: short for short, long in _PEFT.items()}
+    bert = isinstance(config, BertConfig)
+    pattern = _PEFT_NAME_OF_BERT if bert else _PEFT_NAME
+    names = {long: short for short, long in (_PEFT_OF_BERT if bert else _PEFT).items()}
     factors: dict[str, Floats] = {}
     for name, values in tensors.items():
-        found = _PEFT_NAME.fullmatch(name)
+        found = pattern.fullmatch(name)
         if found is None:
             raise KeyError(name)
         block, long, letter = found.groups()
         matrix = names[long]
-        rows = _paired(config, matrix, values, to_halves=False) if letter == "B" else values
+        turn = letter == "B" and isinstance(config, LlamaConfig)
+        rows = _paired(config, matrix, values, to_halves=False) if turn else values  # type: ignore[arg-type]
         factors[f"block.{int(block)}.{matrix}.{letter.lower()}"] = np.ascontiguousarray(rows)
     return factors
 

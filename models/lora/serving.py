@@ -27,7 +27,7 @@ from models.cache import write_atomic
 from models.engine.manifest import Adapters, Product
 from models.families.config import LlamaConfig, matrix_size
 from models.formats import safetensors
-from models.lora.adapter import MATRICES, from_peft, sizes
+from models.lora.adapter import HEAD_FILE, MATRICES, Config, from_peft, sizes
 from models.packed import finish, known_files, write_file
 from wire.errors import CorruptData, Refused, UsageError
 from wire.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
@@ -43,6 +43,7 @@ PROVENANCE: Final = "provenance.json"
 MOST_CONFIG_BYTES: Final = 1 << 20
 MOST_TENSOR_BYTES: Final = 1 << 30
 MOST_PROVENANCE_BYTES: Final = 1 << 26
+MOST_HEAD_BYTES: Final = 1 << 26
 MOST_WIDTH: Final = 512
 """Ranks of all adapters of a deployment."""
 
@@ -105,9 +106,12 @@ class Adapter(Struct, frozen=True, eq=False, kw_only=True):
 
 
 def keep(folder: Path, cache: Path) -> str:
-    """Copy an adapter's two files into the cache, with the checkpoint that it says it is of, and give the id that they
-    have there: equal for equal ones. Raises UsageError (no adapter), Refused (too big), CorruptData."""
+    """Copy an adapter's two files into the cache, with its task module if it has one and the checkpoint that it says it
+    is of, and give the id that they have there: equal for equal ones. Raises UsageError (no adapter), Refused (too
+    big), CorruptData."""
     found = {name: _content(folder / name, most) for name, most in _FILES.items()}
+    if (folder / HEAD_FILE).is_file():
+        found[HEAD_FILE] = _content(folder / HEAD_FILE, MOST_HEAD_BYTES)
     if (folder / PROVENANCE).is_file():
         base = _base_of(folder / PROVENANCE)
         found[PROVENANCE] = msgspec.json.encode(_Provenance(base=base))
@@ -149,7 +153,7 @@ def _content(path: Path, most: int) -> bytes:
         ) from None
 
 
-def load(adapter_id: str, config: LlamaConfig, cache: Path) -> Adapter:
+def load(adapter_id: str, config: Config, cache: Path) -> Adapter:
     """A kept adapter, checked against a model. Raises UsageError (not kept any more), CorruptData (damaged), Refused
     (of another model, or of a kind that is not known here)."""
     folder = kept_at(adapter_id, cache)
@@ -180,7 +184,7 @@ def _settings(path: Path) -> _Config:
     return found
 
 
-def _check(path: Path, config: LlamaConfig, rank: int, scale: float, factors: Mapping[str, Floats]) -> None:
+def _check(path: Path, config: Config, rank: int, scale: float, factors: Mapping[str, Floats]) -> None:
     if not factors:
         raise Refused(f"{path}: has no factors", try_="an adapter in PEFT's layout")
     for name, values in factors.items():
@@ -204,7 +208,7 @@ def _check(path: Path, config: LlamaConfig, rank: int, scale: float, factors: Ma
             raise Refused(f"{path}: {name} has no other half")
 
 
-def _check_base(folder: Path, base: str) -> None:
+def check_base(folder: Path, base: str) -> None:
     """Raise Refused for an adapter that says that it is of another checkpoint."""
     if not base or not (folder / PROVENANCE).is_file():
         return
@@ -283,7 +287,7 @@ def with_adapters(
     `laid_out` raise, and OSError."""
     config = packed.config
     for adapter_id in ids:
-        _check_base(kept_at(adapter_id, cache), base)
+        check_base(kept_at(adapter_id, cache), base)
     adapters = [load(adapter_id, config, cache) for adapter_id in ids]
     layout = laid_out(adapters)
     names = [f"lora-{block}" for block in range(config.blocks)]

@@ -81,10 +81,14 @@ class TrainedEncoder:
 
     def scores(self, states: Tensor, lengths: Tensor) -> Tensor:
         """The task module: [n, T, hidden] -> [n, labels], of the mean over each text."""
-        inside = _inside(lengths, states.shape[1])[:, :, None]
-        mean = (states * inside).sum(dim=1) / lengths[:, None]
         head = self.factors[HEAD]
-        return functional.linear(mean, head[:, :-1], head[:, -1])
+        return functional.linear(self.means(states, lengths), head[:, :-1], head[:, -1])
+
+    @staticmethod
+    def means(states: Tensor, lengths: Tensor) -> Tensor:
+        """[n, T, hidden] -> [n, hidden], over the rows of each text."""
+        inside = _inside(lengths, states.shape[1])[:, :, None]
+        return (states * inside).sum(dim=1) / lengths[:, None]
 
     def _scores(self, batch: Batch, remember: bool) -> Tensor:
         ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)

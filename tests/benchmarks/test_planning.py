@@ -117,3 +117,10 @@ def test_a_change_may_move_once_and_has_to_help() -> None:
         assert any(row.holds is False for row in changed.figures([good, worse]))
         others = changed.figures([good, worse._replace(what="link")])
         assert all(row.name.startswith("link") for row in others if row.holds is False), "each kind by itself"
+
+
+def test_a_stage_may_have_the_embedding_alone() -> None:
+    pins = chosen.pins_of((("a", 0), ("b", 11), ("c", 19)))
+    assert pins == (
+        ("embedding", "a"), ("block.0", "b"), ("block.10", "b"), ("block.11", "c"), ("block.29", "c"), ("head", "c"),
+    )  # fmt: skip

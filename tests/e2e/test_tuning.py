@@ -355,6 +355,21 @@ def test_labels_of_texts_are_learnt_by_an_encoder(tuning_site: Site, tmp_path: P
         follow(site, msgspec.structs.replace(wanted, name="told-none", labels=()))
     shown = site.cli("tune", "report", "told")
     assert shown.returncode == 0 and "100.0% right" in shown.stdout, shown.stdout
+    asked = ["label", str(folder), "board says hello", "board says hello on the mat", "--json"]
+    for adapter in ("told", str(tmp_path / "out")):
+        shown = site.cli(*asked, "--adapter", adapter)
+        assert shown.returncode == 0, shown.stderr
+        assert [one["label"] for one in json.loads(shown.stdout)["texts"]] == list(LABELS)
+    assert follow(site, msgspec.structs.replace(wanted, seed=6))["state"] == "done"
+    with site.client() as there:
+        before = {record["name"] for record in there.get("/v1/status")["deployments"]}
+    shown = site.cli(*asked, "--adapter", "told")
+    assert shown.returncode == 0, shown.stderr
+    with site.client() as there:
+        after = {record["name"] for record in there.get("/v1/status")["deployments"]}
+    assert len(before - after) == 1 and len(after - before) == 1, "the later adapter takes the place of the earlier one"
+    plain = site.cli(*asked)
+    assert plain.returncode == 2 and "tells no labels" in plain.stderr
 
 
 def merged(tiny_model: str, adapter: dict[str, Any], scale: float, folder: Path) -> Model:
