@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import msgspec
+import numpy as np
 import psutil
 import pytest
 from hypothesis import given
@@ -18,7 +19,9 @@ from hwprofiles.measure import (
     StepEstimate,
     StopRule,
     estimate,
+    forget_peak,
     measure_module,
+    peak_bytes,
     plan_for,
     resident_bytes,
     sample,
@@ -332,6 +335,15 @@ def test_what_larger_steps_need_for_a_moment_is_not_counted_as_held(monkeypatch:
 
 def test_resident_memory_is_what_the_kernel_counts() -> None:
     assert resident_bytes() == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+
+
+def test_the_peak_of_what_is_given_back_is_known_until_it_is_forgotten() -> None:
+    held = resident_bytes()
+    del_me = np.ones(64 << 20, np.uint8)
+    del del_me
+    assert peak_bytes() >= held + (60 << 20)
+    forget_peak()
+    assert peak_bytes() <= resident_bytes() + (16 << 20)
 
 
 def single(*timings: ModuleTiming) -> StepEstimate:

@@ -35,6 +35,8 @@ def test_tables_with_a_header(tmp_path: Path) -> None:
     path.write_text('id,text,prompt\n1,"one, two",\n2\n3,three,p\n', encoding="utf-8")
     found = read(path)
     assert found.samples == (Sample("one, two"), Sample("three", "p")) and found.bad_rows == 1
+    path.write_text("label,text\nnet,one\n3,two\n", encoding="utf-8")
+    assert read(path).samples == (Sample("one", label="net"), Sample("two", label="3"))
     path.write_text("id,words\n1,x\n", encoding="utf-8")
     with pytest.raises(CorruptData, match=r"no column 'text' among the 2 of the first line$"):  # which may be a row
         read(path)
