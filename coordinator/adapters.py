@@ -53,6 +53,7 @@ class AdapterShelf:
         folder = self._folder(text)
         known, state = self._known.get(text), _state_of(folder)
         if known is not None and known.state == state and is_kept(known.adapter, self._cache):
+            self.superseded.discard(known.adapter)
             return known.adapter
         adapter = keep(folder, self._cache)
         if known is not None and known.adapter != adapter:

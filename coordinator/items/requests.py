@@ -77,10 +77,10 @@ async def answer_events(serving: ItemServing, request: ItemsRequest) -> AsyncGen
 
     async def run(say: Say) -> Answers:
         wanted = request.deploy()
-        if request.adapter:
-            model = await serving.labels.model_with(request.model, request.adapter, say)
-            wanted = msgspec.structs.replace(wanted, model=model)
-        return await serving.run(wanted, make, say)
+        if not request.adapter:
+            return await serving.run(wanted, make, say)
+        async with serving.labels.model_with(request.model, request.adapter, say) as model:
+            return await serving.run(msgspec.structs.replace(wanted, model=model), make, say)
 
     came: list[Answers] = []
     async with aclosing(with_status(run, came)) as events:

@@ -60,7 +60,7 @@ class ItemServing:
         """Hears what the coordinator hears from now on, and passes it on to who heard it before."""
         self._coordinator = coordinator
         self._operations = operations
-        self.labels = Labels(coordinator, operations, adapters, shelf, self._uses)
+        self.labels = Labels(coordinator, operations, adapters, shelf)
         self._live: dict[int, LiveItem] = {}
         self._turns: dict[str, tuple[int, asyncio.Semaphore]] = {}
         """Deployment -> epoch, and a turn for each item that may be on its way."""
@@ -94,10 +94,6 @@ class ItemServing:
     def live(self) -> int:
         """Items that the stages work on."""
         return len(self._live)
-
-    def _uses(self, deployment: str) -> bool:
-        """Whether items are on their way through it."""
-        return any(live.deployment == deployment for live in self._live.values())
 
     async def run(
         self, request: DeployRequest, make: Callable[[Prepared, PackedItems], Sequence[Item]], say: Say

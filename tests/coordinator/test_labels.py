@@ -30,11 +30,10 @@ class Site:
         self.trained = self.train("one", 3)
         self.records_: list[Any] = []
         self.removed: list[str] = []
-        self.busy: set[str] = set()
         self.shelf = Shelf(self.trained.cache)
         self.preparing = self
         adapters = AdapterShelf(self.jobs, self.trained.cache)
-        self.labels = Labels(self, self, adapters, self.shelf, self.busy.__contains__)  # type: ignore[arg-type]
+        self.labels = Labels(self, self, adapters, self.shelf)  # type: ignore[arg-type]
 
     def train(self, name: str, seed: int) -> Trained:
         """What a job called `told` leaves."""
@@ -56,7 +55,14 @@ class Site:
         self.records_ = [record for record in self.records_ if record.name != name]
 
     def model(self, model: str = "tiny", adapter: str = "told") -> Path:
-        return Path(asyncio.run(self.labels.model_with(model, adapter, lambda _: None)))
+        async def ask() -> Path:
+            async with self.asked(model, adapter) as found:
+                return Path(found)
+
+        return asyncio.run(ask())
+
+    def asked(self, model: str = "tiny", adapter: str = "told") -> Any:
+        return self.labels.model_with(model, adapter, lambda _: None)
 
     def deploy(self, name: str, folder: Path) -> None:
         self.records_.append(SimpleNamespace(name=name, request=SimpleNamespace(model=str(folder))))
@@ -74,16 +80,18 @@ def test_a_job_and_a_copy_of_its_adapter_are_the_same_model(site: Site) -> None:
 
 
 def test_what_was_made_of_an_earlier_adapter_goes_when_nothing_uses_it(site: Site) -> None:
-    first = site.model()
-    site.deploy("first", first)
-    site.deploy("other", site.folder / "elsewhere")
-    site.train("two", 4)
-    site.busy.add("first")
-    second = site.model()
-    assert second != first and first.exists() and not site.removed, "an answer is on its way"
-    site.deploy("second", second)
-    site.busy.clear()
-    assert site.model() == second
+    async def two_at_once() -> tuple[Path, Path]:
+        async with site.asked() as first:
+            site.deploy("first", Path(first))
+            site.deploy("other", site.folder / "elsewhere")
+            site.train("two", 4)
+            async with site.asked() as second:
+                site.deploy("second", Path(second))
+            assert Path(first).exists() and not site.removed, "an answer is on its way"
+            return Path(first), Path(second)
+
+    first, second = asyncio.run(two_at_once())
+    assert second != first and site.model() == second
     assert site.removed == ["first"] and not first.exists() and second.exists()
 
 
