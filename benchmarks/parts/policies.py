@@ -33,7 +33,7 @@ LABELS: Final = 10
 EACH: Final = 200
 """Texts of a board; half as many again of all are held out."""
 SEEDS: Final = (1, 2, 3)
-TIME_S: Final = 400.0
+TIME_S: Final = 200.0
 DELAYS_S: Final = (0.8, 1.2, 1.8)
 COUNTS: Final = (2, 3, 5)
 STEPS: Final = 5
@@ -62,7 +62,7 @@ class Policy(NamedTuple):
 POLICIES: Final = (
     Policy("all"),
     *(Policy(who, count) for who in ("random", "round-robin", "fastest") for count in COUNTS),
-    *(Policy("scheduled", 0, delay_s, "linear") for delay_s in DELAYS_S),
+    Policy("scheduled", 0, DELAYS_S[1], "linear"),
     *(Policy("scheduled", 0, delay_s) for delay_s in DELAYS_S),
     *(Policy("scheduled", 0, delay_s, "quadratic", 0.1) for delay_s in DELAYS_S),
 )

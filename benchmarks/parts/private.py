@@ -46,7 +46,7 @@ MATCHED_RATE: Final = 1.0
 RATES: Final = (0.3, 1.0, 3.0, 10.0, 30.0)
 TURNED: Final = 0.5
 """Half the tangent of the largest angle is so much: far enough that the head is lost without the layer."""
-WAYS: Final = ("both", "b", "a", "alternate")
+NAMES: Final = {"both": "both", "b": "B alone", "a": "A alone", "alternate": "in turn"}
 
 
 class Regime(NamedTuple):
@@ -192,7 +192,7 @@ def measure(plot: Path | None = None) -> list[Figure]:
             figures.append(at_least("matched, no noise: both less B alone", -gain, "of labels", 0.0))
         elif epsilon <= 1 and epsilon >= 0.5:
             figures.append(at_least(f"matched, {_said(epsilon)}: B alone less both", gain, "of labels", 0.1))
-        for way in WAYS:
+        for way in NAMES:
             best = max((_mean(tasks, way, TUNED, epsilon, rate) for rate in RATES), key=lambda came: came.right)
             curves.setdefault(("tuned", way), []).append((epsilon, best))
             figures.append(Figure(f"tuned, {_said(epsilon)}, {way}: right", best.right, "of labels"))
@@ -213,7 +213,7 @@ def plots_of(curves: dict[tuple[str, str], list[tuple[float, Came]]]) -> list[Pl
         ("tuned", "clipped together, 100 steps, best rates"),
     ):
         series = tuple(
-            Series(name={"b": "B alone", "a": "A alone"}.get(way, way), points=_points(curve, "right"))
+            Series(name=NAMES[way], points=_points(curve, "right"))
             for (of, way), curve in curves.items()
             if of == regime
         )
@@ -222,7 +222,9 @@ def plots_of(curves: dict[tuple[str, str], list[tuple[float, Came]]]) -> list[Pl
             Plot(title=said, alt=text, x_label="epsilon", y_label="labels told right", series=series, log_x=True)
         )
     series = tuple(
-        Series(name=way, points=_points(curve, "members")) for (of, way), curve in curves.items() if of == "tuned"
+        Series(name=NAMES[way], points=_points(curve, "members"))
+        for (of, way), curve in curves.items()
+        if of == "tuned"
     )
     text = "; ".join(f"{one.name}: {one.points[0].y:.3f} to {one.points[-1].y:.3f}" for one in series)
     label = "AUC of telling members"
