@@ -46,6 +46,7 @@ BOARDS: Final = 8
 MODEL: Final = "minilm"
 STEPS: Final = 16
 """Of each board in a round."""
+ALONE: Final = 8
 
 
 class Package(NamedTuple):
@@ -153,7 +154,8 @@ def job_of(labels: tuple[str, ...], rounds: int) -> Job:
 
 def in_one_place(job: Job, folder: Path, names: Sequence[str]) -> list[float]:
     """The share of held-out labels that is told right, before each round and in the end, by one who has the data of
-    all boards, and makes as many steps as they do together. What is held out is the same."""
+    all boards, and makes as many steps in a round as they do together. What is held out is the same. It is at
+    its best within ALONE rounds, mostly behind two or three."""
     from models.training.encoder import TrainedEncoder
     from models.training.rounds import Round
 
@@ -172,8 +174,8 @@ def in_one_place(job: Job, folder: Path, names: Sequence[str]) -> list[float]:
         tuple(row for one in splits for row in one.trained), tuple(row for one in splits for row in one.held_out)
     )
     factors, found = flat(first, shaped), []
-    for number in range(job.rounds.count + 1):
-        train = number < job.rounds.count
+    for number in range(ALONE + 1):
+        train = number < ALONE
         asked = RoundMeta(reply=InboxAddress(topic="t"), round=number, parts=("a", "b", "c"), train=train)
         made = Round(stage, shaped, whole, task, 1, asked, factors)
         while made.step():
@@ -202,8 +204,8 @@ def measure(rounds: int) -> list[Figure]:
         Figure("boards' labels differ from those of all by", spread, "of 1"),
         Figure("right before", found[0]["held_out_accuracy"], "of labels"),
         Figure(f"right after {rounds} rounds on {BOARDS} boards", right, "of labels"),
-        Figure("right in one place", alone[-1], "of labels"),
-        at_least("boards / one place", right / alone[-1], "ratio", 0.97),
+        Figure("right in one place, at its best", max(alone), "of labels"),
+        at_least("boards / one place", right / max(alone), "ratio", 0.97),
         Figure("sent by each board in a round", sent / 1e6, "MB"),
         Figure("sent by each board in all", sent * rounds / 1e6, "MB"),
         Figure("a round", median(one["wall_s"] for one in found[1:-1]), "s"),
