@@ -1,7 +1,7 @@
 """What a worker that trains takes at its peak, from the sizes of what it does. Pure.
 
 Fitted to processes that trained SmolLM2 with 4, 8 and 32 bit weights, one to a thousand tokens at a time, two to seven
-matrices per block and ranks of 8 and 64 (`python -m benchmarks.tuning --parts memory` measures six of them again).
+matrices per block and ranks of 8 and 64 (`python -m benchmarks.tuning --parts memory` measures six of them again), and to MiniLM with 512 and 4,096 tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ LOGITS_COPIES: Final = 5
 """Logits, their gradient, and what cross entropy makes of them."""
 WORKING_COPIES: Final = 4
 """Of what one block keeps, while its gradients are made."""
+ENCODER_BYTES: Final = 343 << 20
+"""TORCH_BYTES where no matrix is expanded."""
 ENCODER_ROWS: Final = 9
 """As wide as the model, that a block of an encoder keeps."""
+ENCODER_WORKING: Final = 4.7
+"""WORKING_COPIES of an encoder."""
+PAGE: Final = 4096
 
 
 def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
@@ -39,10 +44,12 @@ def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens
 
 
 def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
-    """The same of a sentence encoder under a task module."""
+    """The same of a sentence encoder under a task module. Of the table of words the rows of these tokens are read."""
     adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
-    block = FLOAT * (ENCODER_ROWS * config.hidden + 3 * config.intermediate_size + adapted)
+    block = FLOAT * (ENCODER_ROWS * config.hidden + 2 * config.intermediate_size + adapted / 2)
     kept = config.blocks * (block if remember else FLOAT * config.hidden)
     adapter = FLOAT * length_of(shapes(config, spec))
-    by_token = tokens * (kept + (WORKING_COPIES - int(remember)) * block)
-    return TORCH_BYTES + weight_bytes + round(ADAPTER_COPIES * adapter) + by_token
+    row = FLOAT * config.hidden
+    words = row * config.vocabulary - max(row, PAGE) * min(tokens, config.vocabulary)
+    by_token = tokens * (kept + (ENCODER_WORKING - int(remember)) * block)
+    return round(ENCODER_BYTES + weight_bytes - max(0, words) + ADAPTER_COPIES * adapter + by_token)
