@@ -1,7 +1,8 @@
 """What a worker that trains takes at its peak, from the sizes of what it does. Pure.
 
 Fitted to processes that trained SmolLM2 with 4, 8 and 32 bit weights, one to a thousand tokens at a time, two to seven
-matrices per block and ranks of 8 and 64 (`python -m benchmarks.tuning --parts memory` measures six of them again), and to MiniLM with 512 and 4,096 tokens.
+matrices per block and ranks of 8 and 64, and MiniLM with 512 and 4,096 tokens (`python -m benchmarks.tuning --parts
+memory` measures nine of them again).
 """
 
 from __future__ import annotations
