@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from coordinator.adapters import AdapterShelf
@@ -14,7 +14,7 @@ from coordinator.operations import Operations
 from coordinator.service import Coordinator
 from coordinator.shelf import ItemSource, Shelf
 from models.lora.merged import forget, merged, merged_at
-from wire.errors import EdgelamError, Refused
+from wire.errors import EdgelamError, Refused, UsageError
 
 Say = Callable[[str], None]
 
@@ -68,6 +68,7 @@ class Labels:
                     continue
                 for record in self._coordinator.records():
                     if record.request.model == str(folder):
-                        await self._operations.remove(record.name)
+                        with suppress(UsageError):  # somebody else has removed it meanwhile
+                            await self._operations.remove(record.name)
                 self._shelf.forget(str(folder))
                 await asyncio.to_thread(forget, folder, self._cache)
