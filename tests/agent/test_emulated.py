@@ -135,8 +135,11 @@ def test_boards_of_one_machine_measure_once_and_differ_by_their_speed_alone(
     first = task(graphs, shared_folder=str(tmp_path / "shared"))
     kit = msgspec.structs.replace(first.modules[0].module, hidden=hidden)
     first = msgspec.structs.replace(first, modules=(msgspec.structs.replace(first.modules[0], module=kit),))
-    parent, began_s = Parent(), time.monotonic()
-    [measured] = measuring.measure(first, parent).modules  # type: ignore[arg-type]
+    for _ in range(20):  # on a busy machine times are unsteady, and what is unsteady is not shared
+        parent, began_s = Parent(), time.monotonic()
+        [measured] = measuring.measure(first, parent).modules  # type: ignore[arg-type]
+        if all(timing.samples.valid for timing in measured.timings):
+            break
     assert [said.module for said in parent.said if isinstance(said, MeasuredModule)] == [measured]
 
     def never(*_: Any) -> None:
