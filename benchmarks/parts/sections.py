@@ -46,7 +46,10 @@ BOARDS: Final = 8
 MODEL: Final = "minilm"
 STEPS: Final = 16
 """Of each board in a round."""
+RATE: Final = 3e-3
+"""What the mean over boards takes back of labels that one of them has is made up for by longer steps."""
 ALONE: Final = 8
+RATE_ALONE: Final = 1e-3
 
 
 class Package(NamedTuple):
@@ -148,7 +151,7 @@ def job_of(labels: tuple[str, ...], rounds: int) -> Job:
         precision="f32",
         labels=labels,
         adapter=Adapter(rank=8, matrices=("q", "v")),
-        rounds=Rounds(count=rounds, steps=STEPS, batch_rows=16, row_tokens=32, learning_rate=1e-3, held_out=0.1),
+        rounds=Rounds(count=rounds, steps=STEPS, batch_rows=16, row_tokens=32, learning_rate=RATE, held_out=0.1),
     )
 
 
@@ -164,7 +167,8 @@ def in_one_place(job: Job, folder: Path, names: Sequence[str]) -> list[float]:
     shaped, first = shapes(config, spec), initial(config, spec)
     stage = TrainedEncoder(BertFile.open(config, checkpoint / "model.safetensors"), spec, first)
     encode = encoder_of((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
-    alone = msgspec.structs.replace(job, rounds=msgspec.structs.replace(job.rounds, steps=STEPS * len(names)))
+    rounds = msgspec.structs.replace(job.rounds, steps=STEPS * len(names), learning_rate=RATE_ALONE)
+    alone = msgspec.structs.replace(job, rounds=rounds)
     task = task_of(alone, ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), None)
     splits = []
     for name in names:
