@@ -62,19 +62,12 @@ def embed(
     """
     given = _given(texts)
     request = ItemsRequest(
-        model=model_name(model),
-        texts=tuple(given),
-        objective=objective,
-        topology=topology,
-        slots=slots,
-        boards_at_least=boards_at_least,
-        boards_at_most=boards_at_most,
-        replicas=replicas,
-    )
-    outputs, end = _answered(request, coordinator, site_key_file)
+        model=model_name(model), texts=tuple(given), objective=objective, topology=topology, slots=slots,
+        boards_at_least=boards_at_least, boards_at_most=boards_at_most, replicas=replicas,
+    )  # fmt: skip
+    vectors, end = _vectors(request, coordinator, site_key_file)
     if end.get("labels"):
         raise UsageError(f"{model} tells labels, and makes no vectors", try_="edgelam label")
-    vectors = [next(iter(output.values())).reshape(-1) for output in outputs]
     if json:
         print_json({"schema": "edgelam.embed/1", "vectors": [vector.tolist() for vector in vectors], **end})
         return
@@ -109,21 +102,15 @@ def label(
     """
     given = _given(texts)
     request = ItemsRequest(
-        model=model_name(model),
-        adapter=adapter_name(adapter),
-        texts=tuple(given),
-        objective=objective,
-        topology=topology,
-        slots=slots,
-        boards_at_least=boards_at_least,
-        boards_at_most=boards_at_most,
+        model=model_name(model), adapter=adapter_name(adapter), texts=tuple(given), objective=objective,
+        topology=topology, slots=slots, boards_at_least=boards_at_least, boards_at_most=boards_at_most,
         replicas=replicas,
-    )
-    outputs, end = _answered(request, coordinator, site_key_file)
+    )  # fmt: skip
+    vectors, end = _vectors(request, coordinator, site_key_file)
     labels = end.get("labels") or []
     if not labels:
         raise UsageError(f"{model} alone tells no labels", try_="--adapter JOB, of a job with labels (docs/tuning.md)")
-    found = [dict(zip(labels, next(iter(output.values())).reshape(-1).tolist(), strict=True)) for output in outputs]
+    found = [dict(zip(labels, vector.tolist(), strict=True)) for vector in vectors]
     if json:
         told = [
             {"text": text, "label": max(one, key=one.__getitem__), "shares": one}
@@ -187,6 +174,14 @@ def infer(
         for name, value in item.items():
             write_text(f"{path}: {name} {_NAMES[value.dtype]} {list(value.shape)}: {_largest(value)}")
     print(figures_text(end), file=sys.stderr)
+
+
+def _vectors(
+    request: ItemsRequest, coordinator: str | None, site_key_file: Path | None
+) -> tuple[list[Any], dict[str, Any]]:
+    """The one output of each text, and the figures."""
+    outputs, end = _answered(request, coordinator, site_key_file)
+    return [next(iter(output.values())).reshape(-1) for output in outputs], end
 
 
 def _answered(

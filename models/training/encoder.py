@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from models.engine.base import Array
 from models.formats.bert import BLOCK_NORMS, EMBEDDINGS_NORM, MATRICES, BertFile
 from models.lora.adapter import HEAD, AdapterSpec
-from models.training.llama import mapped
+from models.training.factored import Factored, mapped, trained
 from models.training.samples import IGNORED, Batch, Judged
 
 
-class TrainedEncoder:
+class TrainedEncoder(Factored):
     """All of an encoder. `factors` by name (models.lora.adapter), the task module's among them."""
 
     def __init__(self, file: BertFile, spec: AdapterSpec, factors: Mapping[str, Array]) -> None:
@@ -36,20 +35,7 @@ class TrainedEncoder:
                 self._linear[f"block.{block}.{matrix}"] = _pair(file.linear(block, matrix))
             for norm in BLOCK_NORMS:
                 self._norms[f"block.{block}.{norm}"] = _pair(file.norm(f"encoder.layer.{block}.{norm}"))
-        self.factors = {
-            name: torch.tensor(np.asarray(values, np.float32), requires_grad=True) for name, values in factors.items()
-        }
-
-    def take(self, factors: Mapping[str, Array]) -> None:
-        """Go on with these factors, of the same names and shapes."""
-        with torch.no_grad():
-            for name, factor in self.factors.items():
-                factor.copy_(torch.from_numpy(np.array(factors[name], np.float32)))
-
-    def train_only(self, parts: tuple[str, ...]) -> None:
-        """Of 'a', 'b' and 'c' (the task module), those that get gradients."""
-        for name, factor in self.factors.items():
-            factor.requires_grad_(name[-1] in parts)
+        self.factors = {name: trained(values) for name, values in factors.items()}
 
     def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
         """Mean cross entropy over the texts of a batch that have a label."""

@@ -7,11 +7,9 @@ is float32 throughout: gradients want more than the wire dtype has.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,6 +23,7 @@ from models.engine.memory import rope_tables
 from models.engine.torch import rms_norm, turned
 from models.families.config import matrix_size
 from models.lora.adapter import AdapterSpec
+from models.training.factored import Factored, mapped, trained
 from models.training.samples import IGNORED, Batch, Judged
 
 PIECE_ELEMENTS: Final = 1 << 22
@@ -94,7 +93,7 @@ def product(given: Tensor, matrix: Frozen) -> Tensor:
     return found
 
 
-class TrainedStage:
+class TrainedStage(Factored):
     """Blocks of a model with factors beside some matrices; with the embedding and the head if the stage has them."""
 
     def __init__(
@@ -124,23 +123,10 @@ class TrainedStage:
             info.name: mapped(stored[info.name]) for info in manifest.weights if info.name.endswith(("norm", "bias"))
         }
         self.factors = {
-            name: torch.tensor(np.asarray(values, np.float32), requires_grad=True)
-            for name, values in factors.items()
-            if int(name.split(".")[1]) in manifest.blocks
+            name: trained(values) for name, values in factors.items() if int(name.split(".")[1]) in manifest.blocks
         }
         cosines, sines = rope_tables(config, context_tokens)
         self._cosines, self._sines = torch.from_numpy(cosines), torch.from_numpy(sines)
-
-    def take(self, factors: Mapping[str, Array]) -> None:
-        """Go on with these factors, of the same names and shapes."""
-        with torch.no_grad():
-            for name, factor in self.factors.items():
-                factor.copy_(torch.from_numpy(np.array(factors[name], np.float32)))
-
-    def train_only(self, parts: tuple[str, ...]) -> None:
-        """Of 'a' and 'b', those that get gradients."""
-        for name, factor in self.factors.items():
-            factor.requires_grad_(name[-1] in parts)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """[n, T] -> [n, T, hidden]."""
@@ -221,13 +207,6 @@ class TrainedStage:
 
     def _norm(self, values: Tensor, weight: str) -> Tensor:
         return rms_norm(values, self._vectors[weight], self._manifest.config.rms_eps)
-
-
-def mapped(values: Array) -> Tensor:
-    """Weights that may be mapped from a file and that nobody writes to: torch warns of that."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(np.asarray(values))
 
 
 def _halves(codes: Tensor) -> Tensor:
