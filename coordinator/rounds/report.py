@@ -60,7 +60,10 @@ def _job(report: JobReport) -> Table:
     spent = spent_by(report.each)
     items = [
         ("state", report.state + (f": {clean(report.because)}" if report.because else "")),
-        ("model", f"{clean(job.model)} at {job.precision}, checkpoint {report.base[:19] or '-'}"),
+        (
+            "model",
+            f"{clean(job.model)} at {'f32' if job.labels else job.precision}, checkpoint {report.base[:19] or '-'}",
+        ),
         ("adapter", f"rank {job.adapter.rank} on {', '.join(job.adapter.matrices)}, scale {job.adapter.scale_alpha:g}"),
         ("rounds", f"{len(trained)} of {job.rounds.count}; {job.rounds.who} take part, {job.rounds.aggregation}"),
         ("held-out loss", " -> ".join(map(_loss, (losses[0], losses[-1]))) if losses else "-"),
