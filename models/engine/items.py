@@ -52,7 +52,7 @@ class ItemStage:
 
     @classmethod
     def _start(cls, graph: bytes, manifest: ItemManifest, weights: Weights, threads: int, what: str) -> ItemStage:
-        session = Session(graph, weights.tensors, threads, what, together=False)
+        session = Session(graph, weights.tensors, threads, what, together=False, kept=not manifest.has_rows)
         weights.forget_pages()
         return cls(session, manifest, weights)
 
