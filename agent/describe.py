@@ -34,6 +34,7 @@ def device_info(survey: Survey, config: AgentConfig, boot: str) -> DeviceInfo:
         emulated=config.emulation,
         data=tuple(name for name, _ in config.data),
         knows_privacy=True,
+        knows_split=True,
         private_data=tuple(name for name, _ in config.data_epsilon),
     )
 

@@ -13,7 +13,7 @@ from wire.client import parse_url
 from wire.codecs import is_codec_for
 from wire.errors import UsageError
 from wire.limits import LEAST_SUSTAINED_S, MAX_CONTROL_BYTES, MOST_SUSTAINED_S
-from wire.messages import Command, Count, Desired
+from wire.messages import Command, Count, Desired, Role, StageOrder
 
 MAX_WAYS: Final = 64
 """Brokers in one command: a board has at most so many neighbours."""
@@ -100,8 +100,14 @@ def problem_with(desired: Desired, site: str, device: str) -> str:
                 return f"{what}: no codec {codec} for {order.wire_dtype} rows of {order.hidden}"
         if (order.runs == "rounds") != (order.training is not None):
             return f"{what}: rounds and what to do in them belong together"
-        if order.training is not None and not (order.embedding and order.head and order.first_block == 0):
-            return f"{what}: rounds are of whole models"
+        if order.training is not None and not _fits_its_role(order, order.training.role):
+            return f"{what}: blocks {order.first_block} to {order.end_block} are no {order.training.role}"
         if order.end_block < order.first_block:
             return f"{what}: blocks {order.first_block} to {order.end_block}"
     return ""
+
+
+def _fits_its_role(order: StageOrder, role: Role) -> bool:
+    if role == "trunk":
+        return not order.embedding and not order.head and order.end_block > order.first_block == 0
+    return order.embedding and order.head and order.first_block == 0 and (role == "whole" or order.end_block == 0)

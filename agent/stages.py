@@ -246,11 +246,12 @@ class Stages:
         bench, task = self._bench, order.training
         if not self._reached(stage, order):
             return
-        if task is not None and task.data not in bench.data:
+        data = "" if task is None or task.role == "trunk" else task.data
+        if task is not None and data and data not in bench.data:
             there = ", ".join(sorted(bench.data)) or "none"
-            stage.impossible = f"no data set {task.data!r} on this board; there are: {there} (edgelam-agent --data)"
+            stage.impossible = f"no data set {data!r} on this board; there are: {there} (edgelam-agent --data)"
             return
-        if task is not None and task.data in bench.epsilons and (task.privacy is None or task.privacy.losses):
+        if task is not None and data in bench.epsilons and (task.privacy is None or task.privacy.losses):
             stage.impossible = (
                 f"data {task.data!r} of this board are for private jobs, without losses (edgelam-agent --data-epsilon)"
             )
@@ -267,7 +268,7 @@ class Stages:
             weight_paths=tuple(str(self._store.path_of(ref.digest)) for ref in order.weights),
             standard_graph_path=str(self._store.path_of(standard.digest)) if standard else "",
             tokenizer_path=str(self._store.path_of(task.tokenizer.digest)) if task is not None else "",
-            data_path=bench.data[task.data] if task is not None else "",
+            data_path=bench.data[data] if data else "",
             ledger_path=bench.ledger_path,
             most_epsilon=bench.epsilons.get(task.data) if task is not None else None,
             engines_path=bench.engines_path,

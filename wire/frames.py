@@ -101,6 +101,12 @@ class Kind(IntEnum):
     """The factors that a round begins with, float32 [n]; meta is a RoundMeta."""
     UPDATE = 12
     """What a device made of them, float32 [m], or none; meta is an UpdateMeta."""
+    STATES = 13
+    """Of a batch, float32 [n, T, hidden], from a device with the ends of a model to its trunk; meta is a SplitMeta."""
+    FEATURES = 14
+    """What the trunk makes of them, the task module behind it, float32 [m]; meta is a SplitMeta."""
+    GRADIENT = 15
+    """Of the loss by these, float32 [m]; meta is a SplitMeta."""
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}

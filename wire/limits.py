@@ -59,6 +59,10 @@ MAX_CONTROL_BYTES: Final = 262_144
 MAX_ADAPTER_RANK: Final = 256
 """Of factors that a job trains: beyond it the whole matrix is as cheap."""
 
+MAX_ENDS: Final = 48
+"""Devices that train with one trunk: a worker answers so many, and their names fit into a message."""
+MAX_SPLIT_ROWS: Final = 1024
+"""Samples of a batch whose states travel."""
 MAX_LABELS: Final = 1024
 """That a text may have one of."""
 

@@ -77,6 +77,9 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Names of what it may be trained on. The data itself stays there."""
     private_data: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     """Those of them that private jobs alone may use."""
+    knows_split: bool = False
+    """Whether it can have a part of a model that is trained: older software refuses such orders, and all others with
+    them."""
     knows_privacy: bool = False
     """Whether it does what `TrainingTask.privacy` asks for: older software overlooks it."""
 
@@ -136,6 +139,11 @@ class Privacy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     channel: Channel | None = None
 
 
+Role = Literal["whole", "ends", "trunk"]
+"""What of a model a device trains with: all of it; what goes before the blocks and behind them, with data; or all
+blocks, for devices that have the ends, without any data."""
+
+
 class TrainingTask(Struct, frozen=True, kw_only=True):
     """What a device does in each round of a job: so many steps of AdamW on the factors, from those that it is sent.
 
@@ -173,6 +181,7 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     labels: Annotated[tuple[Label, ...], Meta(max_length=limits.MAX_LABELS)] = ()
     """Which of these a text has is learnt, by an encoder with a task module; none: to say the text itself. The graph of
     such an order is the encoder's configuration, and the task module travels behind the factors."""
+    role: Role = "whole"
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):
@@ -413,6 +422,39 @@ class ItemMeta(Struct, frozen=True, kw_only=True):
     """Of the stages that it went through."""
 
 
+class Peer(Struct, frozen=True, kw_only=True):
+    """Another device of a round in which a model is split."""
+
+    device: Name
+    inbox: InboxAddress
+
+
+class SplitRound(Struct, frozen=True, kw_only=True):
+    """With whom a device makes a round, of a job that splits the model."""
+
+    session: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    """Another one each time that a round is begun anew: all that devices say to each other in it has this as its
+    request, and what has another is dropped."""
+    peers: Annotated[tuple[Peer, ...], Meta(min_length=1, max_length=limits.MAX_ENDS)]
+    """For the trunk all that have the ends, for these the trunk alone."""
+    patience_s: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
+    """After which the trunk names whom it waits for."""
+
+
+class SplitMeta(Struct, frozen=True, kw_only=True):
+    """Rides in front of what devices say to each other in such a round."""
+
+    device: Name
+    """Who sends it."""
+    step: Count
+    judged: bool = False
+    """Of what is held out: no gradient follows."""
+    samples: Count = 0
+    """With STATES: that the device has to train on; its weight among the others."""
+    lengths: Annotated[tuple[Count, ...], Meta(max_length=limits.MAX_SPLIT_ROWS)] = ()
+    """With STATES: rows of each text."""
+
+
 class RoundMeta(Struct, frozen=True, kw_only=True):
     """Rides in front of the factors that a round begins with, to each device that takes part."""
 
@@ -424,6 +466,8 @@ class RoundMeta(Struct, frozen=True, kw_only=True):
     """False: only the loss on what is held out is asked for."""
     bytes_per_s: Annotated[float, Meta(gt=0, le=1e12)] | None = None
     """How fast to send the update: the device's share of a medium. None: as fast as goes."""
+    split: SplitRound | None = None
+    """With a role that is not 'whole'."""
 
 
 class UpdateMeta(Struct, frozen=True, kw_only=True):
@@ -448,6 +492,10 @@ class UpdateMeta(Struct, frozen=True, kw_only=True):
     """Multiplier of the noise that is on it; None: none is."""
     epsilon: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """What the job has spent on this device."""
+    peer_sent_bytes: Count = 0
+    """Tensors that went to other devices in the round."""
+    peer_got_bytes: Count = 0
+    """That came from them."""
 
 
 class Inquiry(Struct, frozen=True, kw_only=True):
@@ -477,7 +525,8 @@ class StageError(Struct, frozen=True, kw_only=True):
 
     stage: Count
     device: Name
-    code: Literal["busy", "too-long", "engine", "protocol", "deadline", "stopped"]
+    code: Literal["busy", "too-long", "engine", "protocol", "deadline", "stopped", "again"]
+    """'again': what was under way is lost, and begins anew when it is asked for again."""
     text: Text
 
 

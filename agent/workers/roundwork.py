@@ -17,10 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from agent.orders import is_inbox
+from agent.workers.answering import Answering, PacedSender
 from agent.workers.ledger import Ledger, Spent, release_of
-from agent.workers.requests import Tally
-from agent.workers.sending import UNSENT, Sender
 from agent.workers.stretch import Stretch
 from models.engine.base import EngineFailed
 from models.privacy.plan import measure_of
@@ -28,17 +26,14 @@ from models.training.private import Guard
 from models.training.rounds import Diverged, Round, Trained
 from models.training.samples import Split
 from wire.channel import Delivery
-from wire.errors import CorruptData, PeerError
-from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
+from wire.errors import CorruptData
+from wire.frames import Kind, Parcel, Tensor
 from wire.messages import (
     Privacy,
     RoundMeta,
-    StageError,
     StageOrder,
-    StepMark,
     TrainingTask,
     UpdateMeta,
-    decode,
 )
 from wire.tensors import Dtype
 
@@ -65,26 +60,6 @@ class Model(Protocol):
     def ledger(self) -> Ledger: ...
 
 
-class PacedSender(Sender, Protocol):
-    """agent.workers.outboxes.Outboxes."""
-
-    def pace(self, topic: str, bytes_per_s: float | None) -> None: ...
-
-    def waits(self, topic: str) -> bool:
-        """Whether something is on its way there still."""
-
-    def drop(self, topic: str) -> None:
-        """Send nothing more of what is."""
-
-
-class Answer(NamedTuple):
-    """To whom, what, and how fast."""
-
-    topic: str
-    parcel: Parcel
-    bytes_per_s: float | None
-
-
 class Told(NamedTuple):
     """Of a private job: the noise that is on a round, and what the job has spent with it."""
 
@@ -99,7 +74,7 @@ class _UnderWay(NamedTuple):
     told: Told | None
 
 
-class RoundWork:
+class RoundWork(Answering):
     """`done(delivery)` returns credit to a sender; `fits()` raises EngineFailed when memory is over its limit."""
 
     def __init__(
@@ -113,32 +88,17 @@ class RoundWork:
         device: str,
         fits: Callable[[], None] = lambda: None,
     ) -> None:
-        self.order = order
-        self.tally = Tally()
-        self.last_refusal = ""
-        self.ended = 0
+        super().__init__(order, sender, site, device)
         self._model = model
-        self._sender = sender
         self._done = done
         self._stretch = stretch
-        self._site = site
-        self._device = device
         self._fits = fits
         self._under_way: _UnderWay | None = None
         self._busy_s = 0.0
-        self._answer: Answer | None = None
-        """Of the last round."""
-        self._unsent = False
-        self._sent_to = ""
-        """Where that answer went, or is on its way to."""
 
     @property
     def live(self) -> int:
         return int(self._under_way is not None)
-
-    @property
-    def marks(self) -> tuple[StepMark, ...]:
-        return ()
 
     @property
     def runnable(self) -> bool:
@@ -185,8 +145,7 @@ class RoundWork:
         return True
 
     def tick(self, _now_s: float) -> None:
-        if self._unsent:
-            self._send()
+        self._again()
 
     def adopt(self, order: StageOrder) -> None:
         """Take a new order; rounds of another epoch count no more."""
@@ -197,32 +156,17 @@ class RoundWork:
 
     def drop_all(self) -> None:
         """A connection was lost: a round goes on, and its answer, which may not have come through, is sent again."""
-        if self._sent_to:
-            self._sender.drop(self._sent_to)
-        self._unsent, self._sent_to = self._answer is not None, ""
-
-    def _forget_answer(self) -> None:
-        """Another round begins: nobody waits for that of the last one any more."""
-        if self._answer is not None and self._sent_to:
-            self._sender.drop(self._sent_to)
-        self._answer, self._unsent, self._sent_to = None, False, ""
+        self._lost()
 
     def _begin(self, parcel: Parcel, tensor: Tensor) -> None:
-        try:
-            meta = decode(parcel.meta, RoundMeta, "round")
-        except PeerError as error:
-            self._refuse(error.message)
-            return
-        if not is_inbox(meta.reply.topic, self._site) or meta.reply.broker:
-            self._refuse(f"{meta.reply.topic!r} is not an inbox of this site")
+        meta = self._asked(parcel)
+        if meta is None:
             return
         under_way = self._under_way
         if under_way is not None and under_way.request == parcel.request:
             self._under_way = under_way._replace(meta=meta)
             return
-        if self._answer is not None and self._answer.parcel.request == parcel.request:
-            self._answer = Answer(meta.reply.topic, self._answer.parcel, meta.bytes_per_s)
-            self._send()
+        if self._answered_before(parcel.request, meta):
             return
         try:
             if tensor.dtype is not Dtype.F32 or len(tensor.shape) != 1:
@@ -285,23 +229,8 @@ class RoundWork:
             epsilon=None if told is None else told.epsilon,
         )
         tensor = None if vector is None else Tensor.of(vector)
-        data = msgspec.json.encode(update)
-        parcel = Parcel(Kind.UPDATE, self.order.epoch, under_way.request, 0, FLAG_FINAL, tensor, data)
-        self._under_way, self._answer = None, Answer(meta.reply.topic, parcel, meta.bytes_per_s)
-        self.ended += 1
-        self._send()
-
-    def _send(self) -> None:
-        assert self._answer is not None
-        topic, parcel, bytes_per_s = self._answer
-        self._sender.pace(topic, bytes_per_s)
-        if self._sent_to == topic and self._sender.waits(topic):
-            return  # it is on its way
-        try:
-            self._sender.to_requester(topic, parcel)
-            self._unsent, self._sent_to = False, topic
-        except UNSENT:
-            self._unsent = True  # again at the next tick
+        self._under_way = None
+        self._give(under_way.request, meta, update, tensor)
 
     def _fail(self, under_way: _UnderWay, error: Exception) -> None:
         self._under_way = None
@@ -311,18 +240,6 @@ class RoundWork:
             print(f"round {under_way.meta.round}: {text}", file=sys.stderr, flush=True)
             text = "it could not train; its own log says why"
         self._tell(under_way.meta.reply.topic, under_way.request, "engine", text)
-
-    def _tell(self, topic: str, request: int, code: Any, text: str) -> None:
-        error = StageError(stage=self.order.stage, device=self._device, code=code, text=text[:4096])
-        parcel = Parcel(Kind.ERROR, self.order.epoch, request, 0, FLAG_FINAL, None, msgspec.json.encode(error))
-        try:
-            self._sender.to_requester(topic, parcel)
-        except UNSENT:
-            self.tally.unsent += 1
-
-    def _refuse(self, text: str) -> None:
-        self.tally.refused += 1
-        self.last_refusal = text
 
 
 def device_seed(seed: int, device: str) -> int:

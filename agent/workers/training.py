@@ -17,6 +17,7 @@ from agent.workers.inference import Say, StageWorker, check_memory, done, hold_s
 from agent.workers.ledger import Ledger
 from agent.workers.pipe import Assignment, Status
 from agent.workers.roundwork import RoundWork
+from agent.workers.splitwork import EndsWork, TrunkWork
 from agent.workers.work import Work
 from hwprofiles.measure import resident_bytes
 from models.engine.base import EngineFailed
@@ -24,11 +25,10 @@ from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.families.bert import BertConfig
 from models.formats.bert import BertFile
-from models.lora.adapter import AdapterSpec, initial, shapes
+from models.lora.adapter import HEAD, AdapterSpec, initial, shapes
 from models.training.data import Sample, read
 from models.training.encoder import TrainedEncoder
 from models.training.llama import TrainedStage
-from models.training.rounds import Trained
 from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_of, split
 from wire.errors import CorruptData
 from wire.messages import ArtifactRef, StageOrder, TrainingTask
@@ -42,7 +42,7 @@ MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     """A model with factors, and the rows of this device."""
 
-    stage: Trained
+    stage: TrainedStage | TrainedEncoder
     shaped: Shapes
     rows: Split
     bad_rows: int
@@ -69,6 +69,11 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
     if task is None:
         raise EngineFailed("the order says nothing of what to train")
     torch.set_num_threads(assignment.threads)
+    ledger = Ledger(Path(assignment.ledger_path), task.data, assignment.most_epsilon)
+    if task.role == "trunk":
+        stage, shaped = (_encoder if task.labels else _language_model)(assignment, task)
+        check_memory(assignment)
+        return Trainee(stage=stage, shaped=shaped, rows=Split((), ()), bad_rows=0, fingerprint="", ledger=ledger)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
     data = read(Path(assignment.data_path))
     rows = _rows(assignment, task, data.samples)
@@ -80,7 +85,7 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         rows=split(rows, task.held_out, task.seed),
         bad_rows=0 if private else data.bad_rows + len(data.samples) - len(rows),
         fingerprint=fingerprint_of(rows, assignment.threads, [order.graph, *order.weights]),
-        ledger=Ledger(Path(assignment.ledger_path), task.data, assignment.most_epsilon),
+        ledger=ledger,
     )
     check_memory(assignment)
     return trainee
@@ -111,21 +116,25 @@ def _spec(task: TrainingTask) -> AdapterSpec:
     )
 
 
-def _language_model(assignment: Assignment, task: TrainingTask) -> tuple[Trained, Shapes]:
+def _language_model(assignment: Assignment, task: TrainingTask) -> tuple[TrainedStage, Shapes]:
     spec = _spec(task)
     _, manifest = load_graph(Path(assignment.graph_path), spec_of(assignment.order, assignment.threads))
     weights = map_weights(manifest.weights, [Path(path) for path in assignment.weight_paths])
-    stage = TrainedStage(manifest, weights.tensors, spec, initial(manifest.config, spec), task.row_tokens)
+    factors = {} if task.role == "ends" else initial(manifest.config, spec)
+    stage = TrainedStage(manifest, weights.tensors, spec, factors, task.row_tokens)
     return stage, shapes(manifest.config, spec)
 
 
-def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[Trained, Shapes]:
+def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[TrainedEncoder, Shapes]:
     try:
         config = msgspec.json.decode(assignment.order.config, type=BertConfig)
         config.check_context(task.row_tokens)
         [path] = assignment.weight_paths
         spec = _spec(task)
-        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, initial(config, spec))
+        factors = initial(config, spec)
+        if task.role == "ends":
+            factors = {HEAD: factors[HEAD]}
+        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, factors)
     except (msgspec.DecodeError, ValueError, KeyError) as error:
         raise EngineFailed(f"an order that says nothing of an encoder: {error}") from error
     return stage, shapes(config, spec)
@@ -145,7 +154,9 @@ class TrainingWorker(StageWorker[Trainee]):
 
     def _make_work(self, order: StageOrder) -> Work:
         assignment = self._assignment
-        return RoundWork(
+        role = order.training.role if order.training is not None else "whole"
+        kinds: dict[str, type[RoundWork | EndsWork | TrunkWork]] = {"ends": EndsWork, "trunk": TrunkWork}
+        return kinds.get(role, RoundWork)(
             order, self._engine, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits
         )
 

@@ -150,7 +150,7 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
         "inference_mode": True,
         "target_modules": peft_modules(config, spec.matrices),
     }
-    samples = {device: found.samples for done in rounds for device, found in done.devices.items() if not found.refused}
+    samples = {device: found.samples for done in rounds for device, found in done.devices.items() if found.samples}
     provenance: dict[str, Any] = {
         "schema": "edgelam.adapter/1",
         "edgelam": VERSION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final, get_args
 
 import msgspec
 from msgspec import Struct
@@ -16,18 +17,34 @@ from models.build.stage import build_stage_graph
 from models.families.bert import BertConfig
 from models.formats.bert import is_bert, read_bert_config
 from models.lora.adapter import Config, sizes
-from models.training.memory import encoder_peak_bytes, peak_bytes
+from models.training.memory import encoder_peak_bytes, ends_peak_bytes, peak_bytes, trunk_peak_bytes
 from wire.errors import Refused, UsageError
+from wire.messages import Role
+
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+
+
+class Part(Struct, frozen=True, kw_only=True):
+    """Of a model, as an order names it."""
+
+    graph: bytes
+    """An encoder's is its configuration."""
+    files: Mapping[str, Path]
+    """Weights by digest."""
+    ends: bool
+    """Whether it has what goes before the blocks and behind them."""
+    blocks: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files.values())
 
 
 class Base(Struct, frozen=True, kw_only=True):
     """Of one job."""
 
     config: Config
-    files: Mapping[str, Path]
-    """Weights by digest."""
-    graph: bytes
-    """What an order names as its graph; an encoder's is its configuration."""
+    parts: Mapping[Role, Part]
     tokenizer: bytes
     digest: str
     """Of the checkpoint."""
@@ -35,12 +52,22 @@ class Base(Struct, frozen=True, kw_only=True):
     wire_dtype: str
 
     def peak_bytes(self, job: Job, device: str, rows: int, remember: bool) -> int:
-        """What a board's worker takes at most, as foretold, with so many samples at once."""
-        weights = sum(path.stat().st_size for path in self.files.values())
+        """What a worker that has the whole model takes at most, as foretold, with so many samples at once."""
+        weights = self.parts["whole"].weight_bytes
         spec, row_tokens = spec_of(job, device), job.rounds.row_tokens
         if isinstance(self.config, BertConfig):
             return encoder_peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
         return peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
+
+    def ends_bytes(self, job: Job) -> int:
+        """The same of one that has the ends of a split model."""
+        tokens = job.rounds.batch_rows * job.rounds.row_tokens
+        return ends_peak_bytes(self.config, self.parts["ends"].weight_bytes, spec_of(job), tokens)
+
+    def trunk_bytes(self, job: Job, ends: int, remember: bool) -> int:
+        """The same of one that has all blocks, for so many of those."""
+        tokens = job.rounds.batch_rows * job.rounds.row_tokens
+        return trunk_peak_bytes(self.config, self.parts["trunk"].weight_bytes, spec_of(job), tokens, ends, remember)
 
 
 def base_of(prepared: Prepared, job: Job) -> Base:
@@ -50,8 +77,7 @@ def base_of(prepared: Prepared, job: Job) -> Base:
     if isinstance(packed, Packed) and not isinstance(source, ItemSource):
         base = Base(
             config=packed.config,
-            files=packed.files,
-            graph=_whole_graph(packed),
+            parts={role: _part_of(packed, role) for role in ROLES},
             tokenizer=prepared.tokenizer.to_json().encode(),
             digest=source.digest,
             end_id=source.eos_id,
@@ -61,8 +87,15 @@ def base_of(prepared: Prepared, job: Job) -> Base:
         config = read_bert_config(source.folder)
         base = Base(
             config=config,
-            files={source.digest: source.folder / "model.safetensors"},
-            graph=msgspec.json.encode(config),
+            parts={
+                role: Part(
+                    graph=msgspec.json.encode(config),
+                    files={source.digest: source.folder / "model.safetensors"},
+                    ends=role != "trunk",
+                    blocks=0 if role == "ends" else config.blocks,
+                )
+                for role in ROLES
+            },
             tokenizer=source.words.to_json().encode(),
             digest=source.digest,
             end_id=None,
@@ -94,15 +127,13 @@ def _check(name: str, config: Config, job: Job) -> None:
     config.check_context(job.rounds.row_tokens)
 
 
-def _whole_graph(packed: Packed) -> bytes:
-    """All of a language model as one stage."""
-    graph = packed.graph
-    return build_stage_graph(
-        packed.config,
-        graph.precision,
-        graph.wire_dtype,
-        first_block=0,
-        end_block=graph.blocks,
-        embedding=True,
-        head=True,
+def _part_of(packed: Packed, role: Role) -> Part:
+    """What of a language model a device with this role is handed."""
+    graph, ends = packed.graph, role != "trunk"
+    blocks = 0 if role == "ends" else graph.blocks
+    modules = [module for module in graph.modules if (ends if module.kind != "block" else blocks > 0)]
+    digests = {digest for module in modules for digest in module.artifacts}
+    made = build_stage_graph(
+        packed.config, graph.precision, graph.wire_dtype, first_block=0, end_block=blocks, embedding=ends, head=ends
     )
+    return Part(graph=made, files={digest: packed.files[digest] for digest in digests}, ends=ends, blocks=blocks)

@@ -85,7 +85,7 @@ class Exchange:
             self._asked_again.add(device)
         self._asked_s.setdefault(device, time.monotonic())
         request = next(number for number, known in self._requests.items() if known == device)
-        [order] = self._record.orders[device]
+        order = self._record.order_of(device)
         tensor = Tensor.of(taken_by(self._config, self._record.job, device, self.start))
         parcel = Parcel(Kind.ROUND, order.epoch, request, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
         self._down_bytes += tensor.nbytes
@@ -114,7 +114,7 @@ class Exchange:
         self._over = True
         for request, device in self._requests.items():
             if self.state.wanted(device):
-                [order] = self._record.orders[device]
+                order = self._record.order_of(device)
                 self._coordinator.hub.send(order.inbox, Parcel(Kind.CLOSE, order.epoch, request), lambda _why: None)
 
     @property
@@ -135,7 +135,7 @@ class Exchange:
                 compute_s=meta.compute_s,
                 noise=meta.noise,
                 epsilon=meta.epsilon,
-                sent_bytes=0 if vector is None else vector.nbytes,
+                sent_bytes=meta.peer_sent_bytes + (0 if vector is None else vector.nbytes),
                 wall_s=self._wall_s.get(device, 0.0),
             )
         for device, because in self.state.refused.items():

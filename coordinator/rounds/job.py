@@ -27,7 +27,7 @@ from models.lora.aggregate import ANY_RANKS, Middle
 from models.privacy.accountant import noise_for
 from wire.errors import UsageError
 from wire.ids import is_name
-from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS
+from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_SPLIT_ROWS
 from wire.messages import Label, Matrix, Privacy
 
 if sys.version_info >= (3, 11):
@@ -37,6 +37,8 @@ else:
 
 COUNTED: Final = ("random", "round-robin", "fastest")
 """Of `who`: so many as `devices` says."""
+ONE_SET: Final = ("fedavg", "ffa", "rolora")
+"""Rules that say which factors are trained, where there is one set of them."""
 MAX_FILE_BYTES: Final = 1024 * 1024
 MOST_NAME: Final = 27
 """Letters: 'tune-' goes before it in topics, which have 32."""
@@ -103,7 +105,10 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     model: str
     data: str
-    mode: Literal["federated"] = "federated"
+    mode: Literal["federated", "split"] = "federated"
+    """'split': boards with data have the ends of the model, and one board all blocks."""
+    trunk: str = ""
+    """With mode 'split': the board that has the blocks; '': the one that multiplies fastest."""
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
     """Which of these a text has is learnt, by a sentence encoder; none: to say the text, by a language model."""
     precision: Literal["int4", "int8", "f32"] = "int4"
@@ -191,7 +196,9 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with fields that are right by themselves."""
     adapter, rounds = values.get("adapter", Adapter()), values.get("rounds", Rounds())
     devices = values.get("devices", ())
-    found = []
+    found = _about_split(values) if values.get("mode") == "split" else []
+    if values.get("trunk") and values.get("mode") != "split":
+        found.append("trunk: means something with mode = 'split' alone")
     if not is_name(values["name"]) or len(values["name"]) > MOST_NAME:
         found.append(f"name: {values['name']!r} is none: up to {MOST_NAME} lower-case letters, digits and hyphens")
     found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]
@@ -221,6 +228,28 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
     privacy = values.get("privacy")
     return found + ([] if privacy is None else _impossible(privacy, rounds))
+
+
+def _about_split(values: Mapping[str, Any]) -> list[str]:
+    """What does not go with a model that is split: all boards make each step together."""
+    rounds, found = values.get("rounds", Rounds()), []
+    if rounds.who in ("fastest", "scheduled"):
+        found.append(f"rounds.who: {rounds.who!r} means nothing with mode = 'split', where all wait for one another")
+    if rounds.aggregation not in ONE_SET:
+        found.append(f"rounds.aggregation: {rounds.aggregation}; with mode = 'split' there is one set of factors")
+    plain = {"middle": "mean", "most_change": None, "medium": "own", "rows_at_once": None}
+    found += [
+        f"rounds.{key}: {getattr(rounds, key)!r} means nothing with mode = 'split'"
+        for key, left_out in plain.items()
+        if getattr(rounds, key) != left_out
+    ]
+    if values.get("adapter", Adapter()).ranks:
+        found.append("adapter.ranks: mean nothing with mode = 'split': one board has all factors")
+    if rounds.batch_rows > MAX_SPLIT_ROWS:
+        found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = 'split' at most {MAX_SPLIT_ROWS}")
+    if values.get("privacy") is not None:
+        found.append("privacy: not with mode = 'split': states and gradients would have to be covered, and are not")
+    return found
 
 
 def _about_rounds(rounds: Rounds) -> list[str]:
@@ -256,4 +285,6 @@ def _impossible(privacy: Privacy, rounds: Rounds) -> list[str]:
 def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     ranks = values.get("adapter", Adapter()).ranks
     named = [("devices", device) for device in values.get("devices", ())]
+    if values.get("trunk"):
+        named.append(("trunk", values["trunk"]))
     return [("data", values["data"]), *named, *(("adapter.ranks", device) for device in ranks)]

@@ -1,4 +1,4 @@
-"""What boards are told of a job: the whole model as one stage, and what to do in its rounds."""
+"""What boards are told of a job: the whole model as one stage, or its parts, and what to do in its rounds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import Final, NamedTuple
 import msgspec
 
 from coordinator.rounds.adapters import spec_of
-from coordinator.rounds.bases import Base
-from coordinator.rounds.job import Job
+from coordinator.rounds.bases import Base, Part
+from coordinator.rounds.job import COUNTED, Job
 from coordinator.rounds.store import JobRecord, topic_name
 from coordinator.service import Coordinator
+from models.lora.adapter import length_of, shapes
 from wire import topics
-from wire.limits import MAX_DEVICES
-from wire.messages import ArtifactRef, InboxAddress, StageOrder, TrainingTask
+from wire.errors import UsageError
+from wire.limits import MAX_DEVICES, MAX_ENDS, MAX_PARTIAL_BYTES, MAX_TENSOR_BYTES
+from wire.messages import ArtifactRef, DeviceInfo, InboxAddress, Role, StageOrder, TrainingTask
 from wire.units import bytes_text
 
+TRUNK: Final = "the trunk"
+"""Among boards, none of which can be called so."""
 AMPLE: Final = 0.7
 """Of a board's memory: other programs want some, too."""
 
@@ -28,57 +32,73 @@ class Way(NamedTuple):
     rows_at_once: int
 
 
+class Placed(NamedTuple):
+    """A part of the model as boards fetch it."""
+
+    part: Part
+    graph: ArtifactRef
+    weights: tuple[ArtifactRef, ...]
+
+
 def make_orders(
     site: str,
     record: JobRecord,
     able: Collection[str],
     base: Base,
     task: TrainingTask,
-    graph: ArtifactRef,
-    weights: tuple[ArtifactRef, ...],
+    placed: Mapping[Role, Placed],
     ways: Mapping[str, Way],
 ) -> dict[str, tuple[StageOrder, ...]]:
-    """The orders of all boards that have one, and of those that can take part now. Who has a number keeps it."""
-    stages = {device: order.stage for device, (order,) in record.orders.items()}
+    """The orders of all boards that have one, and of those that can take part now; and that of the trunk, if the model
+    is split. Who has a number keeps it."""
+    job = record.job
+    stages = {device: order.stage for device, order in record.with_data.items()}
     for device in sorted(able):
         stages.setdefault(device, max(stages.values(), default=-1) + 1)
-    deployment, config = topic_name(record.name), base.config
+    role: Role = "whole" if job.mode == "federated" else "ends"
     orders: dict[str, tuple[StageOrder, ...]] = {}
     for device, stage in sorted(stages.items()):
-        inbox = InboxAddress(topic=topics.INBOX.on(site, deployment, str(stage)))
-        order = StageOrder(
-            deployment=deployment,
-            epoch=record.epoch,
-            stage=stage,
-            stages=MAX_DEVICES,  # whoever comes later changes nothing of the others' orders
-            model=record.job.model,
-            engine="torch",
-            graph=graph,
-            weights=weights,
-            embedding=True,
-            head=True,
-            first_block=0,
-            end_block=config.blocks,
-            hidden=config.hidden,
-            vocabulary=config.vocabulary,
-            wire_dtype=base.wire_dtype,  # type: ignore[arg-type]
-            context_tokens=max(2, record.job.rounds.row_tokens),
-            slots=1,
-            prefill_chunk_tokens=2,
-            inbox=inbox,
-            next=inbox,
-            config=msgspec.json.encode(config).decode(),
-            runs="rounds",
-            training=msgspec.structs.replace(
-                task,
-                rank=record.job.adapter.rank_of(device),
-                alpha=spec_of(record.job, device).alpha,
-                remember=ways[device].remember if device in ways else True,
-                rows_at_once=ways[device].rows_at_once if device in ways else rows_at_once(record.job),
-            ),
+        way = ways.get(device, Way(True, rows_at_once(job)))
+        mine = msgspec.structs.replace(
+            task, role=role, rank=job.adapter.rank_of(device), alpha=spec_of(job, device).alpha, **way._asdict()
         )
-        orders[device] = (order,)
+        orders[device] = (_order(site, record, base, placed[role], stage, mine),)
+    if record.trunk is not None:
+        device, stage = record.trunk.device, record.trunk.stage
+        mine = msgspec.structs.replace(task, role="trunk", remember=ways[TRUNK].remember)
+        order = _order(site, record, base, placed["trunk"], stage, mine)
+        orders[device] = (*orders.get(device, ()), order)
     return orders
+
+
+def _order(site: str, record: JobRecord, base: Base, placed: Placed, stage: int, task: TrainingTask) -> StageOrder:
+    deployment, config, part = topic_name(record.name), base.config, placed.part
+    inbox = InboxAddress(topic=topics.INBOX.on(site, deployment, str(stage)))
+    return StageOrder(
+        deployment=deployment,
+        epoch=record.epoch,
+        stage=stage,
+        stages=MAX_DEVICES,  # whoever comes later changes nothing of the others' orders
+        model=record.job.model,
+        engine="torch",
+        graph=placed.graph,
+        weights=placed.weights,
+        embedding=part.ends,
+        head=part.ends,
+        first_block=0,
+        end_block=part.blocks,
+        hidden=config.hidden,
+        vocabulary=config.vocabulary,
+        wire_dtype=base.wire_dtype,  # type: ignore[arg-type]
+        context_tokens=max(2, record.job.rounds.row_tokens),
+        slots=1,
+        prefill_chunk_tokens=2,
+        inbox=inbox,
+        next=inbox,
+        config=msgspec.json.encode(config).decode(),
+        runs="rounds",
+        training=task,
+    )
 
 
 def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTask:
@@ -112,7 +132,6 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
         if job.devices and device.name not in job.devices:
             continue
         info = device.info
-        torch = next((engine for engine in info.engines if engine.name == "torch"), None) if info is not None else None
         unable.pop(device.name, None)
         if info is None or not coordinator.is_online(device.name):
             unable[device.name] = "offline"
@@ -120,11 +139,13 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = f"has no data {job.data!r}"
         elif job.data in info.private_data and (job.privacy is None or job.privacy.losses):
             unable[device.name] = "its data are for private jobs alone, without losses"
+        elif job.mode == "split" and not info.knows_split:
+            unable[device.name] = f"its software, {info.software}, knows no split models"
         elif job.privacy is not None and not info.knows_privacy:
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
-        elif torch is None or not torch.version:
-            unable[device.name] = f"no torch: {torch.because if torch is not None else 'not looked for'}"
-        elif (least := base.peak_bytes(job, device.name, 1, remember=False)) > info.memory_bytes:
+        elif because := without_torch(info):
+            unable[device.name] = because
+        elif (least := least_bytes(base, job, device.name)) > info.memory_bytes:
             unable[device.name] = (
                 f"would take {bytes_text(least)} of its {bytes_text(info.memory_bytes)} of memory;"
                 " fewer rounds.row_tokens need less"
@@ -132,6 +153,50 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
         else:
             able.append(device.name)
     return tuple(sorted(able)), unable
+
+
+def check_messages(base: Base, job: Job, boards: int) -> None:
+    """Raise UsageError where what so many boards send at one time would be more than messages may hold."""
+    at_once = min(boards, job.rounds.devices) if job.rounds.who in COUNTED else boards
+    most = min(MAX_TENSOR_BYTES, MAX_PARTIAL_BYTES // at_once)
+    shaped = shapes(base.config, spec_of(job))
+    adapter = 4 * length_of(shaped)
+    if job.mode == "federated":
+        if adapter > most:
+            raise UsageError(
+                f"an adapter of {bytes_text(adapter)} on {at_once} boards at once: {bytes_text(most)} at most",
+                try_="a smaller adapter.rank, fewer adapter.matrices, or fewer rounds.devices with rounds.who",
+            )
+        return
+    if at_once > MAX_ENDS:
+        raise UsageError(
+            f"{at_once} boards with one trunk: {MAX_ENDS} at most", try_="rounds.who = 'random' and rounds.devices"
+        )
+    if adapter > MAX_TENSOR_BYTES:
+        raise UsageError(
+            f"an adapter of {bytes_text(adapter)}: {bytes_text(MAX_TENSOR_BYTES)} at most",
+            try_="a smaller adapter.rank, or fewer adapter.matrices",
+        )
+    rounds = job.rounds
+    states = 4 * (rounds.batch_rows * rounds.row_tokens * base.config.hidden + length_of(shaped, ("c",)))
+    if states > most:
+        raise UsageError(
+            f"a batch's states are up to {bytes_text(states)}, of {at_once} boards at once: {bytes_text(most)} at most",
+            try_="a smaller rounds.batch_rows or rounds.row_tokens",
+        )
+
+
+def without_torch(info: DeviceInfo) -> str:
+    """Why a board can't train at all; '' if it can."""
+    torch = next((engine for engine in info.engines if engine.name == "torch"), None)
+    if torch is not None and torch.version:
+        return ""
+    return f"no torch: {torch.because if torch is not None else 'not looked for'}"
+
+
+def least_bytes(base: Base, job: Job, device: str) -> int:
+    """What a board with data takes at its peak, trained as sparingly as can be."""
+    return base.ends_bytes(job) if job.mode == "split" else base.peak_bytes(job, device, 1, remember=False)
 
 
 def rows_at_once(job: Job) -> int:
@@ -145,8 +210,8 @@ def ways_of(coordinator: Coordinator, job: Job, devices: Collection[str], base: 
     """How each board can train in its memory: all of a batch at once, keeping what gradients need, if that is ample;
     else computing it again; else with fewer samples at once, since the weights are expanded for each piece anew."""
     memory = {device.name: device.info.memory_bytes for device in coordinator.devices() if device.info is not None}
-    found = {}
-    for device in set(devices) & memory.keys():
+    found: dict[str, Way] = {}
+    for device in set(devices) & memory.keys() if job.mode == "federated" else ():
         way = Way(remember=True, rows_at_once=rows_at_once(job))
         if base.peak_bytes(job, device, way.rows_at_once, way.remember) > AMPLE * memory[device]:
             way = way._replace(remember=False)

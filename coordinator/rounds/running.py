@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -15,26 +15,25 @@ from coordinator.rounds.airtime import Offer
 from coordinator.rounds.bases import Base, base_of
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
+from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
-from coordinator.rounds.orders import (
-    Way,
-    able_devices,
-    make_orders,
-    task_of,
-    ways_of,
-)
+from coordinator.rounds.orders import TRUNK, Placed, Way, able_devices, make_orders, task_of, ways_of
 from coordinator.rounds.schedule import after
 from coordinator.rounds.settling import knobs_of, settled
-from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, topic_name
+from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
+from coordinator.rounds.trunks import keeps_all, trunk_of
 from coordinator.service import Coordinator
 from hwprofiles.link import bytes_per_s
 from hwprofiles.profile import LinkMeasurement
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
-from wire.messages import Applied, ArtifactRef, Privacy, StageReport, TrainingTask
+from wire.limits import MAX_DEVICES
+from wire.messages import Applied, ArtifactRef, Privacy, Role, StageReport, TrainingTask
 
 RETURN_S: Final = 5.0
+TRUNK_STAGE: Final = MAX_DEVICES - 1
+"""The number of the first board for the blocks; boards with data are counted from 0."""
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
 """Between two words about boards that are waited for."""
@@ -87,7 +86,11 @@ class Running:
         await self._operations.preparing.await_broker()
         artifacts = self._coordinator.artifacts
         task = task_of(job, artifacts.add_bytes(base.tokenizer, "tokenizer.json"), base.end_id)
-        graph = artifacts.add_bytes(base.graph, f"{topic_name(job.name)}.graph")
+        graphs = {
+            role: artifacts.add_bytes(part.graph, f"{topic_name(job.name)}-{role}.graph")
+            for role, part in base.parts.items()
+            if (role == "whole") == (job.mode == "federated")
+        }
         if job.privacy is not None:
             self._say(private_text(job.privacy))
         await self._await_return()
@@ -95,10 +98,13 @@ class Running:
             number = self.record.round
             last = number >= job.rounds.count
             await self._await_boards(number, last)
-            self._place(base, task, graph)
+            if job.mode == "split":
+                await self._await_trunk(base)
+            self._place(base, task, graphs)
             await self._choose(base, number, last)
             start = self._store.factors(self.record)
-            round_ = self._round = Exchange(
+            kind = JointExchange if job.mode == "split" else Exchange
+            round_ = self._round = kind(
                 self._coordinator, self._store, self.record, base.config, start, self.tell, train=not last
             )
             try:
@@ -157,8 +163,36 @@ class Running:
     async def _await_return(self) -> None:
         """Give boards that took part before a restart a moment to be heard of: else the first of them to come would
         train the next round alone."""
-        if not self.record.chosen and not set(self.record.orders) <= set(self._able()):
-            await self._coordinator.changes.wait(lambda: set(self.record.orders) <= set(self._able()), RETURN_S)
+        if not self._are_back():
+            await self._coordinator.changes.wait(self._are_back, RETURN_S)
+
+    def _are_back(self) -> bool:
+        record = self.record
+        if record.trunk is not None and not self._coordinator.is_online(record.trunk.device):
+            return False
+        return bool(record.chosen) or set(record.with_data) <= set(self._able())
+
+    async def _await_trunk(self, base: Base) -> None:
+        """Until there is a board for the blocks. Where it is it stays as long as that board is there."""
+        coordinator, job = self._coordinator, self.job
+
+        def there() -> bool:
+            trunk = self.record.trunk
+            if trunk is not None and coordinator.is_online(trunk.device):
+                return True
+            found = trunk_of(coordinator, job, base, self._able())
+            if found.device:
+                stage = TRUNK_STAGE if trunk is None else trunk.stage - 1
+                at = TrunkAt(device=found.device, stage=stage, because=found.because)
+                self.record = msgspec.structs.replace(self.record, trunk=at)
+                self._say(f"the blocks are on {found.device}: {found.because}")
+            else:
+                self.waits_for = f"a board for the blocks ({'; '.join(f'{n}: {w}' for n, w in found.unable.items())})"
+            return bool(found.device)
+
+        while not there():
+            self._say(f"round {self.record.round} waits for {self.waits_for}")
+            await coordinator.changes.wait(there, WAITING_SAID_S)
 
     async def _await_boards(self, number: int, last: bool) -> None:
         """Until enough boards are there for a round that nobody was chosen for yet."""
@@ -226,57 +260,71 @@ class Running:
         assert self._base is not None
         return able_devices(self._coordinator, self.job, self._base)[0]
 
-    def _place(self, base: Base, task: TrainingTask, graph: ArtifactRef) -> None:
+    def _place(self, base: Base, task: TrainingTask, graphs: Mapping[Role, ArtifactRef]) -> None:
         """Orders for all boards that can take part, those that have come meanwhile too: on disk first."""
-        coordinator = self._coordinator
+        coordinator, record = self._coordinator, self.record
         able = self._able()
-        weights = tuple(
-            coordinator.artifacts.add_file(digest, path, path.name) for digest, path in sorted(base.files.items())
-        )
-        # Whoever has an order keeps what it says of this: the worker would have to begin anew.
-        ways = {
-            **ways_of(coordinator, self.job, able, base),
-            **{
-                name: Way(order.training.remember, order.training.rows_at_once)
-                for name, (order,) in self.record.orders.items()
-                if order.training
-            },
+        placed = {
+            role: Placed(
+                base.parts[role],
+                graph,
+                tuple(
+                    coordinator.artifacts.add_file(digest, path, path.name)
+                    for digest, path in sorted(base.parts[role].files.items())
+                ),
+            )
+            for role, graph in graphs.items()
         }
-        orders = make_orders(coordinator.site, self.record, able, base, task, graph, weights, ways)
-        if orders == self.record.orders and self._placed:
+        ways = ways_of(coordinator, self.job, able, base)
+        if record.trunk is not None:
+            ways[TRUNK] = Way(keeps_all(coordinator, self.job, base, record.trunk.device, able), 1)
+        # Whoever has an order keeps what it says of this: the worker would have to begin anew.
+        known = dict(record.with_data)
+        if record.trunk is not None and record.is_placed:
+            known[TRUNK] = record.trunk_order
+        for name, order in known.items():
+            if order.training is not None:
+                ways[name] = Way(order.training.remember, order.training.rows_at_once)
+        orders = make_orders(coordinator.site, record, able, base, task, placed, ways)
+        if orders == record.orders and self._placed:
             return
-        self.record, self._placed = msgspec.structs.replace(self.record, orders=orders), True
+        self.record, self._placed = msgspec.structs.replace(record, orders=orders), True
         self._store.save(self.record)
         coordinator.order_job(topic_name(self.job.name), self.record)
 
     def _ready(self) -> dict[str, str]:
         """Device -> the worker that it runs, of those that can take a round."""
         return {
-            device: f"{applied.boot}/{report.restarts}"
-            for device, applied, report in self._reports()
+            name: f"{applied.boot}/{report.restarts}"
+            for name, device, applied, report in self._reports()
             if report.phase == "ready" and self._coordinator.is_online(device)
         }
 
     def _unable(self) -> dict[str, str]:
         """Device -> why it can't take part."""
         return {
-            device: report.detail or "it failed" for device, _, report in self._reports() if report.phase == "failed"
+            name: report.detail or "it failed" for name, _, _, report in self._reports() if report.phase == "failed"
         }
 
-    def _reports(self) -> Iterator[tuple[str, Applied, StageReport]]:
-        """What devices say of the job."""
-        mine = topic_name(self.job.name), self.record.epoch
+    def _reports(self) -> Iterator[tuple[str, str, Applied, StageReport]]:
+        """What devices say of the job, by whom it counts for: a device with data, or TRUNK."""
+        mine, with_data = (topic_name(self.job.name), self.record.epoch), self.record.with_data
         for device, applied in self._coordinator.applied().items():
             for report in applied.stages:
-                if (report.deployment, report.epoch) == mine:
-                    yield device, applied, report
+                if (report.deployment, report.epoch) != mine:
+                    continue
+                if self.record.is_trunk(device, report.stage):
+                    yield TRUNK, device, applied, report
+                elif device in with_data and with_data[device].stage == report.stage:
+                    yield device, device, applied, report
 
     def _loading(self) -> str:
         """How far those are that take part and have not begun, in a line; '' when all have."""
         ready = self._ready()
-        waits = [device for device in self.record.chosen if device not in ready]
-        there = len(self.record.chosen) - len(waits)
-        return f"{there} of {len(self.record.chosen)} boards ready; waiting for {', '.join(waits)}" if waits else ""
+        takes_part = (*self.record.chosen, *([TRUNK] if self.record.trunk is not None else []))
+        waits = [name for name in takes_part if name not in ready]
+        there = len(takes_part) - len(waits)
+        return f"{there} of {len(takes_part)} boards ready; waiting for {', '.join(waits)}" if waits else ""
 
     def _say(self, text: str) -> None:
         """Any thread."""

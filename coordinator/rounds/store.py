@@ -41,6 +41,15 @@ FILES: Final = (TENSORS, CONFIG, PROVENANCE, HEAD_FILE)
 """Of an adapter; the last where labels are learnt alone."""
 
 
+class TrunkAt(Struct, frozen=True, kw_only=True):
+    """Where all blocks of a split model are."""
+
+    device: str
+    stage: int
+    """Another one each time that the trunk moves: two boards never hear the same inbox."""
+    because: str
+
+
 class JobRecord(Struct, frozen=True, kw_only=True):
     """`round` is the one under way, or the next; `factors` the digest of what it begins with."""
 
@@ -53,6 +62,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     base: str = ""
     """Digest of the checkpoint that the adapter is of."""
     orders: dict[str, tuple[StageOrder, ...]] = {}
+    trunk: TrunkAt | None = None
+    """With mode 'split', once it was chosen."""
     chosen: tuple[str, ...] = ()
     """Who takes part in the round under way; none before that is settled."""
     shares: dict[str, float] = {}
@@ -69,6 +80,31 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         return self.job.name
+
+    def is_trunk(self, device: str, stage: int) -> bool:
+        return self.trunk is not None and (self.trunk.device, self.trunk.stage) == (device, stage)
+
+    def order_of(self, device: str) -> StageOrder:
+        """By which a device trains on its data."""
+        return next(order for order in self.orders[device] if not _is_trunk(order))
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the trunk's board has its order, if there is a trunk."""
+        trunk = self.trunk
+        return trunk is None or any(order.stage == trunk.stage for order in self.orders.get(trunk.device, ()))
+
+    @property
+    def trunk_order(self) -> StageOrder:
+        """Of a job that is placed."""
+        assert self.trunk is not None
+        return next(order for order in self.orders[self.trunk.device] if order.stage == self.trunk.stage)
+
+    @property
+    def with_data(self) -> dict[str, StageOrder]:
+        """Device -> its order, of those that have one to train on their data."""
+        orders = {device: [order for order in many if not _is_trunk(order)] for device, many in self.orders.items()}
+        return {device: found[0] for device, found in orders.items() if found}
 
 
 class DeviceRound(Struct, frozen=True, kw_only=True):
@@ -229,6 +265,10 @@ def records_in(journal: Journal) -> dict[str, JobRecord]:
 def running_jobs(journal: Journal) -> list[JobRecord]:
     """Jobs that devices have orders of: a coordinator that starts tells them the same again."""
     return [record for record in records_in(journal).values() if record.state == "running" and record.orders]
+
+
+def _is_trunk(order: StageOrder) -> bool:
+    return order.training is not None and order.training.role == "trunk"
 
 
 def topic_name(job: str) -> str:

@@ -16,19 +16,18 @@ import msgspec
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import spec_of, spent_by
 from coordinator.rounds.bases import base_of
-from coordinator.rounds.job import COUNTED, Job
-from coordinator.rounds.orders import able_devices
+from coordinator.rounds.job import Job
+from coordinator.rounds.orders import able_devices, check_messages
 from coordinator.rounds.report import JobReport
 from coordinator.rounds.running import Running, round_event
 from coordinator.rounds.store import FILES, JobRecord, JobStore, now_unix, topic_name
+from coordinator.rounds.trunks import trunk_of
 from coordinator.service import Coordinator
 from coordinator.shelf import canonical
-from models.lora.adapter import flat, initial, length_of, shapes
+from models.lora.adapter import flat, initial, shapes
 from wire.errors import EdgelamError, Refused, UsageError
 from wire.frames import Parcel
 from wire.ids import is_name
-from wire.limits import MAX_PARTIAL_BYTES, MAX_TENSOR_BYTES
-from wire.units import bytes_text
 
 LOG = logging.getLogger("edgelam.rounds")
 
@@ -91,7 +90,6 @@ class Tuning:
         job = msgspec.structs.replace(job, model=canonical(job.model))
         prepared = await self._operations.preparing.prepare(job.model, job.precision, say)
         base = await asyncio.to_thread(base_of, prepared, job)
-        length = length_of(shapes(base.config, spec_of(job)))
         await self._operations.preparing.await_broker()
         able, unable = able_devices(self._coordinator, job, base)
         if len(able) < job.rounds.at_least:
@@ -100,13 +98,12 @@ class Tuning:
                 f"{len(able)} of {job.rounds.at_least} boards that are needed can train on {job.data!r}: {why}",
                 try_="edgelam-agent run --data NAME=FILE, on boards with torch installed",
             )
-        at_once = min(len(able), job.rounds.devices) if job.rounds.who in COUNTED else len(able)
-        most = min(MAX_TENSOR_BYTES, MAX_PARTIAL_BYTES // at_once)
-        if 4 * length > most:
-            raise UsageError(
-                f"an adapter of {bytes_text(4 * length)} on {at_once} boards at once: {bytes_text(most)} at most",
-                try_="a smaller adapter.rank, fewer adapter.matrices, or fewer rounds.devices with rounds.who",
-            )
+        check_messages(base, job, len(able))
+        if job.mode == "split":
+            found = trunk_of(self._coordinator, job, base, able)
+            if not found.device:
+                why = "; ".join(f"{device}: {because}" for device, because in found.unable.items())
+                raise Refused(f"no board can have the blocks: {why}", try_="a smaller rounds.batch_rows or row_tokens")
         if job.name in self._running:
             raise UsageError(f"job {job.name} is under way", try_=f"edgelam tune stop {job.name}, or another name")
         factors = initial(base.config, spec_of(job))

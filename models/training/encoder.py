@@ -39,15 +39,26 @@ class TrainedEncoder(Factored):
 
     def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
         """Mean cross entropy over the texts of a batch that have a label."""
-        return self._loss(self._scores(batch, remember), batch)
+        return self.loss_at(self._features(batch, remember), batch)
 
     def judged(self, batch: Batch) -> Judged:
         """The same without gradients, and of how many texts the label has the highest score."""
         with torch.no_grad():
-            scores = self._scores(batch, True)
+            return self.judged_at(self._features(batch, True), batch)
+
+    def loss_at(self, features: Tensor, batch: Batch) -> Tensor:
+        """The loss of a batch whose `features` are these."""
+        return functional.cross_entropy(self.scores(features), torch.from_numpy(batch.targets), ignore_index=IGNORED)
+
+    def judged_at(self, features: Tensor, batch: Batch) -> Judged:
+        with torch.no_grad():
             targets = torch.from_numpy(batch.targets)
-            right = (scores.argmax(dim=1) == targets) & (targets != IGNORED)
-            return Judged(float(self._loss(scores, batch)), batch.counted, int(right.sum()))
+            right = (self.scores(features).argmax(dim=1) == targets) & (targets != IGNORED)
+            return Judged(float(self.loss_at(features, batch)), batch.counted, int(right.sum()))
+
+    def features(self, states: Tensor, lengths: Tensor, remember: bool = True) -> Tensor:
+        """What the task module looks at: [n, T, hidden] -> [n, hidden], means over each text of what blocks make."""
+        return self.means(self.run(states, lengths, remember), lengths)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """[n, T] -> [n, T, hidden]."""
@@ -65,10 +76,10 @@ class TrainedEncoder(Factored):
                 states = checkpoint(self._block, block, states, seen, use_reentrant=False)
         return states
 
-    def scores(self, states: Tensor, lengths: Tensor) -> Tensor:
-        """The task module: [n, T, hidden] -> [n, labels], of the mean over each text."""
+    def scores(self, features: Tensor) -> Tensor:
+        """The task module: [n, hidden] -> [n, labels]."""
         head = self.factors[HEAD]
-        return functional.linear(self.means(states, lengths), head[:, :-1], head[:, -1])
+        return functional.linear(features, head[:, :-1], head[:, -1])
 
     @staticmethod
     def means(states: Tensor, lengths: Tensor) -> Tensor:
@@ -76,12 +87,9 @@ class TrainedEncoder(Factored):
         inside = _inside(lengths, states.shape[1])[:, :, None]
         return (states * inside).sum(dim=1) / lengths[:, None]
 
-    def _scores(self, batch: Batch, remember: bool) -> Tensor:
+    def _features(self, batch: Batch, remember: bool) -> Tensor:
         ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)
-        return self.scores(self.run(self.embedded(ids), lengths, remember), lengths)
-
-    def _loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        return functional.cross_entropy(scores, torch.from_numpy(batch.targets), ignore_index=IGNORED)
+        return self.features(self.embedded(ids), lengths, remember)
 
     def _block(self, block: int, states: Tensor, seen: Tensor) -> Tensor:
         at, heads = f"block.{block}.", self._config.num_attention_heads

@@ -154,8 +154,19 @@ class TrainedStage(Factored):
 
     def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
         """The same of a batch, by the whole model. `remember` as for `run`."""
-        ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
-        return self.loss(self.run(self.embedded(ids), remember), targets)
+        return self.loss_at(self.run(self.embedded(torch.from_numpy(batch.ids)), remember), batch)
+
+    def loss_at(self, features: Tensor, batch: Batch) -> Tensor:
+        """The same of what the last block makes of a batch."""
+        return self.loss(features, torch.from_numpy(batch.targets))
+
+    def judged_at(self, features: Tensor, batch: Batch) -> Judged:
+        with torch.no_grad():
+            return Judged(float(self.loss_at(features, batch)), batch.counted)
+
+    def features(self, states: Tensor, _lengths: Tensor, remember: bool = True) -> Tensor:
+        """What the head looks at: what all blocks make of [n, T, hidden]."""
+        return self.run(states, remember)
 
     def judged(self, batch: Batch) -> Judged:
         """The same without gradients."""

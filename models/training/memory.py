@@ -29,6 +29,10 @@ ENCODER_ROWS: Final = 9
 """As wide as the model, that a block of an encoder keeps."""
 ENCODER_WORKING: Final = 4.7
 """WORKING_COPIES of an encoder."""
+ENDS_COPIES: Final = 4
+"""Of states: as they go out, features as they come, their gradient, and as it goes out."""
+HEAD_COPIES: Final = 4
+"""Of a task module: as it is, as it comes, its gradient, and as that goes out."""
 PAGE: Final = 4096
 
 
@@ -42,6 +46,29 @@ def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens
     adapter = FLOAT * length_of(shapes(config, spec))
     by_token = tokens * (kept + (WORKING_COPIES - int(remember)) * block + logits)
     return TORCH_BYTES + packed_bytes + round(ADAPTER_COPIES * adapter) + by_token
+
+
+def ends_peak_bytes(config: LlamaConfig | BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int) -> int:
+    """Of a device that has the ends of a split model, and trains them on so many tokens at once."""
+    states = ENDS_COPIES * FLOAT * config.hidden * tokens
+    if isinstance(config, LlamaConfig):
+        return TORCH_BYTES + weight_bytes + states + tokens * LOGITS_COPIES * FLOAT * config.vocabulary
+    words = max(FLOAT * config.hidden, PAGE) * min(tokens, config.vocabulary)
+    head = HEAD_COPIES * FLOAT * spec.labels * (config.hidden + 1)
+    return ENCODER_BYTES + words + head + states
+
+
+def trunk_peak_bytes(
+    config: LlamaConfig | BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, ends: int, remember: bool
+) -> int:
+    """Of the device that has all blocks, for so many others with so many tokens each. `remember`: blocks keep what the
+    gradients of all of them need, instead of computing it again for one after the other."""
+    at_once = tokens * (ends if remember else 1)
+    waiting = 2 * FLOAT * config.hidden * tokens * ends
+    if isinstance(config, LlamaConfig):
+        whole = peak_bytes(config, weight_bytes, spec, at_once, remember)
+        return whole + waiting - at_once * LOGITS_COPIES * FLOAT * config.vocabulary
+    return encoder_peak_bytes(config, weight_bytes, spec, at_once, remember) + waiting
 
 
 def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:

@@ -1,0 +1,234 @@
+"""A round that boards make step by step together, since none has the whole model: as a state machine, and under way.
+
+Nothing of it counts before all of it does: when the trunk has sent the factors and every board with data what it saw,
+the round is over. Until then whoever loses its connection or its process loses it for all, and it is begun anew, with
+the same factors, by the same boards, to the same result. A board that stays away behind the deadline, sends what can't
+be, or says nothing where the others wait for it, is out of the round, and the others begin it anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.rounds.adapters import parts_of
+from coordinator.rounds.exchange import Exchange, request_of
+from coordinator.rounds.machine import Look
+from coordinator.rounds.orders import TRUNK
+from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord
+from coordinator.rounds.updates import checked
+from coordinator.service import Coordinator
+from models.lora.adapter import Config
+from wire.errors import PeerError
+from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
+from wire.messages import Peer, RoundMeta, SplitRound, StageError, StageOrder, UpdateMeta, decode
+
+LOG = logging.getLogger("edgelam.rounds")
+
+Floats = npt.NDArray[np.float32]
+
+PATIENCE: Final = 0.25
+"""Of a round's timeout, after which the trunk names whom it waits for."""
+
+
+class JointState:
+    """Of round `number`; the words mean what they mean in coordinator.rounds.machine.RoundState. `ends` are boards with
+    data, beside the trunk."""
+
+    def __init__(self, number: int, ends: tuple[str, ...], at_least: int, timeout_s: float, now_s: float) -> None:
+        self.number = number
+        self.devices = (*sorted(ends), TRUNK)
+        self.counted: set[str] = set()
+        self.refused: dict[str, str] = {}
+        self.attempt = 0
+        """How often it was begun."""
+        self._at_least = at_least
+        self._timeout_s = timeout_s
+        self._deadline_s = now_s + timeout_s
+        self._workers: dict[str, str] = {}
+        """That make the round now."""
+        self._heard_s = now_s
+
+    @property
+    def together(self) -> tuple[str, ...]:
+        """Boards with data that are not out of it."""
+        return tuple(device for device in self.devices if device != TRUNK and device not in self.refused)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(device for device in self.devices if self.wanted(device))
+
+    def look(self, now_s: float, ready: Mapping[str, str]) -> Look:
+        """`ready`: device, or TRUNK -> the worker that it runs now and that can take a round."""
+        all_of_us = (*self.together, TRUNK)
+        if TRUNK not in self.refused and all(name in self.counted for name in all_of_us):
+            return Look((), "over" if len(self.together) >= self._at_least else "failed")
+        away = [name for name in all_of_us if name not in ready]
+        if away and now_s >= self._deadline_s:
+            for name in away:
+                self.refused[name] = "away, and it did not come back in time"
+            self.anew()
+            self._deadline_s = now_s + self._timeout_s
+            away = []
+        if TRUNK in self.refused or len(self.together) < max(1, self._at_least):
+            return Look((), "failed")
+        if away or any(name not in ready for name in (*self.together, TRUNK)):
+            return Look((), "waits")
+        workers = {name: ready[name] for name in (TRUNK, *self.together)}
+        if workers == self._workers and now_s - self._heard_s < self._timeout_s:
+            return Look((), "waits")
+        self._workers, self._heard_s = workers, now_s
+        self.counted.clear()
+        self.attempt += 1
+        return Look(tuple(workers), "waits")
+
+    def wanted(self, device: str) -> bool:
+        return device in self.devices and device not in self.counted and device not in self.refused
+
+    def count(self, device: str) -> None:
+        """It has done its part of this attempt."""
+        assert self.wanted(device)
+        self.counted.add(device)
+
+    def refuse(self, device: str, because: str) -> None:
+        if device in self.devices and device not in self.refused:
+            self.refused[device] = because
+            self.anew()
+
+    def anew(self) -> None:
+        """Nothing of what is under way can come to an end."""
+        self.counted.clear()
+        self._workers = {}
+
+    def ask_all_again(self) -> None:
+        """The connection to the broker was lost: nobody knows what came through."""
+        self.anew()
+
+
+class JointExchange(Exchange):
+    """One round under way, of a job that splits its model."""
+
+    state: JointState  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        store: JobStore,
+        record: JobRecord,
+        config: Config,
+        start: Floats,
+        tell: Callable[[dict[str, Any]], None],
+        *,
+        train: bool,
+    ) -> None:
+        super().__init__(coordinator, store, record, config, start, tell, train=train)
+        rounds = record.job.rounds
+        at_least = rounds.at_least if train else 1
+        self.state = JointState(record.round, record.chosen, at_least, rounds.timeout_s, time.monotonic())
+        self.updates = {}
+        self._attempt = 0
+
+    def ask(self, device: str) -> None:
+        """Begin a round with one of those who make it."""
+        record, hub, state = self._record, self._coordinator.hub, self.state
+        if self._attempt != state.attempt:
+            self._attempt = state.attempt
+            self.updates.clear()
+            self._requests = {self._request(name): name for name in (*state.together, TRUNK)}
+        self._asked_s.setdefault(device, time.monotonic())
+        if device == TRUNK:
+            order, tensor = record.trunk_order, Tensor.of(self.start)
+            peers = [(name, record.order_of(name)) for name in state.together]
+            self._down_bytes += tensor.nbytes
+        else:
+            assert record.trunk is not None
+            order, tensor = record.order_of(device), None
+            peers = [(record.trunk.device, record.trunk_order)]
+        split = SplitRound(
+            session=request_of(record.name, record.epoch, self.number, f"{state.together}/{state.attempt}"),
+            peers=tuple(Peer(device=name, inbox=peer.inbox) for name, peer in peers),
+            patience_s=PATIENCE * record.job.rounds.timeout_s,
+        )
+        parts: tuple[Any, ...] = parts_of(record.job, self.number)
+        meta = RoundMeta(reply=hub.reply_inbox, round=self.number, parts=parts, train=self.train, split=split)
+        request = self._request(device)
+        parcel = Parcel(Kind.ROUND, order.epoch, request, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
+        hub.send(order.inbox, parcel, lambda why: LOG.warning("round %d to %s: %s", self.number, device, why))
+
+    def heard(self, parcel: Parcel) -> bool:
+        name = self._requests.get(parcel.request)
+        if name is None or parcel.epoch != self._record.epoch & 0xFFFFFFFF:
+            return False
+        if not self.state.wanted(name):
+            return True
+        try:
+            if parcel.kind is Kind.ERROR:
+                self._went_wrong(name, decode(parcel.meta, StageError, f"an answer of {name}"))
+            elif parcel.kind is Kind.UPDATE:
+                self._take(name, parcel)
+        except PeerError as error:
+            self._refuse(name, error.message)
+        return True
+
+    def close(self) -> None:
+        """What comes from now on counts no more, and nobody need go on."""
+        if self._over:
+            return
+        self._over = True
+        for request, name in self._requests.items():
+            if self._attempt and (name == TRUNK or self.state.wanted(name)):
+                order = self._order_of(name)
+                self._coordinator.hub.send(order.inbox, Parcel(Kind.CLOSE, order.epoch, request), lambda _why: None)
+
+    def record(self, wall_s: float) -> RoundRecord:
+        """The trunk's part is entered under its board's name."""
+        done, trunk = super().record(wall_s), self._record.trunk
+        assert trunk is not None
+        devices = dict(done.devices)
+        mine = devices.pop(TRUNK)
+        up_bytes = sum(told.sent_bytes for told in devices.values())
+        got_bytes = sum(meta.peer_got_bytes for name, (meta, _) in self.updates.items() if name != TRUNK)
+        own = devices.get(trunk.device, DeviceRound())
+        devices[trunk.device] = msgspec.structs.replace(
+            own, compute_s=own.compute_s + mine.compute_s, sent_bytes=own.sent_bytes + mine.sent_bytes
+        )
+        _, vector = self.updates[TRUNK]
+        up_bytes += 0 if vector is None else vector.nbytes
+        return msgspec.structs.replace(done, devices=devices, up_bytes=up_bytes, down_bytes=done.down_bytes + got_bytes)
+
+    def _went_wrong(self, name: str, error: StageError) -> None:
+        if error.code == "again":
+            self.state.anew()
+            self._ring()
+            return
+        # The trunk says of whom it could not take something, or waits for in vain.
+        culprit = error.device if name == TRUNK and error.code in ("protocol", "deadline") else name
+        self._refuse(culprit, error.text)
+
+    def _take(self, device: str, parcel: Parcel) -> None:
+        meta = decode(parcel.meta, UpdateMeta, f"an update of {device}")
+        trunk = self._record.trunk
+        assert trunk is not None
+        named = trunk.device if device == TRUNK else device
+        if (meta.device, meta.round) != (named, self.number):
+            raise PeerError(f"is of round {meta.round} of {meta.device}")
+        vector = None
+        if device == TRUNK and self.train:
+            vector = checked(meta, parcel.tensor, named, self.number, self._sent_to(named), self._farthest)
+        elif device != TRUNK and meta.samples < 1:
+            raise PeerError("is of no samples")
+        self._counted(device, meta, vector)
+
+    def _request(self, name: str) -> int:
+        """The same for the same question, by whichever coordinator."""
+        words = f"{name}/{self.state.together}/{self.state.attempt}"
+        return request_of(self._record.name, self._record.epoch, self.number, words)
+
+    def _order_of(self, name: str) -> StageOrder:
+        return self._record.trunk_order if name == TRUNK else self._record.order_of(name)

@@ -1,0 +1,84 @@
+"""Which board gets all blocks of a split model: of those that can hold them, the one that multiplies fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from coordinator.rounds.bases import Base
+from coordinator.rounds.job import Job
+from coordinator.rounds.orders import AMPLE, without_torch
+from coordinator.service import Coordinator
+from hwprofiles import stats
+from hwprofiles.profile import Profile
+from hwprofiles.samples import Ceilings
+from wire.units import bytes_text
+
+
+class Found(NamedTuple):
+    """`device` is '' where there is none; `unable` says why each of the others can't be it."""
+
+    device: str
+    because: str
+    unable: Mapping[str, str]
+
+
+def trunk_of(coordinator: Coordinator, job: Job, base: Base, with_data: Collection[str]) -> Found:
+    """The board for the blocks. It may have data, too: then it has both parts."""
+    can: dict[str, float] = {}
+    unable: dict[str, str] = {job.trunk: "not heard of"} if job.trunk else {}
+    least_bytes = base.trunk_bytes(job, ends_of(job, with_data), remember=False)
+    profiles = coordinator.profiles()
+    for device in coordinator.devices():
+        if job.trunk and device.name != job.trunk:
+            continue
+        unable.pop(device.name, None)
+        info = device.info
+        needs_bytes = least_bytes + (base.ends_bytes(job) if device.name in with_data else 0)
+        if info is None or not coordinator.is_online(device.name):
+            unable[device.name] = "offline"
+        elif not info.knows_split:
+            unable[device.name] = f"its software, {info.software}, knows no split models"
+        elif because := without_torch(info):
+            unable[device.name] = because
+        elif needs_bytes > info.memory_bytes:
+            unable[device.name] = (
+                f"would take {bytes_text(needs_bytes)} of its {bytes_text(info.memory_bytes)} of memory"
+            )
+        else:
+            can[device.name] = product_rate(profiles.get(device.name))
+    if not can:
+        return Found("", "", unable)
+    best = max(sorted(can), key=lambda name: can[name])
+    if job.trunk:
+        return Found(best, "the job names it", unable)
+    if not can[best]:
+        return Found(
+            best, f"the first of {len(can)} that can hold the blocks: none has measured how fast it multiplies", {}
+        )
+    return Found(
+        best, f"multiplies fastest of {len(can)} that can hold the blocks: {can[best] / 1e9:.3g} GFLOP/s", unable
+    )
+
+
+def keeps_all(coordinator: Coordinator, job: Job, base: Base, trunk: str, with_data: Collection[str]) -> bool:
+    """Whether the trunk's board has ample memory to keep what the gradients of all others need."""
+    memory = next(
+        (device.info.memory_bytes for device in coordinator.devices() if device.name == trunk and device.info), 0
+    )
+    beside = base.ends_bytes(job) if trunk in with_data else 0
+    return base.trunk_bytes(job, ends_of(job, with_data), remember=True) + beside <= AMPLE * memory
+
+
+def ends_of(job: Job, with_data: Collection[str]) -> int:
+    """Boards that make a step together, at most."""
+    return min(len(with_data), job.rounds.devices) if job.rounds.who != "all" else len(with_data)
+
+
+def product_rate(profile: Profile | None) -> float:
+    """Operations a second in products of float32 matrices; 0 where that was not measured."""
+    ceilings = profile.ceilings if profile is not None else None
+    if not isinstance(ceilings, Ceilings):
+        return 0.0
+    seconds = [(rate.amount, stats.median(rate.samples.samples_s)) for rate in ceilings.products if rate.what == "f32"]
+    return max((amount / each_s for amount, each_s in seconds if each_s > 0), default=0.0)

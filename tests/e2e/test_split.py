@@ -1,0 +1,167 @@
+"""Jobs that split their model, on real processes: what comes of them is what comes of training in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from agent.workers.roundwork import device_seed
+from coordinator.rounds.adapters import parts_of, spec_of
+from coordinator.rounds.job import Job
+from coordinator.rounds.orders import task_of
+from models.formats import safetensors
+from models.formats.bert import read_bert_config
+from models.lora.adapter import HEAD, flat, initial, named, shapes, to_peft
+from models.training.data import read
+from models.training.samples import Split, encoder_of, labelled_rows, split
+from tests.e2e.site import Site
+from tests.e2e.tuning import BOARDS, LABELS, TRAINED, adapter_of, follow, job, same, tuning_site, worker_of
+from tests.models.tiny_bert import write_bert
+from tests.training.split_models import InOnePlace, bert
+from wire.errors import EdgelamError
+from wire.messages import ArtifactRef
+
+pytestmark = pytest.mark.torch
+
+__all__ = ["tuning_site"]
+
+
+def split_job(model: str, name: str, **changes: Any) -> Job:
+    rounds = {"count": 3, "steps": 4, **changes.pop("rounds", {})}
+    return msgspec.structs.replace(job(model, name, **rounds), mode="split", **changes)
+
+
+def in_one_place(folder: Path, wanted: Job, data: Path) -> tuple[dict[str, Any], list[float]]:
+    """The factors that a job of labels comes to, and its loss while training, with all rows here."""
+    config = read_bert_config(folder)
+    spec = spec_of(wanted)
+    shaped = shapes(config, spec)
+    begun = initial(config, spec)
+    halves = bert(folder, spec, (), begun)
+    encode = encoder_of((folder / "tokenizer.json").read_text())
+    task = task_of(wanted, ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), None)
+    rows: dict[str, Split] = {}
+    for board in TRAINED:
+        found = labelled_rows(read(data / f"{board}.jsonl").samples, encode, task.row_tokens, LABELS)
+        rows[board] = split(found, task.held_out, task.seed)
+    vector, losses = flat(begun, shaped), []
+    seeds = {board: device_seed(task.seed, board) for board in TRAINED}
+    for number in range(wanted.rounds.count):
+        one = InOnePlace(halves, rows, task, vector, parts_of(wanted, number), seeds, number)
+        losses.append(sum(one.step() for _ in range(task.steps)) / task.steps)
+        vector = one.vector()
+    return named(vector, shaped), losses
+
+
+def test_it_learns_what_it_learns_in_one_place(tuning_site: Site, tmp_path: Path) -> None:
+    site, folder = tuning_site, write_bert(tmp_path / "bert")
+    wanted = split_job(str(folder), "halves", labels=LABELS, trunk="idle", rounds={"count": 5, "learning_rate": 0.004})
+    events: list[dict[str, Any]] = []
+    end = follow(site, wanted, events.append)
+    assert end["state"] == "done", end
+    assert any("the blocks are on idle: the job names it" in event.get("text", "") for event in events)
+    rounds = [event for event in events if event["event"] == "round"]
+    expected, losses = in_one_place(folder, wanted, site.folder / "notes")
+    assert [one["round"] for one in rounds] == [0, 1, 2, 3, 4, 5]
+    for one, loss in zip(rounds, losses, strict=False):
+        assert set(one["devices"]) == set(BOARDS)
+        samples = {board: one["devices"][board]["samples"] for board in TRAINED}
+        told = sum(count * one["devices"][board]["loss"] for board, count in samples.items()) / sum(samples.values())
+        assert told == pytest.approx(one["loss"]) and told == pytest.approx(loss, rel=1e-4)
+        assert one["devices"]["idle"]["loss"] is None and one["devices"]["idle"]["samples"] == 0
+    assert rounds[-1]["held_out_accuracy"] >= rounds[0]["held_out_accuracy"]
+    found = adapter_of(site, "halves")
+    config = read_bert_config(folder)
+    for name, values in to_peft(config, expected):
+        np.testing.assert_allclose(found[name], values, atol=1e-4, err_msg=name)
+    with site.client() as there:
+        path = tmp_path / "head.safetensors"
+        path.write_bytes(there.file("/v1/jobs/halves/head.safetensors"))
+        provenance = msgspec.json.decode(there.file("/v1/jobs/halves/provenance.json"))
+    np.testing.assert_allclose(safetensors.read(path)["weight"], expected[HEAD][:, :-1], atol=1e-4)
+    assert set(provenance["samples"]) == set(TRAINED) and provenance["job"]["mode"] == "split"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tuning_site: Site, tiny_model: str) -> dict[str, Any]:
+    """Of a language model's job in which nothing happened."""
+    rounds: list[dict[str, Any]] = []
+    end = follow(
+        tuning_site,
+        split_job(tiny_model, "calm-halves"),
+        lambda event: rounds.append(event) if event["event"] == "round" else None,
+    )
+    assert end["state"] == "done", end
+    assert rounds[-1]["held_out_loss"] < rounds[0]["held_out_loss"], "it has learnt something"
+    hidden = 64
+    for one in rounds[:-1]:
+        for board in TRAINED:  # states of what is judged and of each step; gradients of the latter, as long
+            sent = one["devices"][board]["sent_bytes"]
+            assert sent > 0 and sent % (4 * hidden) == 0
+    return adapter_of(tuning_site, "calm-halves")
+
+
+@pytest.mark.parametrize("board", ["board2", "the trunk"])
+def test_whoever_is_killed_it_comes_to_the_same(
+    board: str, tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
+) -> None:
+    name = f"killed-{board.replace(' ', '-')}"
+    killed: list[str] = []
+    trunk: list[str] = []
+
+    def kill_once(event: dict[str, Any]) -> None:
+        text = event.get("text", "")
+        if "the blocks are on" in text:
+            trunk.append(text.split("the blocks are on ")[1].split(":")[0])
+        if event["event"] == "round" and not killed:
+            killed.append(trunk[0] if board == "the trunk" else board)
+            worker_of(tuning_site, killed[0]).kill()
+
+    end = follow(tuning_site, split_job(tiny_model, name), kill_once)
+    assert killed and end["state"] == "done", end
+    assert same(adapter_of(tuning_site, name), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_killed_begins_the_round_anew(
+    tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
+) -> None:
+    began = threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(EdgelamError):  # it is killed under us
+            wanted = split_job(tiny_model, "killed-hub")
+            follow(tuning_site, wanted, lambda event: began.set() if event["event"] == "round" else None)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    assert began.wait(120)
+    tuning_site.coordinator.kill()
+    watching.join(30)
+    tuning_site.await_broker_gone()
+    tuning_site.restart_coordinator()
+    tuning_site.await_states(dict.fromkeys(BOARDS, "online"))
+    deadline_s = time.monotonic() + 120
+    rows: dict[str, Any] = {}
+    while rows.get("state", "running") == "running":
+        assert time.monotonic() < deadline_s, rows
+        rows = next(row for row in tuning_site.get("/v1/jobs")["jobs"] if row["job"] == "killed-hub")
+        time.sleep(0.2)
+    assert rows["state"] == "done", rows
+    assert same(adapter_of(tuning_site, "killed-hub"), undisturbed)
+
+
+def test_who_can_not_have_the_blocks_is_named(tuning_site: Site, tiny_model: str) -> None:
+    with pytest.raises(EdgelamError, match="no board can have the blocks: nobody: not heard of"):
+        follow(tuning_site, split_job(tiny_model, "no-trunk", trunk="nobody"))
+    with pytest.raises(EdgelamError, match=r"rounds\.middle: 'median' means nothing with mode = 'split'"):
+        follow(tuning_site, split_job(tiny_model, "bad", rounds={"middle": "median"}))

@@ -1,0 +1,177 @@
+"""Models in two parts and in one piece, on the rows of several devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from models.build.pack import Packed
+from models.engine.manifest import load_graph
+from models.engine.memory import map_weights
+from models.formats.bert import BertFile, read_bert_config
+from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, flat, named, shapes
+from models.training.encoder import TrainedEncoder
+from models.training.llama import TrainedStage
+from models.training.rounds import BETAS
+from models.training.samples import Batch, Row, Split, drawn
+from models.training.split import EndsRound, TrunkRound
+from tests.models.stages import spec_of, stage_files
+from wire.messages import ArtifactRef, InboxAddress, RoundMeta, TrainingTask
+
+NUMBER = 2
+"""Of the round."""
+
+
+class Halves(NamedTuple):
+    """A model whole, as a trunk, and as ends (each device its own)."""
+
+    config: Config
+    spec: AdapterSpec
+    whole: Any
+    trunk: Any
+    ends: dict[str, Any]
+
+    @property
+    def shaped(self) -> dict[str, tuple[int, int]]:
+        return shapes(self.config, self.spec)
+
+
+def llama(
+    packed: Packed, folder: Path, spec: AdapterSpec, devices: tuple[str, ...], start: Mapping[str, Any]
+) -> Halves:
+    blocks = packed.graph.blocks
+
+    def part(factors: Mapping[str, Any], end: int, ends: bool) -> TrainedStage:
+        wanted = spec_of(packed, 0, end, embedding=ends, head=ends)
+        path, files = stage_files(packed, folder, wanted)
+        _, manifest = load_graph(path, wanted)
+        return TrainedStage(
+            manifest, map_weights(manifest.weights, files).tensors, spec, factors, wanted.context_tokens
+        )
+
+    return Halves(
+        packed.config, spec, part(start, blocks, True), part(start, blocks, False),
+        {device: part({}, 0, True) for device in devices},
+    )  # fmt: skip
+
+
+def bert(folder: Path, spec: AdapterSpec, devices: tuple[str, ...], start: Mapping[str, Any]) -> Halves:
+    config = read_bert_config(folder)
+    file = BertFile.open(config, folder / "model.safetensors")
+    head = {HEAD: start[HEAD]}
+    return Halves(
+        config, spec, TrainedEncoder(file, spec, start), TrainedEncoder(file, spec, start),
+        {device: TrainedEncoder(file, spec, head) for device in devices},
+    )  # fmt: skip
+
+
+def task_of(spec: AdapterSpec, steps: int, batch_rows: int = 3, **changes: Any) -> TrainingTask:
+    fields: dict[str, Any] = {
+        "data": "d", "tokenizer": ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), "rank": spec.rank,
+        "alpha": spec.alpha, "matrices": spec.matrices, "row_tokens": 64, "batch_rows": batch_rows, "steps": steps,
+        "learning_rate": 0.01, "most_norm": 1.0, "held_out": 0.0, "seed": 3,
+    }  # fmt: skip
+    return TrainingTask(**{**fields, **changes})
+
+
+def asked(parts: tuple[Any, ...] = ("a", "b", "c"), train: bool = True) -> RoundMeta:
+    return RoundMeta(reply=InboxAddress(topic="t"), round=NUMBER, parts=parts, train=train)
+
+
+class Together:
+    """A round of devices with these rows, in this process."""
+
+    def __init__(
+        self, halves: Halves, rows: Mapping[str, Split], task: TrainingTask, start: Floats, parts: tuple[Any, ...]
+    ) -> None:
+        shaped = halves.shaped
+        self.rows = rows
+        self.trunk = TrunkRound(halves.trunk, shaped, task, asked(parts), start, rows)
+        self.ends = {
+            device: EndsRound(halves.ends[device], shaped, held, task, seed, asked(parts))
+            for seed, (device, held) in enumerate(rows.items())
+        }
+
+    def judge(self) -> None:
+        for end in self.ends.values():
+            for _ in end._held_out:
+                question = end.question()
+                assert question is not None and question.judged
+                assert end.answered(self.trunk.judged(question)) is None
+
+    def step(self, order: tuple[str, ...] | None = None) -> float:
+        """Make one step, boards in this order; gives the weighted loss."""
+        before = {device: end._loss for device, end in self.ends.items()}
+        for device in order or tuple(self.ends):
+            question = self.ends[device].question()
+            assert question is not None and not question.judged
+            features = self.trunk.features(device, question, len(self.rows[device].trained))
+            assert features is not None
+            gradients = self.ends[device].answered(features)
+            assert gradients is not None
+            self.trunk.take(device, question.step, gradients)
+        losses = {device: end._loss - before[device] for device, end in self.ends.items()}
+        return weighted(self.rows, losses)
+
+
+class InOnePlace:
+    """The same steps of the whole model, on the same batches."""
+
+    def __init__(
+        self,
+        halves: Halves,
+        rows: Mapping[str, Split],
+        task: TrainingTask,
+        start: Floats,
+        parts: tuple[Any, ...],
+        seeds: Mapping[str, int] | None = None,
+        number: int = NUMBER,
+    ) -> None:
+        self.stage, self.rows, self.task, self.shaped, self.parts = halves.whole, rows, task, halves.shaped, parts
+        self.seeds = seeds or {device: seed for seed, device in enumerate(rows)}
+        self.number = number
+        self.stage.take(named(start, self.shaped))
+        self.stage.train_only(parts)
+        self.leaves = {name: leaf for name, leaf in self.stage.factors.items() if name[-1] in parts}
+        self.optimiser = torch.optim.AdamW(
+            list(self.leaves.values()), lr=task.learning_rate, betas=BETAS, weight_decay=0.0
+        )
+        self.done = 0
+
+    def step(self) -> float:
+        self.optimiser.zero_grad(set_to_none=True)
+        total = sum(len(held.trained) for held in self.rows.values())
+        loss = torch.zeros(())
+        for device, held in self.rows.items():
+            batch: Batch = drawn(held.trained, self.task.batch_rows, self.seeds[device], self.number, self.done)
+            loss = loss + len(held.trained) / total * self.stage.loss_of(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), self.task.most_norm)
+        self.optimiser.step()
+        self.done += 1
+        return float(loss.detach())
+
+    def gradients(self) -> dict[str, Floats]:
+        return {name: leaf.grad.numpy() for name, leaf in self.leaves.items()}
+
+    def vector(self) -> Floats:
+        factors = {name: leaf.detach().numpy() for name, leaf in self.stage.factors.items()}
+        return flat(factors, self.shaped, self.parts)
+
+
+def weighted(rows: Mapping[str, Split], losses: Mapping[str, float]) -> float:
+    total = sum(len(held.trained) for held in rows.values())
+    return sum(len(held.trained) / total * losses[device] for device, held in rows.items())
+
+
+def rows_of(rng: np.random.Generator, count: int, vocabulary: int, labels: int, longest: int = 12) -> tuple[Row, ...]:
+    """Of unequal length; with a label each if there are some."""
+    found = []
+    for number in range(count):
+        ids = rng.integers(0, vocabulary, int(rng.integers(3, longest)))
+        found.append(Row(ids.astype(np.int64), 1, number % labels if labels else None))
+    return tuple(found)
