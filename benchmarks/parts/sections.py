@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.parts.jobs import events_of
-from benchmarks.parts.sites import whole_site
+from benchmarks.parts.sites import Site, whole_site
 from benchmarks.report import Figure, at_least
 from coordinator.rounds.adapters import spec_of
 from coordinator.rounds.job import Adapter, Job, Rounds
@@ -50,6 +50,11 @@ RATE: Final = 3e-3
 """What the mean over boards takes back of labels that one of them has is made up for by longer steps."""
 ALONE: Final = 8
 RATE_ALONE: Final = 1e-3
+SPLIT_SHARE: Final = 67
+"""Per cent of the rounds, for the job that splits its model."""
+SPLIT_STEPS: Final = 32
+SPLIT_ROWS: Final = 4
+"""Of each board in a step."""
 
 
 class Package(NamedTuple):
@@ -155,6 +160,15 @@ def job_of(labels: tuple[str, ...], rounds: int) -> Job:
     )
 
 
+def split_of(job: Job, rounds: int) -> Job:
+    """The same over boards that have the ends of the model alone: each step is made with rows of all of them, so that
+    the learning rate is that of one place."""
+    each = msgspec.structs.replace(
+        job.rounds, count=rounds, steps=SPLIT_STEPS, batch_rows=SPLIT_ROWS, learning_rate=RATE_ALONE
+    )
+    return msgspec.structs.replace(job, name="sections-split", mode="split", rounds=each)
+
+
 def in_one_place(job: Job, folder: Path, names: Sequence[str]) -> list[float]:
     """The share of held-out labels that is told right, before each round and in the end, by one who has the data of
     all boards, and makes as many steps in a round as they do together. What is held out is the same. It is at
@@ -190,31 +204,57 @@ def in_one_place(job: Job, folder: Path, names: Sequence[str]) -> list[float]:
     return found
 
 
+class Ran(NamedTuple):
+    """What became of a job."""
+
+    before: float
+    right: float
+    sent_bytes: float
+    """By each board in a round."""
+    round_s: float
+    took_s: float
+
+
+def ran(site: Site, job: Job, names: Sequence[str]) -> Ran:
+    began_s = time.monotonic()
+    found = events_of(site.there, job)
+    took_s = time.monotonic() - began_s
+    trained = found[:-1]
+    # One board of a split job has the blocks, too, and sends what they make: that is not its data's share.
+    each = [one["up_bytes"] / len(names) for one in trained]
+    walls = [one["wall_s"] for one in trained[1:]] or [trained[0]["wall_s"]]
+    first, last = found[0]["held_out_accuracy"], found[-1]["held_out_accuracy"]
+    return Ran(first, last, float(np.mean(each)), median(walls), took_s)
+
+
 def measure(rounds: int) -> list[Figure]:
     boards = preset("equal", BOARDS)
     names = [board.name for board in boards]
+    split_rounds = max(1, rounds * SPLIT_SHARE // 100)
     with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
         job = job_of(write(Path(folder), names), rounds)
         with whole_site("f32", with_data(boards, "packages", Path(folder)), MODEL) as site:
-            began_s = time.monotonic()
-            found = events_of(site.there, job)
-            took_s = time.monotonic() - began_s
-        alone = in_one_place(job, Path(folder), names)
-    spread = unlike(by_board(drawn(list(index()))))
-    sent = sum(found[0]["devices"][name]["sent_bytes"] for name in names) / BOARDS
-    right = found[-1]["held_out_accuracy"]
-    return [
+            done = {
+                f"federated, {rounds} rounds": (ran(site, job, names), rounds),
+                f"split, {split_rounds} rounds": (ran(site, split_of(job, split_rounds), names), split_rounds),
+            }
+        alone = max(in_one_place(job, Path(folder), names))
+    figures = [
         Figure("labels", len(job.labels), ""),
-        Figure("boards' labels differ from those of all by", spread, "of 1"),
-        Figure("right before", found[0]["held_out_accuracy"], "of labels"),
-        Figure(f"right after {rounds} rounds on {BOARDS} boards", right, "of labels"),
-        Figure("right in one place, at its best", max(alone), "of labels"),
-        at_least("boards / one place", right / max(alone), "ratio", 0.97),
-        Figure("sent by each board in a round", sent / 1e6, "MB"),
-        Figure("sent by each board in all", sent * rounds / 1e6, "MB"),
-        Figure("a round", median(one["wall_s"] for one in found[1:-1]), "s"),
-        Figure("all of it", took_s, "s"),
+        Figure("boards' labels differ from those of all by", unlike(by_board(drawn(list(index())))), "of 1"),
+        Figure("right in one place, at its best", alone, "of labels"),
     ]
+    for what, (one, count) in done.items():
+        figures += [
+            Figure(f"{what}: right before", one.before, "of labels"),
+            Figure(f"{what}: right", one.right, "of labels"),
+            at_least(f"{what}: boards / one place", one.right / alone, "ratio", 0.97),
+            Figure(f"{what}: sent by each board in a round", one.sent_bytes / 1e6, "MB"),
+            Figure(f"{what}: sent by each board in all", one.sent_bytes * count / 1e6, "MB"),
+            Figure(f"{what}: a round", one.round_s, "s"),
+            Figure(f"{what}: all of it", one.took_s, "s"),
+        ]
+    return figures
 
 
 if __name__ == "__main__":

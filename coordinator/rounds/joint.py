@@ -66,20 +66,20 @@ class JointState:
 
     def look(self, now_s: float, ready: Mapping[str, str]) -> Look:
         """`ready`: device, or TRUNK -> the worker that it runs now and that can take a round."""
+        if self._is_lost:
+            return Look((), "failed")
         all_of_us = (*self.together, TRUNK)
-        if TRUNK not in self.refused and all(name in self.counted for name in all_of_us):
-            return Look((), "over" if len(self.together) >= self._at_least else "failed")
+        if all(name in self.counted for name in all_of_us):
+            return Look((), "over")
         away = [name for name in all_of_us if name not in ready]
-        if away and now_s >= self._deadline_s:
-            for name in away:
-                self.refused[name] = "away, and it did not come back in time"
+        if away and now_s < self._deadline_s:
+            return Look((), "waits")
+        if away:
+            self.refused.update(dict.fromkeys(away, "away, and it did not come back in time"))
             self.anew()
             self._deadline_s = now_s + self._timeout_s
-            away = []
-        if TRUNK in self.refused or len(self.together) < max(1, self._at_least):
+        if self._is_lost:
             return Look((), "failed")
-        if away or any(name not in ready for name in (*self.together, TRUNK)):
-            return Look((), "waits")
         workers = {name: ready[name] for name in (TRUNK, *self.together)}
         if workers == self._workers and now_s - self._heard_s < self._timeout_s:
             return Look((), "waits")
@@ -87,6 +87,11 @@ class JointState:
         self.counted.clear()
         self.attempt += 1
         return Look(tuple(workers), "waits")
+
+    @property
+    def _is_lost(self) -> bool:
+        """Nothing can come of it any more."""
+        return TRUNK in self.refused or len(self.together) < max(1, self._at_least)
 
     def wanted(self, device: str) -> bool:
         return device in self.devices and device not in self.counted and device not in self.refused

@@ -26,6 +26,7 @@ from wire.messages import (  # noqa: E402
     InboxAddress,
     Peer,
     RoundMeta,
+    SplitMeta,
     SplitRound,
     StageError,
     StageOrder,
@@ -153,6 +154,20 @@ class Bench:
                 self.told.append(parcel)
         return moved
 
+    def turn_with(self, device: str, kind: Kind, change: Any) -> None:
+        """A turn in which what a device says of this kind is changed."""
+        for work in self.works.values():
+            while work.runnable:
+                work.work(0.0)
+        for _ in range(len(self.sent)):
+            topic, parcel = self.sent.popleft()
+            if parcel.kind is kind and msgspec.json.decode(parcel.meta, type=SplitMeta).device == device:
+                assert parcel.tensor is not None
+                values = np.ascontiguousarray(change(parcel.tensor.array()), np.float32)
+                parcel = msgspec.structs.replace(parcel, tensor=Tensor.of(values))
+            self.sent.append((topic, parcel))
+        self.turn()
+
     def through(self) -> None:
         while self.turn():
             pass
@@ -201,3 +216,150 @@ def test_a_round_comes_to_what_one_place_comes_to(order: tuple[str, ...], bench:
         assert vector is None and meta.samples == 4 + place and meta.held_out_count == 2 and meta.loss is not None
     assert all(not work.live and not work.runnable for work in bench.works.values())
     assert bench.returned > 10, "credit is returned for all that came"
+
+
+def test_the_same_question_again_is_answered_again_and_an_older_session_is_not_heard(bench: Bench) -> None:
+    for device in bench.works:
+        bench.ask(device)
+    bench.through()
+    first = bench.updates()["t"][1]
+    bench.told.clear()
+    for device in bench.works:
+        bench.ask(device)
+    bench.through()
+    assert np.array_equal(bench.updates()["t"][1], first) and len(bench.told) == 3
+    bench.told.clear()
+    for device in bench.works:
+        bench.ask(device, session=6)
+    bench.turn()
+    stray = SplitMeta(device="a", step=0, samples=4, lengths=(3,))
+    states = Tensor.of(np.zeros((1, 3, 32), np.float32))
+    bench.give("t", Parcel(Kind.STATES, 7, 5, 0, 0, states, msgspec.json.encode(stray)))
+    bench.through()
+    assert np.array_equal(bench.updates()["t"][1], first), "begun anew it comes to the same"
+
+
+def test_a_lost_connection_loses_the_round_and_is_told_when_it_is_back(bench: Bench) -> None:
+    for device in bench.works:
+        bench.ask(device)
+    bench.turn()
+    bench.works["a"].drop_all()
+    bench.senders["a"].down = True
+    assert not bench.works["a"].live
+    bench.works["a"].tick(1.0)
+    assert not bench.told
+    bench.senders["a"].down = False
+    bench.works["a"].tick(2.0)
+    bench.works["a"].tick(3.0)
+    bench.through()
+    [error] = bench.errors()
+    assert (error.code, error.device) == ("again", "a")
+    assert inbox("t") in bench.senders["a"].dropped, "what was on its way is of no use"
+    for device in bench.works:
+        bench.ask(device, session=6)
+    bench.through()
+    np.testing.assert_allclose(bench.updates()["t"][1], expected(bench), atol=1e-5)
+
+
+def test_what_is_judged_alone_trains_nothing(bench: Bench) -> None:
+    for device in bench.works:
+        bench.ask(device, train=False)
+    bench.through()
+    updates = bench.updates()
+    assert updates["t"][1] is None
+    assert all(updates[device][0].held_out_count == 2 and updates[device][0].loss is None for device in ENDS)
+
+
+def test_the_trunk_names_whom_it_waits_for(bench: Bench) -> None:
+    bench.ask("t")
+    bench.ask("a")
+    bench.through()
+    trunk = bench.works["t"]
+    trunk._heard_s = 100.0  # type: ignore[attr-defined]
+    trunk.tick(129.0)
+    assert not bench.sent
+    trunk.tick(131.0)
+    trunk.tick(132.0)
+    bench.through()
+    assert [(error.code, error.device) for error in bench.errors()] == [("deadline", "b")]
+
+
+WRONG: dict[str, Any] = {
+    "gradients are no numbers": lambda values: np.where(np.arange(len(values)) == 1, np.nan, values),
+    "were due": lambda values: values[:-2],
+    "long, at most": lambda values: values * 1e6,
+}
+
+
+@pytest.mark.parametrize("words", sorted(WRONG))
+def test_who_sends_gradients_that_can_t_be_is_named(words: str, bench: Bench) -> None:
+    for device in bench.works:
+        bench.ask(device)
+    for _ in range(100):
+        bench.turn_with("a", Kind.GRADIENT, WRONG[words])
+        if bench.told:
+            break
+    [error] = bench.errors()
+    assert (error.code, error.device) == ("protocol", "a") and words in error.text
+
+
+def test_states_that_can_t_be_are_named(bench: Bench) -> None:
+    good = {"device": "a", "step": 0, "samples": 4, "lengths": (3, 2)}
+    states = np.zeros((2, 3, 32), np.float32)
+    wrong = [
+        (good, states[:, :, :-1], "states of"),
+        (good, np.zeros((2, 17, 32), np.float32), "states of"),
+        (good, np.full_like(states, np.inf), "no numbers"),
+        ({**good, "lengths": (3, 4)}, states, "lengths"),
+        ({**good, "lengths": (3,)}, states, "lengths"),
+        ({**good, "samples": 0}, states, "no samples"),
+    ]
+    for number, (fields, values, words) in enumerate(wrong):
+        bench.ask("t", session=20 + number)
+        meta = msgspec.json.encode(SplitMeta(**fields))
+        tensor = Tensor.of(np.ascontiguousarray(values))
+        bench.give("t", Parcel(Kind.STATES, 7, 20 + number, 0, 0, tensor, meta))
+        bench.through()
+        [error] = bench.errors()
+        assert (error.code, error.device) == ("protocol", "a") and words in error.text
+
+
+def test_what_is_nobody_s_is_counted_and_held_within_bounds(bench: Bench) -> None:
+    trunk = bench.works["t"]
+    tensor = Tensor.of(np.zeros((1, 3, 32), np.float32))
+    for number in range(60):  # of sessions that it has not heard of
+        meta = SplitMeta(device=f"d{number}", step=0, samples=1, lengths=(3,))
+        bench.give("t", Parcel(Kind.STATES, 7, 99, 0, 0, tensor, msgspec.json.encode(meta)))
+    assert len(trunk._early) == 48 and trunk.tally.stale == 12
+    bench.ask("t")
+    stranger = SplitMeta(device="c", step=0, samples=1, lengths=(3,))
+    bench.give("t", Parcel(Kind.STATES, 7, 5, 0, 0, tensor, msgspec.json.encode(stranger)))
+    assert "c does not take part" in trunk.last_refusal
+    bench.give("t", Parcel(Kind.STATES, 7, 5, 0, 0, None, msgspec.json.encode(stranger)))
+    bench.give("t", Parcel(Kind.STATES, 7, 5, 0, 0, tensor, b"no json"))
+    bench.give("t", Parcel(Kind.TOKENS, 7, 5, 0, 0, tensor, b""))
+    assert trunk.tally.refused == 4
+    bench.give("t", Parcel(Kind.STATES, 8, 5, 0, 0, tensor, b""))
+    assert trunk.tally.stale == 13
+    assert not bench.sent and trunk.live
+
+
+def test_a_round_without_anybody_or_elsewhere_is_refused(bench: Bench) -> None:
+    elsewhere = Peer(device="a", inbox=InboxAddress(topic="edgelam/v1/other/act/x/0/in"))
+    for split in (None, SplitRound(session=3, peers=(elsewhere,))):
+        meta = RoundMeta(reply=InboxAddress(topic=REPLY), round=2, parts=PARTS, split=split)
+        bench.give("t", Parcel(Kind.ROUND, 7, 77, 0, 0, Tensor.of(bench.start), msgspec.json.encode(meta)))
+        bench.through()
+        [error] = bench.errors()
+        assert (error.code, error.device) == ("engine", "t")
+    assert not bench.works["t"].live
+
+
+def test_close_ends_a_round(bench: Bench) -> None:
+    for device in bench.works:
+        bench.ask(device)
+    bench.turn()
+    for place, device in enumerate(("t", *ENDS)):
+        bench.give(device, Parcel(Kind.CLOSE, 7, 50 + place))
+    bench.sent.clear()
+    assert not any(work.live or work.runnable for work in bench.works.values())

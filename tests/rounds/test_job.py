@@ -130,6 +130,17 @@ def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path
         ("[privacy]\nepsilon = 1\nunit = 'room'", "privacy.unit"),
         ("[privacy]\nepsilon = 1\n[privacy.channel]\npower = 0", "privacy.channel.power"),
         ("[privacy]\nepsilon = 1e-6", "privacy.epsilon"),
+        ("trunk = 'nuc'", "trunk"),
+        ("mode = 'split'\ntrunk = 'My NUC'", "trunk"),
+        ("mode = 'halved'", "mode"),
+        ("mode = 'split'\n[rounds]\nwho = 'fastest'", "rounds.who"),
+        ("mode = 'split'\n[rounds]\naggregation = 'svd'", "rounds.aggregation"),
+        ("mode = 'split'\n[rounds]\nmiddle = 'median'", "rounds.middle"),
+        ("mode = 'split'\n[rounds]\nmost_change = 3", "rounds.most_change"),
+        ("mode = 'split'\n[rounds]\nmedium = 'shared'", "rounds.medium"),
+        ("mode = 'split'\n[rounds]\nrows_at_once = 2", "rounds.rows_at_once"),
+        ("mode = 'split'\n[rounds]\nbatch_rows = 2000", "rounds.batch_rows"),
+        ("mode = 'split'\n[privacy]\nepsilon = 1", "privacy"),
     ],
 )
 def test_what_contradicts_itself_is_refused(more: str, key: str, tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""A round that all make together counts all at once or not at all, and is begun anew when somebody loses it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as some
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from coordinator.rounds.joint import JointState
+from coordinator.rounds.machine import Look
+from coordinator.rounds.orders import TRUNK
+
+ENDS = ("a", "b", "c")
+ALL = dict.fromkeys((*ENDS, TRUNK), "w1")
+TIMEOUT_S = 100.0
+
+
+def state_of(at_least: int = 1) -> JointState:
+    return JointState(3, ENDS, at_least, TIMEOUT_S, 0.0)
+
+
+def test_it_begins_when_all_are_ready_and_anew_when_one_is_another() -> None:
+    state = state_of()
+    assert state.look(0.0, {**ALL, "b": "w1"} | {}) == Look((TRUNK, *ENDS), "waits") and state.attempt == 1
+    assert state.look(1.0, ALL) == Look((), "waits")
+    state.count("a")
+    without = {name: worker for name, worker in ALL.items() if name != "b"}
+    assert state.look(2.0, without) == Look((), "waits")
+    assert state.look(3.0, {**ALL, "b": "w2"}) == Look((TRUNK, *ENDS), "waits") and state.attempt == 2
+    assert state.missing == (*ENDS, TRUNK), "what came of the first attempt counts no more"
+
+
+def test_it_is_over_when_the_trunk_and_all_others_have_answered() -> None:
+    state = state_of()
+    state.look(0.0, ALL)
+    for name in (TRUNK, "a", "b"):
+        state.count(name)
+        assert state.look(1.0, ALL).verdict == "waits"
+    state.count("c")
+    assert state.look(1.0, {}).verdict == "over"
+
+
+def test_who_stays_away_behind_the_deadline_is_left_out_and_the_others_begin_anew() -> None:
+    state = state_of(2)
+    without = {name: worker for name, worker in ALL.items() if name != "c"}
+    assert state.look(99.0, without) == Look((), "waits")
+    assert state.look(101.0, without) == Look((TRUNK, "a", "b"), "waits")
+    assert state.refused == {"c": "away, and it did not come back in time"}
+    without.pop("b")
+    assert state.look(102.0, without) == Look((), "waits"), "there is as much time again"
+    assert state.look(202.0, without).verdict == "failed", "one is too few"
+
+
+def test_without_a_trunk_nothing_comes_of_it() -> None:
+    state = state_of()
+    ends = dict.fromkeys(ENDS, "w1")
+    assert state.look(1.0, ends).verdict == "waits"
+    assert state.look(101.0, ends).verdict == "failed"
+    state = state_of()
+    state.look(0.0, ALL)
+    state.refuse(TRUNK, "out of memory")
+    assert state.look(1.0, ALL).verdict == "failed"
+
+
+def test_who_is_refused_is_out_and_silence_begins_it_anew() -> None:
+    state = state_of()
+    state.look(0.0, ALL)
+    state.refuse("a", "NaN")
+    state.refuse("nobody", "")
+    assert state.look(1.0, ALL) == Look((TRUNK, "b", "c"), "waits")
+    assert state.look(100.0, ALL).ask == ()
+    assert state.look(101.5, ALL).ask == (TRUNK, "b", "c")
+    state.ask_all_again()
+    assert state.look(102.0, ALL).ask == (TRUNK, "b", "c") and state.attempt == 4
+    assert set(state.refused) == {"a"}
+
+
+class Joint(RuleBasedStateMachine):
+    """Whatever comes in whatever order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = state_of(2)
+        self.now_s = 0.0
+        self.of_attempt: set[str] = set()
+        self.over = False
+
+    @rule(name=some.sampled_from((*ENDS, TRUNK, "stranger")))
+    def an_update_comes(self, name: str) -> None:
+        if self.state.wanted(name):
+            self.state.count(name)
+            self.of_attempt.add(name)
+
+    @rule(name=some.sampled_from((*ENDS, TRUNK, "stranger")))
+    def one_is_refused(self, name: str) -> None:
+        known = name in self.state.devices and name not in self.state.refused
+        self.state.refuse(name, "because")
+        if known:
+            self.of_attempt.clear()
+
+    @rule()
+    def one_lost_it(self) -> None:
+        self.state.anew()
+        self.of_attempt.clear()
+
+    @rule(
+        passed_s=some.floats(0, 60),
+        ready=some.dictionaries(some.sampled_from((*ENDS, TRUNK)), some.sampled_from(("w1", "w2"))),
+    )
+    def somebody_looks(self, passed_s: float, ready: dict[str, str]) -> None:
+        self.now_s += passed_s
+        before, out = self.state.attempt, len(self.state.refused)
+        found = self.state.look(self.now_s, ready)
+        if len(self.state.refused) > out:
+            assert self.now_s >= TIMEOUT_S
+            self.of_attempt.clear()
+        if found.ask:
+            assert self.state.attempt == before + 1
+            assert set(found.ask) == {TRUNK, *self.state.together} <= ready.keys(), "all begin, or nobody"
+            self.of_attempt.clear()
+        if found.verdict == "over":
+            assert self.of_attempt == {TRUNK, *self.state.together} and len(self.state.together) >= 2
+        if found.verdict == "failed":
+            assert TRUNK in self.state.refused or len(self.state.together) < 2
+
+    @invariant()
+    def nobody_counts_and_is_out(self) -> None:
+        assert not self.state.counted & self.state.refused.keys()
+        assert self.state.counted == self.of_attempt
+
+
+TestJoint = Joint.TestCase
+
+
+@given(some.permutations((*ENDS, TRUNK)))
+def test_the_order_of_answers_is_of_no_account(order: list[str]) -> None:
+    state = state_of()
+    state.look(0.0, ALL)
+    for name in order:
+        state.count(name)
+    assert state.look(0.0, ALL).verdict == "over"
