@@ -66,7 +66,7 @@ class JointState:
 
     def look(self, now_s: float, ready: Mapping[str, str]) -> Look:
         """`ready`: device, or TRUNK -> the worker that it runs now and that can take a round."""
-        if self._is_lost:
+        if self._is_lost():
             return Look((), "failed")
         all_of_us = (*self.together, TRUNK)
         if all(name in self.counted for name in all_of_us):
@@ -78,7 +78,7 @@ class JointState:
             self.refused.update(dict.fromkeys(away, "away, and it did not come back in time"))
             self.anew()
             self._deadline_s = now_s + self._timeout_s
-        if self._is_lost:
+        if self._is_lost():
             return Look((), "failed")
         workers = {name: ready[name] for name in (TRUNK, *self.together)}
         if workers == self._workers and now_s - self._heard_s < self._timeout_s:
@@ -88,7 +88,6 @@ class JointState:
         self.attempt += 1
         return Look(tuple(workers), "waits")
 
-    @property
     def _is_lost(self) -> bool:
         """Nothing can come of it any more."""
         return TRUNK in self.refused or len(self.together) < max(1, self._at_least)

@@ -506,6 +506,7 @@ def test_data_with_a_budget_are_for_private_jobs_alone(lab: Lab, tmp_path: Path)
             (training("notes"), refused),
             (training("notes", privacy=Privacy(epsilon=1.0, losses=True)), refused),
             (training("notes", privacy=Privacy(epsilon=1.0)), ""),
+            (msgspec.structs.replace(training("mail", role="trunk"), embedding=False, head=False), ""),
             (training("poems"), ""),
         ],
         start=1,

@@ -13,12 +13,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from agent.orders import problem_with  # noqa: E402
 from agent.workers.roundwork import device_seed  # noqa: E402
 from agent.workers.splitwork import EndsWork, SplitWork, TrunkWork  # noqa: E402
 from agent.workers.stretch import Stretch  # noqa: E402
 from models.formats.bert import read_bert_config  # noqa: E402
 from models.lora.adapter import AdapterSpec, flat, initial, shapes  # noqa: E402
 from models.training.samples import Split  # noqa: E402
+from tests.agent.fakes import DEVICE, desired_of, order_of  # noqa: E402
+from tests.agent.fakes import SITE as FAKE_SITE  # noqa: E402
 from tests.models.tiny_bert import write_bert  # noqa: E402
 from tests.training.split_models import Halves, InOnePlace, bert, rows_of, task_of  # noqa: E402
 from wire.frames import Kind, Parcel, Tensor  # noqa: E402
@@ -363,3 +366,22 @@ def test_close_ends_a_round(bench: Bench) -> None:
         bench.give(device, Parcel(Kind.CLOSE, 7, 50 + place))
     bench.sent.clear()
     assert not any(work.live or work.runnable for work in bench.works.values())
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "good"),
+    [
+        ("trunk", {"embedding": False, "head": False, "first_block": 0, "end_block": 4}, True),
+        ("trunk", {"embedding": False, "head": True, "first_block": 0, "end_block": 4}, False),
+        ("trunk", {"embedding": False, "head": False, "first_block": 1, "end_block": 4}, False),
+        ("trunk", {"embedding": False, "head": False, "first_block": 0, "end_block": 0}, False),
+        ("ends", {"embedding": True, "head": True, "first_block": 0, "end_block": 0}, True),
+        ("ends", {"embedding": True, "head": True, "first_block": 0, "end_block": 1}, False),
+        ("whole", {"embedding": True, "head": True, "first_block": 0, "end_block": 4}, True),
+        ("whole", {"embedding": True, "head": False, "first_block": 0, "end_block": 4}, False),
+    ],
+)
+def test_an_order_has_the_part_of_its_role(role: Any, changes: dict[str, Any], good: bool) -> None:
+    order = order_of(engine="torch", runs="rounds", training=task_of(SPEC, 1, role=role), **changes)
+    said = problem_with(desired_of(order), FAKE_SITE, DEVICE)
+    assert said == "" if good else said.endswith(f"are no {role}")
