@@ -26,7 +26,10 @@ class Tells(Enum):
     """What a topic may tell of a board's own data, and whether a private job's noise covers it."""
 
     NOTHING = "nothing: names, counts and times only"
-    UPDATES = "updates of a private job: covered by its noise; activations, tokens, other updates: not covered"
+    UPDATES = (
+        "updates of a private job: covered by its noise; activations, tokens, other updates, states and gradients of"
+        " split models: not covered"
+    )
 
 
 class Topic(NamedTuple):

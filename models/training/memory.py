@@ -2,7 +2,7 @@
 
 Fitted to processes that trained SmolLM2 with 4, 8 and 32 bit weights, one to a thousand tokens at a time, two to seven
 matrices per block and ranks of 8 and 64, and MiniLM with 512 and 4,096 tokens (`python -m benchmarks.tuning --parts
-memory` measures nine of them again).
+memory` measures nine of them again); for parts of split models to five processes more.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ ENCODER_ROWS: Final = 9
 """As wide as the model, that a block of an encoder keeps."""
 ENCODER_WORKING: Final = 4.7
 """WORKING_COPIES of an encoder."""
-ENDS_COPIES: Final = 4
-"""Of states: as they go out, features as they come, their gradient, and as it goes out."""
+ENCODER_ENDS_BYTES: Final = 286 << 20
+"""ENCODER_BYTES of a device that has an encoder's ends."""
+ENDS_COPIES: Final = 9
+"""Of states: as they go out, features as they come, their gradient, and what is made on the way."""
+ENDS_LOGITS_COPIES: Final = 3
+"""LOGITS_COPIES where the head is all that there is."""
+TRUNK_COPIES: Final = 4
+"""Of what a device sent: states, features, and gradients of these."""
+TRUNK_WORKING: Final = 6
+"""As wide as the model, that is left of each block while its pieces come and go; with what its factors make."""
 HEAD_COPIES: Final = 4
 """Of a task module: as it is, as it comes, its gradient, and as that goes out."""
 PAGE: Final = 4096
@@ -50,12 +58,13 @@ def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens
 
 def ends_peak_bytes(config: LlamaConfig | BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int) -> int:
     """Of a device that has the ends of a split model, and trains them on so many tokens at once."""
-    states = ENDS_COPIES * FLOAT * config.hidden * tokens
+    states = FLOAT * config.hidden * tokens
     if isinstance(config, LlamaConfig):
-        return TORCH_BYTES + weight_bytes + states + tokens * LOGITS_COPIES * FLOAT * config.vocabulary
+        logits = tokens * ENDS_LOGITS_COPIES * FLOAT * config.vocabulary
+        return ENCODER_BYTES + weight_bytes + ENDS_COPIES * states + logits
     words = max(FLOAT * config.hidden, PAGE) * min(tokens, config.vocabulary)
     head = HEAD_COPIES * FLOAT * spec.labels * (config.hidden + 1)
-    return ENCODER_BYTES + words + head + states
+    return ENCODER_ENDS_BYTES + words + head + ENDS_COPIES * states
 
 
 def trunk_peak_bytes(
@@ -63,21 +72,31 @@ def trunk_peak_bytes(
 ) -> int:
     """Of the device that has all blocks, for so many others with so many tokens each. `remember`: blocks keep what the
     gradients of all of them need, instead of computing it again for one after the other."""
-    at_once = tokens * (ends if remember else 1)
-    waiting = 2 * FLOAT * config.hidden * tokens * ends
-    if isinstance(config, LlamaConfig):
-        whole = peak_bytes(config, weight_bytes, spec, at_once, remember)
-        return whole + waiting - at_once * LOGITS_COPIES * FLOAT * config.vocabulary
-    return encoder_peak_bytes(config, weight_bytes, spec, at_once, remember) + waiting
+    waiting = TRUNK_COPIES * FLOAT * config.hidden * tokens * ends
+    if isinstance(config, BertConfig):
+        once = encoder_peak_bytes(config, weight_bytes, spec, tokens, remember)
+        others = config.blocks * _encoder_block(config, spec) * tokens * (ends - 1) if remember else 0
+        return once + others + waiting
+    adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
+    kept = FLOAT * (4 * config.hidden + 3 * config.ffn + adapted) if remember else FLOAT * config.hidden
+    working = FLOAT * (TRUNK_WORKING * config.hidden + adapted)
+    adapter = FLOAT * length_of(shapes(config, spec))
+    by_token = config.blocks * (kept + working) * tokens * (ends if remember else 1)
+    return TORCH_BYTES + weight_bytes + round(ADAPTER_COPIES * adapter) + by_token + waiting
 
 
 def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
     """The same of a sentence encoder under a task module. Of the table of words the rows of these tokens are read."""
-    adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
-    block = FLOAT * (ENCODER_ROWS * config.hidden + 2 * config.intermediate_size + adapted / 2)
+    block = _encoder_block(config, spec)
     kept = config.blocks * (block if remember else FLOAT * config.hidden)
     adapter = FLOAT * length_of(shapes(config, spec))
     row = FLOAT * config.hidden
     words = row * config.vocabulary - max(row, PAGE) * min(tokens, config.vocabulary)
     by_token = tokens * (kept + (ENCODER_WORKING - int(remember)) * block)
     return round(ENCODER_BYTES + weight_bytes - max(0, words) + ADAPTER_COPIES * adapter + by_token)
+
+
+def _encoder_block(config: BertConfig, spec: AdapterSpec) -> int:
+    """That one block of an encoder keeps for each token."""
+    adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
+    return FLOAT * (ENCODER_ROWS * config.hidden + 2 * config.intermediate_size + adapted // 2)
