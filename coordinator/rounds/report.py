@@ -37,6 +37,8 @@ class JobReport(Struct, frozen=True, kw_only=True):
     because: str = ""
     base: str = ""
     """Digest of the checkpoint that the adapter is of."""
+    trunk: str = ""
+    """Of a split model: where its blocks are, and why."""
     each: tuple[RoundRecord, ...] = ()
     """Rounds that are over, the first one first; last what judged the adapter, if it came to that."""
 
@@ -45,7 +47,8 @@ def part_of(report: JobReport) -> Part:
     """What is known in tables."""
     notes = [] if report.state == "done" else [f"Warning: the job is {report.state}, this is what there is so far"]
     if report.job.privacy is None:
-        notes.append("Privacy: none, updates were sent without noise")
+        sent = "states and gradients" if report.job.mode == "split" else "updates"
+        notes.append(f"Privacy: none, {sent} were sent without noise")
     return Part(
         title=f"Fine-tuning {report.job.name}: {clean(report.job.model)}, {report.state}",
         notes=tuple(notes),
@@ -64,6 +67,7 @@ def _job(report: JobReport) -> Table:
             "model",
             f"{clean(job.model)} at {'f32' if job.labels else job.precision}, checkpoint {report.base[:19] or '-'}",
         ),
+        *([("mode", f"split; {clean(report.trunk)}")] if job.mode == "split" else []),
         ("adapter", f"rank {job.adapter.rank} on {', '.join(job.adapter.matrices)}, scale {job.adapter.scale_alpha:g}"),
         ("rounds", f"{len(trained)} of {job.rounds.count}; {job.rounds.who} take part, {job.rounds.aggregation}"),
         ("held-out loss", " -> ".join(map(_loss, (losses[0], losses[-1]))) if losses else "-"),

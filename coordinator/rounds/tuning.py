@@ -174,6 +174,7 @@ class Tuning:
             state=record.state,
             because=record.because,
             base=record.base,
+            trunk="" if record.trunk is None else f"the blocks are on {record.trunk.device}: {record.trunk.because}",
             each=tuple(self._store.rounds(name)),
         )
 

@@ -89,6 +89,8 @@ def test_it_learns_what_it_learns_in_one_place(tuning_site: Site, tmp_path: Path
         provenance = msgspec.json.decode(there.file("/v1/jobs/halves/provenance.json"))
     np.testing.assert_allclose(safetensors.read(path)["weight"], expected[HEAD][:, :-1], atol=1e-4)
     assert set(provenance["samples"]) == set(TRAINED) and provenance["job"]["mode"] == "split"
+    shown = site.cli("tune", "report", "halves")
+    assert shown.returncode == 0 and "split; the blocks are on idle: the job names it" in shown.stdout, shown.stdout
 
 
 @pytest.fixture(scope="module")
