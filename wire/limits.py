@@ -95,6 +95,9 @@ CONTROL_KEEPALIVE_S: Final = 2
 DATA_KEEPALIVE_S: Final = 30
 """Keepalive of a worker's data connection: a long prefill step must not look like death; deadlines catch the rest."""
 
+TRAINING_KEEPALIVE_S: Final = 300
+"""The same of a worker that trains: as long as its supervisor bears that it says nothing."""
+
 HEARTBEAT_PERIOD_S: Final = 1.0
 SUSPECT_AFTER_S: Final = 2.5
 OFFLINE_AFTER_S: Final = 6.0

@@ -16,12 +16,12 @@ from wire.several import Several
 from wire.transport import Link, Transport
 
 
-def data_connection(login: BrokerLogin) -> MqttTransport:
+def data_connection(login: BrokerLogin, keepalive_s: int = DATA_KEEPALIVE_S) -> MqttTransport:
     """A transport that is not started yet. It begins with MQTT 3.1.1: frames need nothing of MQTT 5."""
     return MqttTransport(
         login.url,
         login.client_id,
-        keepalive_s=DATA_KEEPALIVE_S,
+        keepalive_s=keepalive_s,
         username=login.username,
         password=login.password,
         five=False,

@@ -36,6 +36,7 @@ from models.engine.choice import Chosen, StageFiles, first_that_works, load_on
 from models.sampling import draw
 from wire.channel import Delivery
 from wire.errors import EdgelamError
+from wire.limits import DATA_KEEPALIVE_S, TRAINING_KEEPALIVE_S
 from wire.messages import EngineName, StageCounters, StageOrder
 from wire.mqtt import MqttTransport
 from wire.transport import Link, ShortWay, Transport
@@ -49,6 +50,7 @@ POLL_S: Final = 0.25
 PACED_POLL_S: Final = 0.02
 """The same while something is sent at a pace."""
 
+LONG_STEP_S: Final = 1.0
 TICK_S: Final = 0.25
 REPORT_PERIOD_S: Final = 1.0
 
@@ -76,7 +78,7 @@ def hold_stage(
     except (EdgelamError, OSError) as error:
         parent.say(Status(phase="failed", epoch=order.epoch, detail=str(error), final=True))
         return 1
-    worker = worker_of(assignment, loaded, data_connection(assignment.login), parent)
+    worker = worker_of(assignment, loaded, data_connection(assignment.login, keepalive_of(order)), parent)
     parent.listen(worker.wake)
     # What is loaded stays: the garbage collector need not walk it again and hold up a token.
     gc.collect()
@@ -84,6 +86,11 @@ def hold_stage(
     give_back_memory()
     worker.run()
     return 0
+
+
+def keepalive_of(order: StageOrder) -> int:
+    """Seconds. A step of training may take minutes, in which nobody looks at the connection."""
+    return TRAINING_KEEPALIVE_S if order.runs == "rounds" else DATA_KEEPALIVE_S
 
 
 def load(assignment: Assignment, say: Say = lambda _: None) -> Chosen:
@@ -207,6 +214,8 @@ class StageWorker(ABC, Generic[E]):
             while (delivery := inboxes.take()) is not None:
                 work.accept(delivery, now_s)
             work.work(now_s)
+            if clock() - now_s > LONG_STEP_S:
+                connections.poll(0.0)  # else what came meanwhile in pieces would be taken for left behind
             if not self._ready:
                 self._settle()
             elif work.ended != self._told_ended:
@@ -274,7 +283,8 @@ class StageWorker(ABC, Generic[E]):
     def _another(self, url: str, what: str) -> MqttTransport:
         """A further connection, with the name and password of the first."""
         login = self._assignment.login
-        return data_connection(msgspec.structs.replace(login, url=url, client_id=f"{login.client_id}-{what}"))
+        login = msgspec.structs.replace(login, url=url, client_id=f"{login.client_id}-{what}")
+        return data_connection(login, keepalive_of(self._assignment.order))
 
     def _on_up(self, transport: Transport) -> None:
         """Subscribed; an inbox is open when it proves to be."""

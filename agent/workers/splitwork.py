@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -29,7 +29,7 @@ from models.engine.base import EngineFailed
 from models.lora.adapter import Floats
 from models.training.rounds import Diverged
 from models.training.samples import Split
-from models.training.split import Ends, EndsRound, Question, Trunk, TrunkRound
+from models.training.split import Ends, EndsRound, Misled, Question, Trunk, TrunkRound
 from wire.channel import Delivery
 from wire.errors import PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
@@ -37,16 +37,12 @@ from wire.limits import MAX_ENDS, MAX_PARTIAL_BYTES
 from wire.messages import RoundMeta, SplitMeta, SplitRound, StageOrder, TrainingTask, UpdateMeta, decode
 from wire.tensors import Dtype
 
+MOST_UNREAD: Final = 2
+"""Parcels of one device that wait to be looked at: a gradient, and the states of the step behind it."""
+MOST_JUDGED: Final = 10_000
+"""Batches of one device in a round that no gradient follows."""
 SAID: Final = (Kind.STATES, Kind.FEATURES, Kind.GRADIENT)
 """What devices say to each other."""
-
-
-class Misled(PeerError):
-    """By `device`, which takes part."""
-
-    def __init__(self, message: str, device: str) -> None:
-        super().__init__(message)
-        self.device = device
 
 
 class Part(Protocol):
@@ -73,6 +69,16 @@ class Said(NamedTuple):
     meta: SplitMeta
     values: Floats
     """As it was laid out: [n, T, hidden], or one row."""
+
+
+class Untold(NamedTuple):
+    """What went wrong, for the coordinator, who could not be reached."""
+
+    topic: str
+    request: int
+    code: str
+    text: str
+    device: str
 
 
 class Asked(NamedTuple):
@@ -111,9 +117,9 @@ class SplitWork(Answering, ABC):
         """Not yet looked at."""
         self._early: dict[str, Said] = {}
         """Of devices that heard of a session before we did: one of each, which then waits for us."""
-        self._outgoing: deque[tuple[str, Parcel]] = deque()
-        self._broken: tuple[str, int] | None = None
-        """Who is to hear that a round is lost, and of which request."""
+        self._outgoing: dict[str, deque[Parcel]] = {}
+        """What could not be sent yet, by topic: who takes nothing holds up nobody else."""
+        self._untold: deque[Untold] = deque()
 
     @property
     def _task(self) -> TrainingTask:
@@ -165,6 +171,7 @@ class SplitWork(Answering, ABC):
                     self._drop_round()
                 if self._answer is not None and self._answer.parcel.request == parcel.request:
                     self._forget_answer()
+                self._early.clear()
             elif parcel.kind in SAID:
                 self._take(parcel)
             else:
@@ -185,11 +192,11 @@ class SplitWork(Answering, ABC):
                 self._go_on(asked)
             self._fits()
         except Misled as error:
-            self._tell(asked.meta.reply.topic, asked.request, "protocol", error.message, error.device)
+            self._complain(asked, "protocol", error.message, error.device)
         except (Diverged, EngineFailed, ValueError, RuntimeError) as error:  # RuntimeError: torch, out of memory mostly
             self._drop_round()
             self.ended += 1
-            self._tell(asked.meta.reply.topic, asked.request, "engine", str(error))
+            self._complain(asked, "engine", str(error))
         finally:
             busy_s = self._stretch.end()
             self._busy_s += busy_s
@@ -199,9 +206,10 @@ class SplitWork(Answering, ABC):
 
     def tick(self, _now_s: float) -> None:
         self._again()
-        self._flush()
-        if self._broken is not None and self._tell(*self._broken, "again", "a connection was lost"):
-            self._broken = None
+        for topic in list(self._outgoing):
+            self._flush(topic)
+        while self._untold and self._tell(*self._untold[0]):
+            self._untold.popleft()
 
     def adopt(self, order: StageOrder) -> None:
         """Take a new order; rounds of another epoch count no more."""
@@ -214,8 +222,8 @@ class SplitWork(Answering, ABC):
     def drop_all(self) -> None:
         """A connection was lost, and perhaps what was on its way: nobody can go on with the round."""
         asked = self._asked_for
-        if asked is not None and self._pending:
-            self._broken = asked.meta.reply.topic, asked.request
+        if asked is not None:  # also if it was answered: the last that others wait for may be lost
+            self._untold.append(Untold(asked.meta.reply.topic, asked.request, "again", "a connection was lost", ""))
             self._drop_round()
         self._lost()
 
@@ -244,7 +252,7 @@ class SplitWork(Answering, ABC):
             self._tell(meta.reply.topic, parcel.request, "engine", str(error))
             return
         self._forget_answer()
-        self._broken = None
+        self._untold.clear()
         self.tally.requests += 1
         self._busy_s = 0.0
         self._sent_bytes = self._got_bytes = 0
@@ -267,6 +275,9 @@ class SplitWork(Answering, ABC):
             if meta.device not in asked.inboxes:
                 self._refuse(f"{meta.device} does not take part")
                 return
+            if sum(said.meta.device == meta.device for said in self._waiting) >= MOST_UNREAD:
+                self._complain(asked, "protocol", "says more than it was asked for", meta.device)
+                return
             self._got_bytes += parcel.tensor.nbytes
             self._said.append(Said(parcel.kind, parcel.request, meta, np.array(parcel.tensor.array(), np.float32)))
             return
@@ -282,18 +293,34 @@ class SplitWork(Answering, ABC):
         parcel = Parcel(
             kind, self.order.epoch, asked.split.session, 0, FLAG_FINAL, Tensor.of(values), msgspec.json.encode(meta)
         )
+        topic = asked.inboxes[device]
         self._sent_bytes += values.nbytes
-        self._outgoing.append((asked.inboxes[device], parcel))
-        self._flush()
+        waiting = self._outgoing.setdefault(topic, deque())
+        if len(waiting) >= MOST_UNREAD:
+            raise Misled("takes nothing of what it asked for", device)
+        waiting.append(parcel)
+        self._flush(topic)
 
-    def _flush(self) -> None:
-        while self._outgoing:
-            topic, parcel = self._outgoing[0]
+    def _flush(self, topic: str) -> None:
+        waiting = self._outgoing.get(topic, deque())
+        while waiting:
             try:
-                self._sender.to_requester(topic, parcel)
+                self._sender.to_requester(topic, waiting[0])
             except UNSENT:
                 return  # again at the next tick
-            self._outgoing.popleft()
+            waiting.popleft()
+        self._outgoing.pop(topic, None)
+
+    @property
+    def _waiting(self) -> Iterable[Said]:
+        """What came and was not looked at."""
+        return self._said
+
+    def _complain(self, asked: Asked, code: str, text: str, device: str = "") -> None:
+        """Tell the coordinator what is wrong, now or when it can be reached."""
+        told = Untold(asked.meta.reply.topic, asked.request, code, text, device)
+        if not self._tell(*told):
+            self._untold.append(told)
 
     def _drop_round(self) -> None:
         """Nothing of it counts any more, and nothing more of it is sent."""
@@ -353,7 +380,7 @@ class EndsWork(SplitWork):
             self.tally.stale += 1
             return
         try:
-            gradients = made.answered(said.values.reshape(-1))
+            gradients = made.answered(said.values.reshape(-1).copy())
         except ValueError as error:
             raise Misled(str(error), said.meta.device) from None
         self._question = None
@@ -388,12 +415,18 @@ class TrunkWork(SplitWork):
     _round_of: TrunkRound | None = None
     _told = False
     """Whether the round was answered; what is held out is judged still."""
-    _heard_s = 0.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._next_step: list[Said] = []
         """Of boards that are a step ahead of the slowest."""
+        self._heard_s: dict[str, float] = {}
+        """When each device went on last."""
+        self._judged: Counter[str] = Counter()
+
+    @property
+    def _waiting(self) -> Iterable[Said]:
+        return (*self._said, *self._next_step)
 
     @property
     def _pending(self) -> bool:
@@ -401,28 +434,42 @@ class TrunkWork(SplitWork):
 
     @property
     def _due(self) -> bool:
-        return self._pending and self._round_of is not None and self._round_of.over
+        return self._pending and self._round_of is not None and (self._round_of.over or self._round_of.complete)
 
     def tick(self, now_s: float) -> None:
         super().tick(now_s)
         asked, made = self._asked_for, self._round_of
-        if asked is None or made is None or made.over or now_s - self._heard_s < asked.split.patience_s:
+        if asked is None or made is None or made.over or self._said:
             return
-        self._heard_s = now_s
         for device in made.waits_for:
-            text = f"nothing came of it for {asked.split.patience_s:g} s"
-            self._tell(asked.meta.reply.topic, asked.request, "deadline", text, device)
+            if now_s - self._heard_s[device] >= asked.split.patience_s:
+                self._heard_s[device] = now_s
+                text = f"nothing came of it for {asked.split.patience_s:g} s"
+                self._complain(asked, "deadline", text, device)
 
     def _begin(self, asked: Asked, start: Floats | None, /) -> None:
         if start is None or not np.isfinite(start).all():
             raise ValueError("factors travel as one row of f32, all of them numbers")
         stage: Trunk = self._part.stage
         self._round_of = TrunkRound(stage, self._part.shaped, self._task, asked.meta, start, asked.inboxes)
-        self._told, self._heard_s = False, time.monotonic()
+        self._told = False
+        self._judged.clear()
+        self._all_heard(asked)
+
+    def _all_heard(self, asked: Asked) -> None:
+        self._heard_s = dict.fromkeys(asked.inboxes, time.monotonic())
 
     def _go_on(self, asked: Asked) -> None:
         made = self._round_of
         assert made is not None
+        if made.over:
+            self._finish(asked, made)
+        elif made.advance():  # a device at a time, so that connections are served in between
+            self._all_heard(asked)
+            self._said.extend(self._next_step)
+            self._next_step.clear()
+
+    def _finish(self, asked: Asked, made: TrunkRound) -> None:
         tensor = Tensor.of(made.vector()) if asked.meta.train else None
         update = UpdateMeta(
             round=asked.meta.round,
@@ -436,38 +483,43 @@ class TrunkWork(SplitWork):
         self._give(asked.request, asked.meta, update, tensor)
 
     def _hear(self, asked: Asked, said: Said) -> None:
-        made, device = self._round_of, said.meta.device
+        made, device, step = self._round_of, said.meta.device, said.meta.step
         assert made is not None
-        self._heard_s = time.monotonic()
         if said.kind is Kind.STATES:
             question = self._question(said)
-            if not question.judged and question.step == made.step + 1 and device not in made.waits_for:
+            if not question.judged and step == made.step + 1 and device not in made.waits_for:
                 self._next_step.append(said)  # it need not wait for those who are slower
                 return
-            features = made.judged(question) if question.judged else made.features(device, question, said.meta.samples)
+            features = self._features(made, device, question, said.meta.samples)
             if features is None:
                 self.tally.stale += 1
                 return
-            meta = SplitMeta(device=self._device, step=question.step, judged=question.judged)
+            meta = SplitMeta(device=self._device, step=step, judged=question.judged)
             self._say(asked, device, Kind.FEATURES, meta, features)
-        elif said.kind is Kind.GRADIENT:
-            try:
-                stepped = made.take(device, said.meta.step, said.values.reshape(-1))
-            except PeerError as error:
-                raise Misled(error.message, device) from None
-            if stepped:
-                self._said.extend(self._next_step)
-                self._next_step.clear()
-        else:
+        elif said.kind is not Kind.GRADIENT:
             self._refuse(f"{said.kind.name} of {device} was not asked for")
+            return
+        elif not made.take(device, step, said.values.reshape(-1)):
+            self.tally.stale += 1
+            return
+        self._heard_s[device] = time.monotonic()
+
+    def _features(self, made: TrunkRound, device: str, question: Question, samples: int) -> Floats | None:
+        if not question.judged:
+            return made.features(device, question, samples)
+        self._judged[device] += 1
+        if self._judged[device] > MOST_JUDGED:
+            raise Misled(f"has more than {MOST_JUDGED} batches judged", device)
+        return made.judged(device, question)
 
     def _question(self, said: Said) -> Question:
         """The states that a device sent, if they can be such; raises Misled."""
         meta, states, hidden = said.meta, said.values, self.order.hidden
         lengths = np.array(meta.lengths, np.int64)
-        most = self._task.row_tokens
-        if states.ndim != 3 or states.shape[2] != hidden or not 1 <= states.shape[1] <= most or not states.shape[0]:
-            raise Misled(f"states of {list(states.shape)}, [n, 1 to {most}, {hidden}] were due", meta.device)
+        rows, most = self._task.batch_rows, self._task.row_tokens
+        fits = states.ndim == 3 and 1 <= len(states) <= rows and 1 <= states.shape[1] <= most
+        if not fits or states.shape[2] != hidden:
+            raise Misled(f"states of {list(states.shape)}, [1-{rows}, 1-{most}, {hidden}] were due", meta.device)
         if len(lengths) != len(states) or lengths.min() < 1 or lengths.max() > states.shape[1]:
             raise Misled("lengths that are none of these rows", meta.device)
         if meta.samples < 1:

@@ -115,6 +115,8 @@ def run_trunk(stage: Any, shaped: Any, task: TrainingTask, asked: RoundMeta, sta
             sent[name] = np.zeros_like(features)
         for name, gradients in sent.items():
             made.take(name, step, gradients)
+        while not made.advance():
+            pass
     made.vector()
 
 

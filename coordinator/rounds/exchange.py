@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.rounds.adapters import parts_of, spec_of, taken_by
-from coordinator.rounds.machine import RoundState
+from coordinator.rounds.machine import Look, RoundState
 from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord, now_unix
 from coordinator.rounds.updates import checked, farthest_of
 from coordinator.service import Coordinator
@@ -69,6 +69,10 @@ class Exchange:
         deadline_s = time.monotonic() + job.rounds.timeout_s
         at_least = job.rounds.at_least if train else 1
         self.state = RoundState(number, devices, at_least, deadline_s, tuple(self.updates))
+
+    def look(self, now_s: float, ready: Mapping[str, str], _busy: Collection[str]) -> Look:
+        """What is due; `busy` are boards that fetch what they need."""
+        return self.state.look(now_s, ready)
 
     def ask(self, device: str) -> None:
         """Send the factors that the round begins with."""

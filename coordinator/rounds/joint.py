@@ -9,8 +9,10 @@ be, or says nothing where the others wait for it, is out of the round, and the o
 from __future__ import annotations
 
 import logging
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -35,6 +37,8 @@ Floats = npt.NDArray[np.float32]
 
 PATIENCE: Final = 0.25
 """Of a round's timeout, after which the trunk names whom it waits for."""
+MOST_LOST: Final = 20
+"""Times that a board with data may lose its connection in a round."""
 
 
 class JointState:
@@ -50,10 +54,10 @@ class JointState:
         """How often it was begun."""
         self._at_least = at_least
         self._timeout_s = timeout_s
-        self._deadline_s = now_s + timeout_s
         self._workers: dict[str, str] = {}
-        """That make the round now."""
-        self._heard_s = now_s
+        """That make the round now; none: it has to be begun, perhaps anew."""
+        self._began_s = now_s
+        self._away_since: dict[str, float] = {}
 
     @property
     def together(self) -> tuple[str, ...]:
@@ -64,29 +68,52 @@ class JointState:
     def missing(self) -> tuple[str, ...]:
         return tuple(device for device in self.devices if self.wanted(device))
 
-    def look(self, now_s: float, ready: Mapping[str, str]) -> Look:
-        """`ready`: device, or TRUNK -> the worker that it runs now and that can take a round."""
+    @property
+    def begun(self) -> bool:
+        """Whether what comes is of a round that can come to an end."""
+        return bool(self._workers)
+
+    def look(self, now_s: float, ready: Mapping[str, str], busy: Collection[str] = ()) -> Look:
+        """`ready`: device, or TRUNK -> the worker that it runs now and that can take a round; `busy`: who fetches what
+        it needs, which may take its time."""
         if self._is_lost():
             return Look((), "failed")
         all_of_us = (*self.together, TRUNK)
-        if all(name in self.counted for name in all_of_us):
+        if self.begun and all(name in self.counted for name in all_of_us):
             return Look((), "over")
-        away = [name for name in all_of_us if name not in ready]
-        if away and now_s < self._deadline_s:
-            return Look((), "waits")
-        if away:
-            self.refused.update(dict.fromkeys(away, "away, and it did not come back in time"))
-            self.anew()
-            self._deadline_s = now_s + self._timeout_s
+        self._leave_out(now_s, [name for name in all_of_us if name not in ready], busy)
         if self._is_lost():
             return Look((), "failed")
-        workers = {name: ready[name] for name in (TRUNK, *self.together)}
-        if workers == self._workers and now_s - self._heard_s < self._timeout_s:
+        all_of_us = (TRUNK, *self.together)
+        if any(name not in ready for name in all_of_us):
             return Look((), "waits")
-        self._workers, self._heard_s = workers, now_s
+        workers = {name: ready[name] for name in all_of_us}
+        if workers == self._workers and not self._is_silent(now_s):
+            return Look((), "waits")
+        workers = {name: ready[name] for name in (TRUNK, *self.together)}
+        self._workers, self._began_s = workers, now_s
         self.counted.clear()
         self.attempt += 1
         return Look(tuple(workers), "waits")
+
+    def _leave_out(self, now_s: float, away: Sequence[str], busy: Collection[str]) -> None:
+        """Those who have been away too long, as long as enough are left."""
+        self._away_since = {name: self._away_since.get(name, now_s) for name in away}
+        for name, since_s in self._away_since.items():
+            enough = name == TRUNK or len(self.together) > max(1, self._at_least)
+            if now_s - since_s >= self._timeout_s and name not in busy and enough:
+                self.refuse(name, f"away for {self._timeout_s:g} s")
+
+    def _is_silent(self, now_s: float) -> bool:
+        """Whether all are there and nothing comes of it, for longer each time that it was begun anew: no round is too
+        long to be made. Who did not say what it saw, although the trunk is done, is left out."""
+        if now_s - self._began_s < self._timeout_s * 2 ** min(self.attempt, 20):
+            return False
+        if TRUNK in self.counted:
+            for name in self.together:
+                if name not in self.counted:
+                    self.refused[name] = "said nothing of what it saw"
+        return True
 
     def _is_lost(self) -> bool:
         """Nothing can come of it any more."""
@@ -137,6 +164,12 @@ class JointExchange(Exchange):
         self.state = JointState(record.round, record.chosen, at_least, rounds.timeout_s, time.monotonic())
         self.updates = {}
         self._attempt = 0
+        self._nonce = secrets.token_hex(8)
+        """No session is one of a coordinator that was here before: what it had begun is at another step."""
+        self._lost: Counter[str] = Counter()
+
+    def look(self, now_s: float, ready: Mapping[str, str], busy: Collection[str]) -> Look:
+        return self.state.look(now_s, ready, busy)
 
     def ask(self, device: str) -> None:
         """Begin a round with one of those who make it."""
@@ -155,7 +188,7 @@ class JointExchange(Exchange):
             order, tensor = record.order_of(device), None
             peers = [(record.trunk.device, record.trunk_order)]
         split = SplitRound(
-            session=request_of(record.name, record.epoch, self.number, f"{state.together}/{state.attempt}"),
+            session=self._request(""),
             peers=tuple(Peer(device=name, inbox=peer.inbox) for name, peer in peers),
             patience_s=PATIENCE * record.job.rounds.timeout_s,
         )
@@ -169,12 +202,12 @@ class JointExchange(Exchange):
         name = self._requests.get(parcel.request)
         if name is None or parcel.epoch != self._record.epoch & 0xFFFFFFFF:
             return False
-        if not self.state.wanted(name):
+        if not self.state.begun or name in self.state.refused:
             return True
         try:
             if parcel.kind is Kind.ERROR:
                 self._went_wrong(name, decode(parcel.meta, StageError, f"an answer of {name}"))
-            elif parcel.kind is Kind.UPDATE:
+            elif parcel.kind is Kind.UPDATE and self.state.wanted(name):
                 self._take(name, parcel)
         except PeerError as error:
             self._refuse(name, error.message)
@@ -208,6 +241,10 @@ class JointExchange(Exchange):
 
     def _went_wrong(self, name: str, error: StageError) -> None:
         if error.code == "again":
+            self._lost[name] += 1
+            if name != TRUNK and self._lost[name] > MOST_LOST:
+                self._refuse(name, f"lost its connection {MOST_LOST} times")
+                return
             self.state.anew()
             self._ring()
             return
@@ -230,8 +267,7 @@ class JointExchange(Exchange):
         self._counted(device, meta, vector)
 
     def _request(self, name: str) -> int:
-        """The same for the same question, by whichever coordinator."""
-        words = f"{name}/{self.state.together}/{self.state.attempt}"
+        words = f"{name}/{self._nonce}/{self.state.attempt}"
         return request_of(self._record.name, self._record.epoch, self.number, words)
 
     def _order_of(self, name: str) -> StageOrder:

@@ -158,6 +158,8 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
 def check_messages(base: Base, job: Job, boards: int) -> None:
     """Raise UsageError where what so many boards send at one time would be more than messages may hold."""
     at_once = min(boards, job.rounds.devices) if job.rounds.who in COUNTED else boards
+    if job.mode == "split":
+        at_once = min(at_once, MAX_ENDS)
     most = min(MAX_TENSOR_BYTES, MAX_PARTIAL_BYTES // at_once)
     shaped = shapes(base.config, spec_of(job))
     adapter = 4 * length_of(shaped)
@@ -168,22 +170,31 @@ def check_messages(base: Base, job: Job, boards: int) -> None:
                 try_="a smaller adapter.rank, fewer adapter.matrices, or fewer rounds.devices with rounds.who",
             )
         return
-    if at_once > MAX_ENDS:
+    if job.rounds.who in COUNTED and job.rounds.devices > MAX_ENDS:
         raise UsageError(
-            f"{at_once} boards with one trunk: {MAX_ENDS} at most", try_="rounds.who = 'random' and rounds.devices"
+            f"rounds.devices: {job.rounds.devices} boards with one trunk, {MAX_ENDS} at most", try_="fewer of them"
         )
     if adapter > MAX_TENSOR_BYTES:
         raise UsageError(
             f"an adapter of {bytes_text(adapter)}: {bytes_text(MAX_TENSOR_BYTES)} at most",
             try_="a smaller adapter.rank, or fewer adapter.matrices",
         )
-    rounds = job.rounds
-    states = 4 * (rounds.batch_rows * rounds.row_tokens * base.config.hidden + length_of(shaped, ("c",)))
-    if states > most:
+    if (states := states_bytes(base, job)) > most:
         raise UsageError(
             f"a batch's states are up to {bytes_text(states)}, of {at_once} boards at once: {bytes_text(most)} at most",
             try_="a smaller rounds.batch_rows or rounds.row_tokens",
         )
+
+
+def states_bytes(base: Base, job: Job) -> int:
+    """The most that a board of a split job sends at one time."""
+    rounds, head = job.rounds, length_of(shapes(base.config, spec_of(job)), ("c",))
+    return 4 * (rounds.batch_rows * rounds.row_tokens * base.config.hidden + head)
+
+
+def most_ends(base: Base, job: Job) -> int:
+    """Boards with data that one trunk can work with."""
+    return max(1, min(MAX_ENDS, MAX_PARTIAL_BYTES // states_bytes(base, job)))
 
 
 def without_torch(info: DeviceInfo) -> str:

@@ -17,7 +17,7 @@ from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
-from coordinator.rounds.orders import TRUNK, Placed, Way, able_devices, make_orders, task_of, ways_of
+from coordinator.rounds.orders import TRUNK, Placed, Way, able_devices, make_orders, most_ends, task_of, ways_of
 from coordinator.rounds.schedule import after
 from coordinator.rounds.settling import knobs_of, settled
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
@@ -33,7 +33,9 @@ from wire.messages import Applied, ArtifactRef, Privacy, Role, StageReport, Trai
 
 RETURN_S: Final = 5.0
 TRUNK_STAGE: Final = MAX_DEVICES - 1
-"""The number of the first board for the blocks; boards with data are counted from 0."""
+"""The number of the first board for the blocks, from which others are counted down; boards with data are counted up
+from 0."""
+LEAST_TRUNK_STAGE: Final = MAX_DEVICES // 2
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
 """Between two words about boards that are waited for."""
@@ -123,13 +125,14 @@ class Running:
         while True:
             for device, because in self._unable().items():
                 round_.state.refuse(device, because)
-            look = round_.state.look(time.monotonic(), self._ready())
+            look = round_.look(time.monotonic(), self._ready(), self._fetching())
             for device in look.ask:
                 round_.ask(device)
             self.waits_for = ", ".join(round_.state.missing)
             if look.verdict == "over":
                 return
             if look.verdict == "failed":
+                self._pass_over_trunk(round_)
                 why = "; ".join(f"{device}: {because}" for device, because in round_.state.refused.items())
                 raise Refused(f"round {round_.number} has too few updates: {why}", try_="edgelam tune resume, later")
             text = self._loading()
@@ -176,13 +179,18 @@ class Running:
         """Until there is a board for the blocks. Where it is it stays as long as that board is there."""
         coordinator, job = self._coordinator, self.job
 
+        def stays() -> bool:
+            trunk = self.record.trunk
+            passed_over = trunk is None or trunk.device in self.record.passed_over
+            return trunk is not None and not passed_over and coordinator.is_online(trunk.device)
+
         def there() -> bool:
             trunk = self.record.trunk
-            if trunk is not None and coordinator.is_online(trunk.device):
+            if stays():
                 return True
-            found = trunk_of(coordinator, job, base, self._able())
+            found = trunk_of(coordinator, job, base, self._able(), self.record.passed_over)
             if found.device:
-                stage = TRUNK_STAGE if trunk is None else trunk.stage - 1
+                stage = TRUNK_STAGE if trunk is None or trunk.stage <= LEAST_TRUNK_STAGE else trunk.stage - 1
                 at = TrunkAt(device=found.device, stage=stage, because=found.because)
                 self.record = msgspec.structs.replace(self.record, trunk=at)
                 self._say(f"the blocks are on {found.device}: {found.because}")
@@ -190,6 +198,8 @@ class Running:
                 self.waits_for = f"a board for the blocks ({'; '.join(f'{n}: {w}' for n, w in found.unable.items())})"
             return bool(found.device)
 
+        if self.record.trunk is not None and self.record.trunk.device not in self.record.passed_over:
+            await coordinator.changes.wait(stays, WAITING_SAID_S)  # moving the blocks takes longer
         while not there():
             self._say(f"round {self.record.round} waits for {self.waits_for}")
             await coordinator.changes.wait(there, WAITING_SAID_S)
@@ -207,6 +217,8 @@ class Running:
         it."""
         if not self.record.chosen:
             able = self._able()
+            if self.job.mode == "split":
+                able = able[: most_ends(base, self.job)]
             offers = [] if last else self._offers(base, able, number)
             fields = await asyncio.to_thread(settled, self.record, able, offers, last)
             self.record = msgspec.structs.replace(self.record, **fields)
@@ -277,7 +289,8 @@ class Running:
         }
         ways = ways_of(coordinator, self.job, able, base)
         if record.trunk is not None:
-            ways[TRUNK] = Way(keeps_all(coordinator, self.job, base, record.trunk.device, able), 1)
+            keeps = keeps_all(coordinator, self.job, base, record.trunk.device, able)
+            ways[TRUNK] = Way(keeps, 1)
         # Whoever has an order keeps what it says of this: the worker would have to begin anew.
         known = dict(record.with_data)
         if record.trunk is not None and record.is_placed:
@@ -285,6 +298,8 @@ class Running:
         for name, order in known.items():
             if order.training is not None:
                 ways[name] = Way(order.training.remember, order.training.rows_at_once)
+        if record.trunk is not None and not keeps:  # more boards than there were
+            ways[TRUNK] = Way(False, 1)
         orders = make_orders(coordinator.site, record, able, base, task, placed, ways)
         if orders == record.orders and self._placed:
             return
@@ -299,6 +314,22 @@ class Running:
             for name, device, applied, report in self._reports()
             if report.phase == "ready" and self._coordinator.is_online(device)
         }
+
+    def _fetching(self) -> set[str]:
+        """Who is there and fetches the files that it needs."""
+        return {
+            name
+            for name, device, _, report in self._reports()
+            if report.phase in ("waiting", "fetching") and self._coordinator.is_online(device)
+        }
+
+    def _pass_over_trunk(self, round_: Exchange) -> None:
+        """Where the trunk failed, its blocks go elsewhere when the job is resumed."""
+        trunk = self.record.trunk
+        if trunk is not None and TRUNK in round_.state.refused and not self.job.trunk:
+            passed_over = (*self.record.passed_over, trunk.device)
+            self.record = msgspec.structs.replace(self.record, passed_over=passed_over)
+            self._store.save(self.record)
 
     def _unable(self) -> dict[str, str]:
         """Device -> why it can't take part."""

@@ -64,6 +64,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     orders: dict[str, tuple[StageOrder, ...]] = {}
     trunk: TrunkAt | None = None
     """With mode 'split', once it was chosen."""
+    passed_over: tuple[str, ...] = ()
+    """Boards that were the trunk and could not be."""
     chosen: tuple[str, ...] = ()
     """Who takes part in the round under way; none before that is settled."""
     shares: dict[str, float] = {}

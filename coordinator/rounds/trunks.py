@@ -23,8 +23,11 @@ class Found(NamedTuple):
     unable: Mapping[str, str]
 
 
-def trunk_of(coordinator: Coordinator, job: Job, base: Base, with_data: Collection[str]) -> Found:
-    """The board for the blocks. It may have data, too: then it has both parts."""
+def trunk_of(
+    coordinator: Coordinator, job: Job, base: Base, with_data: Collection[str], passed_over: Collection[str] = ()
+) -> Found:
+    """The board for the blocks. It may have data, too: then it has both parts. Those that are `passed_over` get them
+    where nobody else can."""
     can: dict[str, float] = {}
     unable: dict[str, str] = {job.trunk: "not heard of"} if job.trunk else {}
     least_bytes = base.trunk_bytes(job, ends_of(job, with_data), remember=False)
@@ -49,7 +52,7 @@ def trunk_of(coordinator: Coordinator, job: Job, base: Base, with_data: Collecti
             can[device.name] = product_rate(profiles.get(device.name))
     if not can:
         return Found("", "", unable)
-    best = max(sorted(can), key=lambda name: can[name])
+    best = max(sorted(can), key=lambda name: (name not in passed_over, can[name]))
     if job.trunk:
         return Found(best, "the job names it", unable)
     if not can[best]:

@@ -32,6 +32,14 @@ SLACK: Final = 1.01
 """Rounding, above the most that a gradient can be."""
 
 
+class Misled(PeerError):
+    """By `device`, which takes part."""
+
+    def __init__(self, message: str, device: str) -> None:
+        super().__init__(message)
+        self.device = device
+
+
 class Ends(Protocol):
     """The parts of a model that a device has: TrainedStage without blocks, TrainedEncoder with a task module alone."""
 
@@ -190,6 +198,8 @@ class TrunkRound:
         self._steps = task.steps if asked.train else 0
         self._asked: dict[str, _Asked] = {}
         self._came: dict[str, Floats] = {}
+        self._added = 0
+        """Devices whose gradients are in those of this step."""
         self.step = 0
 
     @property
@@ -201,10 +211,15 @@ class TrunkRound:
         """Whose gradients of this step have not come."""
         return tuple(device for device in self._ends if device not in self._came)
 
-    def judged(self, question: Question) -> Floats:
-        """Features that no gradient follows."""
+    @property
+    def complete(self) -> bool:
+        """Whether all has come for a step."""
+        return not self.over and not self.waits_for
+
+    def judged(self, device: str, question: Question) -> Floats:
+        """Features that no gradient follows. Raises Misled."""
         with torch.no_grad():
-            return self._answer(self._stage.features(*_tensors(question)))
+            return self._answer(device, self._stage.features(*_tensors(question)))
 
     @property
     def samples(self) -> int:
@@ -212,27 +227,38 @@ class TrunkRound:
         return sum(self._samples.values())
 
     def features(self, device: str, question: Question, samples: int) -> Floats | None:
-        """What a device that has so many samples waits for; None for what is of another step, or came before."""
+        """What a device that has so many samples waits for; None for what is of another step, or came before. Raises
+        Misled for states that the model makes no numbers of."""
         if self.over or question.step != self.step or device in self._asked:
             return None
-        self._samples[device] = samples
         states, lengths = _tensors(question)
         if self._task.remember:
             features = self._stage.features(states, lengths)
         else:
             with torch.no_grad():
                 features = self._stage.features(states, lengths)
+        answer = self._answer(device, features.detach())
         self._asked[device] = _Asked(states, lengths, features)
-        return self._answer(features.detach())
+        self._samples[device] = samples
+        return answer
 
     def take(self, device: str, step: int, came: Floats) -> bool:
-        """A device's gradients, of its features and of the task module; True if a step was made with them. Raises
-        PeerError for what can't be gradients, Diverged."""
+        """A device's gradients, of its features and of the task module; False for what is of another step, or came
+        before. Raises Misled for what can't be gradients."""
         if step != self.step or device not in self._asked or device in self._came:
             return False
-        self._check(self._asked[device].features, came)
+        self._check(device, self._asked[device].features, came)
         self._came[device] = came
-        if self.waits_for:
+        return True
+
+    def advance(self) -> bool:
+        """When all is `complete`: add one device's gradients; True if it was the last, and the step was made. One call
+        takes as long as one device's batch. Raises Misled for gradients that are too large to be added, Diverged."""
+        if self._added == 0:
+            self._optimiser.zero_grad(set_to_none=True)
+        self._add(self._ends[self._added])
+        self._added += 1
+        if self._added < len(self._ends):
             return False
         self._make_step()
         return True
@@ -252,20 +278,22 @@ class TrunkRound:
             assert leaf.grad is not None
             yield name, leaf.grad.numpy()
 
-    def _answer(self, features: Tensor) -> Floats:
+    def _answer(self, device: str, features: Tensor) -> Floats:
         parts = [features.numpy().reshape(-1)]
+        if not np.isfinite(parts[0]).all():
+            raise Misled("states that the model makes no numbers of", device)
         if HEAD in self._shaped:
             parts.append(self._stage.factors[HEAD].detach().numpy().reshape(-1))
         return np.concatenate(parts).astype(np.float32, copy=False)
 
-    def _check(self, features: Tensor, came: Floats) -> None:
+    def _check(self, device: str, features: Tensor, came: Floats) -> None:
         """The gradient of a mean cross entropy by the scores has a length of sqrt(2) at most, for each text; that of
         features and task module follows from it."""
         labels = length_of({HEAD: self._shaped[HEAD]}) if HEAD in self._shaped else 0
         if len(came) != features.numel() + labels:
-            raise PeerError(f"{len(came)} gradients, {features.numel() + labels} were due")
+            raise Misled(f"{len(came)} gradients, {features.numel() + labels} were due", device)
         if not np.isfinite(came).all():
-            raise PeerError(f"{int((~np.isfinite(came)).sum())} gradients are no numbers")
+            raise Misled(f"{int((~np.isfinite(came)).sum())} gradients are no numbers", device)
         if not labels:
             return
         head = self._stage.factors[HEAD].detach().numpy()
@@ -275,21 +303,23 @@ class TrunkRound:
         for found, limit, what in zip((of_features, of_head), most, ("features", "the task module"), strict=True):
             size = float(np.linalg.norm(found.astype(np.float64)))
             if size > SLACK * limit:
-                raise PeerError(f"gradients of {what} are {size:.3g} long, at most {limit:.3g} is possible")
+                raise Misled(f"gradients of {what} are {size:.3g} long, at most {limit:.3g} is possible", device)
+
+    def _add(self, device: str) -> None:
+        asked, came, share = self._asked[device], self._came[device], self._samples[device] / self.samples
+        features = asked.features
+        if not self._task.remember:
+            features = self._stage.features(asked.states, asked.lengths, False)
+        size = features.numel()
+        features.backward(share * torch.from_numpy(came[:size].reshape(features.shape)))
+        head = self._leaves.get(HEAD)
+        if head is not None:
+            piece = share * torch.from_numpy(came[size:].reshape(head.shape))
+            head.grad = piece if head.grad is None else head.grad + piece
+        if not all(leaf.grad is None or bool(leaf.grad.isfinite().all()) for leaf in self._leaves.values()):
+            raise Misled("gradients that are too large to be added", device)
 
     def _make_step(self) -> None:
-        self._optimiser.zero_grad(set_to_none=True)
-        for device in self._ends:
-            asked, came, share = self._asked[device], self._came[device], self._samples[device] / self.samples
-            features = asked.features
-            if not self._task.remember:
-                features = self._stage.features(asked.states, asked.lengths, False)
-            size = features.numel()
-            features.backward(share * torch.from_numpy(came[:size].reshape(features.shape)))
-            head = self._leaves.get(HEAD)
-            if head is not None:
-                piece = share * torch.from_numpy(came[size:].reshape(head.shape))
-                head.grad = piece if head.grad is None else head.grad + piece
         for leaf in self._leaves.values():
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)
@@ -297,7 +327,7 @@ class TrunkRound:
         if not math.isfinite(float(norm)):
             raise Diverged(f"the gradient is {float(norm)} in step {self.step}", try_="a lower learning_rate")
         self._optimiser.step()
-        self._asked, self._came = {}, {}
+        self._asked, self._came, self._added = {}, {}, 0
         self.step += 1
 
 

@@ -278,7 +278,7 @@ def test_the_trunk_names_whom_it_waits_for(bench: Bench) -> None:
     bench.ask("a")
     bench.through()
     trunk = bench.works["t"]
-    trunk._heard_s = 100.0  # type: ignore[attr-defined]
+    trunk._heard_s = dict.fromkeys(ENDS, 100.0)  # type: ignore[attr-defined]
     trunk.tick(129.0)
     assert not bench.sent
     trunk.tick(131.0)
@@ -312,7 +312,9 @@ def test_states_that_can_t_be_are_named(bench: Bench) -> None:
     wrong = [
         (good, states[:, :, :-1], "states of"),
         (good, np.zeros((2, 17, 32), np.float32), "states of"),
+        ({**good, "lengths": (3, 2, 1)}, np.zeros((3, 3, 32), np.float32), "states of"),
         (good, np.full_like(states, np.inf), "no numbers"),
+        (good, np.full_like(states, 1e30), "makes no numbers of"),
         ({**good, "lengths": (3, 4)}, states, "lengths"),
         ({**good, "lengths": (3,)}, states, "lengths"),
         ({**good, "samples": 0}, states, "no samples"),
@@ -385,3 +387,54 @@ def test_an_order_has_the_part_of_its_role(role: Any, changes: dict[str, Any], g
     order = order_of(engine="torch", runs="rounds", training=task_of(SPEC, 1, role=role), **changes)
     said = problem_with(desired_of(order), FAKE_SITE, DEVICE)
     assert said == "" if good else said.endswith(f"are no {role}")
+
+
+def test_who_says_more_than_it_was_asked_for_is_named_and_held_within_bounds(bench: Bench) -> None:
+    bench.ask("t")
+    tensor = Tensor.of(np.zeros((1, 3, 32), np.float32))
+    for step in range(5):
+        meta = SplitMeta(device="a", step=step, samples=1, lengths=(3,))
+        bench.give("t", Parcel(Kind.STATES, 7, 5, 0, 0, tensor, msgspec.json.encode(meta)))
+    assert len(bench.works["t"]._said) == 2
+    bench.sent = deque(one for one in bench.sent if one[0] == REPLY)
+    bench.told = [parcel for _, parcel in bench.sent]
+    found = bench.errors()
+    assert {(error.code, error.device, error.text) for error in found} == {
+        ("protocol", "a", "says more than it was asked for")
+    }
+
+
+def test_who_takes_nothing_holds_up_nobody_else(bench: Bench) -> None:
+    sender = bench.senders["t"]
+    plain = sender.to_requester
+
+    def but_for_a(topic: str, parcel: Parcel) -> None:
+        if topic == inbox("a"):
+            raise NotConnected("no credit")
+        plain(topic, parcel)
+
+    sender.to_requester = but_for_a  # type: ignore[method-assign]
+    for device in bench.works:
+        bench.ask(device)
+    bench.through()
+    assert bench.works["b"]._round_of._judged == 1, "it was answered"  # type: ignore[attr-defined]
+    sender.to_requester = plain  # type: ignore[method-assign]
+    bench.works["t"].tick(1.0)
+    bench.through()
+    np.testing.assert_allclose(bench.updates()["t"][1], expected(bench), atol=1e-5)
+
+
+def test_a_connection_that_is_lost_behind_the_answer_loses_the_round_too(bench: Bench) -> None:
+    """The last gradient may not have come through."""
+    for device in bench.works:
+        bench.ask(device)
+    bench.through()
+    bench.told.clear()
+    bench.works["a"].drop_all()
+    bench.works["a"].tick(1.0)
+    bench.turn()
+    kinds = [parcel.kind for parcel in bench.told]
+    assert Kind.ERROR in kinds
+    bench.told = [parcel for parcel in bench.told if parcel.kind is Kind.ERROR]
+    [error] = bench.errors()
+    assert (error.code, error.device) == ("again", "a")

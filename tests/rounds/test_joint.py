@@ -40,15 +40,41 @@ def test_it_is_over_when_the_trunk_and_all_others_have_answered() -> None:
     assert state.look(1.0, {}).verdict == "over"
 
 
-def test_who_stays_away_behind_the_deadline_is_left_out_and_the_others_begin_anew() -> None:
+def test_who_stays_away_for_too_long_is_left_out_as_long_as_enough_are_left() -> None:
     state = state_of(2)
     without = {name: worker for name, worker in ALL.items() if name != "c"}
-    assert state.look(99.0, without) == Look((), "waits")
-    assert state.look(101.0, without) == Look((TRUNK, "a", "b"), "waits")
-    assert state.refused == {"c": "away, and it did not come back in time"}
+    for now_s in (0.0, 99.0):
+        assert state.look(now_s, without) == Look((), "waits")
+    assert state.look(101.0, without, busy=("c",)) == Look((), "waits"), "it fetches its part"
+    assert state.look(102.0, without) == Look((TRUNK, "a", "b"), "waits")
+    assert state.refused == {"c": "away for 100 s"}
     without.pop("b")
-    assert state.look(102.0, without) == Look((), "waits"), "there is as much time again"
-    assert state.look(202.0, without).verdict == "failed", "one is too few"
+    for now_s in (110.0, 230.0, 900.0):
+        assert state.look(now_s, without) == Look((), "waits"), "one would be too few"
+    assert state.look(901.0, {**without, "b": "w2"}) == Look((TRUNK, "a", "b"), "waits")
+
+
+def test_a_short_absence_late_in_a_long_round_is_none() -> None:
+    state = state_of()
+    state.look(0.0, ALL)
+    without = {name: worker for name, worker in ALL.items() if name != TRUNK}
+    assert state.look(150.0, without) == Look((), "waits")
+    assert state.look(151.0, ALL) == Look((), "waits"), "its worker is the same: it goes on"
+    assert state.look(190.0, without) == Look((), "waits")
+    assert state.look(260.0, without) == Look((), "waits") and not state.refused
+    assert state.look(290.0, without).verdict == "failed", "the trunk is what nothing can be without"
+
+
+def test_no_round_is_too_long_and_who_does_not_say_what_it_saw_is_left_out() -> None:
+    state = state_of()
+    state.look(0.0, ALL)
+    assert state.look(199.0, ALL).ask == ()
+    assert state.look(201.0, ALL).ask == (TRUNK, *ENDS) and state.attempt == 2
+    assert state.look(600.0, ALL).ask == (), "it has twice the time now"
+    for name in (TRUNK, "a", "c"):
+        state.count(name)
+    assert state.look(602.0, ALL).ask == (TRUNK, "a", "c")
+    assert state.refused == {"b": "said nothing of what it saw"}
 
 
 def test_without_a_trunk_nothing_comes_of_it() -> None:
@@ -62,16 +88,16 @@ def test_without_a_trunk_nothing_comes_of_it() -> None:
     assert state.look(1.0, ALL).verdict == "failed"
 
 
-def test_who_is_refused_is_out_and_silence_begins_it_anew() -> None:
+def test_who_is_refused_is_out_and_a_lost_broker_begins_it_anew() -> None:
     state = state_of()
     state.look(0.0, ALL)
     state.refuse("a", "NaN")
     state.refuse("nobody", "")
     assert state.look(1.0, ALL) == Look((TRUNK, "b", "c"), "waits")
     assert state.look(100.0, ALL).ask == ()
-    assert state.look(101.5, ALL).ask == (TRUNK, "b", "c")
     state.ask_all_again()
-    assert state.look(102.0, ALL).ask == (TRUNK, "b", "c") and state.attempt == 4
+    assert not state.begun
+    assert state.look(102.0, ALL).ask == (TRUNK, "b", "c") and state.attempt == 3
     assert set(state.refused) == {"a"}
 
 

@@ -97,11 +97,11 @@ class Together:
         }
 
     def judge(self) -> None:
-        for end in self.ends.values():
+        for device, end in self.ends.items():
             for _ in end._held_out:
                 question = end.question()
                 assert question is not None and question.judged
-                assert end.answered(self.trunk.judged(question)) is None
+                assert end.answered(self.trunk.judged(device, question)) is None
 
     def step(self, order: tuple[str, ...] | None = None) -> float:
         """Make one step, boards in this order; gives the weighted loss."""
@@ -113,7 +113,9 @@ class Together:
             assert features is not None
             gradients = self.ends[device].answered(features)
             assert gradients is not None
-            self.trunk.take(device, question.step, gradients)
+            assert self.trunk.take(device, question.step, gradients)
+        while not self.trunk.advance():
+            pass
         losses = {device: end._loss - before[device] for device, end in self.ends.items()}
         return weighted(self.rows, losses)
 

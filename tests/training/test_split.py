@@ -161,8 +161,8 @@ def test_gradients_that_can_t_be_are_refused_and_change_nothing(tmp_path: Path) 
         with pytest.raises(PeerError, match=words):
             split.trunk.take("a", question.step, values)
     assert split.trunk.waits_for == DEVICES
-    assert not split.trunk.take("a", question.step, gradients)
-    assert split.trunk.waits_for == ("b", "c")
+    assert split.trunk.take("a", question.step, gradients)
+    assert split.trunk.waits_for == ("b", "c") and not split.trunk.complete
     assert not split.trunk.take("a", question.step, gradients), "what comes twice counts once"
     assert split.trunk.features("a", question, 5) is None
     assert split.trunk.step == 0
@@ -173,7 +173,7 @@ def test_features_that_can_t_be_are_refused(tmp_path: Path) -> None:
     split = Together(halves, rows_for(halves), task_of(halves.spec, 1), start_of(halves), ("a", "b"))
     end = split.ends["b"]
     while (question := end.question()) is not None and question.judged:
-        features = split.trunk.judged(question)
+        features = split.trunk.judged("b", question)
         for values in (features[:-1], np.full_like(features, np.inf)):
             with pytest.raises(ValueError, match="were due"):
                 end.answered(values)
