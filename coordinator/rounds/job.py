@@ -105,10 +105,11 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     model: str
     data: str
-    mode: Literal["federated", "split"] = "federated"
-    """'split': boards with data have the ends of the model, and one board all blocks."""
+    mode: Literal["federated", "split", "auto"] = "federated"
+    """'split': boards with data have the ends of the model, and one board all blocks; 'auto': what
+    coordinator.rounds.modes says."""
     trunk: str = ""
-    """With mode 'split': the board that has the blocks; '': the one that multiplies fastest."""
+    """Of a split model: the board that has the blocks; '': the one that multiplies fastest."""
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
     """Which of these a text has is learnt, by a sentence encoder; none: to say the text, by a language model."""
     precision: Literal["int4", "int8", "f32"] = "int4"
@@ -157,6 +158,11 @@ def checked(job: Job) -> Job:
     return job_of(msgspec.to_builtins(job), job.name)
 
 
+def against_split(job: Job) -> list[str]:
+    """What in a job does not go with a model that is split."""
+    return _about_split(msgspec.structs.asdict(job))
+
+
 def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> dict[str, Any]:
     """The fields of a table, each checked for itself; what is wrong goes into `problems`."""
     if not isinstance(raw, Mapping):
@@ -197,8 +203,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     adapter, rounds = values.get("adapter", Adapter()), values.get("rounds", Rounds())
     devices = values.get("devices", ())
     found = _about_split(values) if values.get("mode") == "split" else []
-    if values.get("trunk") and values.get("mode") != "split":
-        found.append("trunk: means something with mode = 'split' alone")
+    if values.get("trunk") and values.get("mode", "federated") == "federated":
+        found.append("trunk: means nothing with mode = 'federated'")
     if not is_name(values["name"]) or len(values["name"]) > MOST_NAME:
         found.append(f"name: {values['name']!r} is none: up to {MOST_NAME} lower-case letters, digits and hyphens")
     found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]

@@ -37,6 +37,8 @@ class JobReport(Struct, frozen=True, kw_only=True):
     because: str = ""
     base: str = ""
     """Digest of the checkpoint that the adapter is of."""
+    mode_because: str = ""
+    """Where the job left its mode open."""
     trunk: str = ""
     """Of a split model: where its blocks are, and why."""
     each: tuple[RoundRecord, ...] = ()
@@ -61,13 +63,16 @@ def _job(report: JobReport) -> Table:
     losses = [done.held_out_loss for done in report.each if done.held_out_loss is not None]
     right = [done.held_out_accuracy for done in report.each if done.held_out_accuracy is not None]
     spent = spent_by(report.each)
+    mode = [said for said in (report.mode_because, report.trunk) if said]
+    if job.mode == "split" and not report.mode_because:
+        mode.insert(0, "split")
     items = [
         ("state", report.state + (f": {clean(report.because)}" if report.because else "")),
         (
             "model",
             f"{clean(job.model)} at {'f32' if job.labels else job.precision}, checkpoint {report.base[:19] or '-'}",
         ),
-        *([("mode", f"split; {clean(report.trunk)}")] if job.mode == "split" else []),
+        *([("mode", clean("; ".join(mode)))] if mode else []),
         ("adapter", f"rank {job.adapter.rank} on {', '.join(job.adapter.matrices)}, scale {job.adapter.scale_alpha:g}"),
         ("rounds", f"{len(trained)} of {job.rounds.count}; {job.rounds.who} take part, {job.rounds.aggregation}"),
         ("held-out loss", " -> ".join(map(_loss, (losses[0], losses[-1]))) if losses else "-"),

@@ -62,6 +62,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     base: str = ""
     """Digest of the checkpoint that the adapter is of."""
     orders: dict[str, tuple[StageOrder, ...]] = {}
+    mode_because: str = ""
+    """Why it has its mode, where that was left to us."""
     trunk: TrunkAt | None = None
     """With mode 'split', once it was chosen."""
     passed_over: tuple[str, ...] = ()

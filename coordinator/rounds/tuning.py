@@ -17,6 +17,7 @@ from coordinator.operations import Operations
 from coordinator.rounds.adapters import spec_of, spent_by
 from coordinator.rounds.bases import base_of
 from coordinator.rounds.job import Job
+from coordinator.rounds.modes import settled_mode
 from coordinator.rounds.orders import able_devices, check_messages
 from coordinator.rounds.report import JobReport
 from coordinator.rounds.running import Running, round_event
@@ -91,6 +92,9 @@ class Tuning:
         prepared = await self._operations.preparing.prepare(job.model, job.precision, say)
         base = await asyncio.to_thread(base_of, prepared, job)
         await self._operations.preparing.await_broker()
+        job, mode_because = settled_mode(self._coordinator, job, base)
+        if mode_because:
+            say(mode_because)
         able, unable = able_devices(self._coordinator, job, base)
         if len(able) < job.rounds.at_least:
             why = "; ".join(f"{device}: {because}" for device, because in unable.items()) or "no board is online"
@@ -112,6 +116,7 @@ class Tuning:
             state="running",
             epoch=self._coordinator.next_epoch(),
             base=base.digest,
+            mode_because=mode_because,
             began_unix=now_unix(),
         )
         self._start(self._store.begin(record, flat(factors, shapes(base.config, spec_of(job)))))
@@ -174,6 +179,7 @@ class Tuning:
             state=record.state,
             because=record.because,
             base=record.base,
+            mode_because=record.mode_because,
             trunk="" if record.trunk is None else f"the blocks are on {record.trunk.device}: {record.trunk.because}",
             each=tuple(self._store.rounds(name)),
         )

@@ -1,0 +1,102 @@
+"""Mode 'auto': whether boards train the whole model each, or its ends alone with the blocks on one of them.
+
+A model that boards with data can't hold is split. One that all can hold is split where a round of all together is
+foretold to take clearly less time than one of the slowest of them, by how fast boards multiply and send, as their
+profiles say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Final
+
+import msgspec
+
+from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.bases import Base
+from coordinator.rounds.job import Job, against_split
+from coordinator.rounds.orders import able_devices, states_bytes
+from coordinator.rounds.trunks import product_rate, trunk_of
+from coordinator.service import Coordinator
+from hwprofiles.link import bytes_per_s
+from hwprofiles.profile import LinkMeasurement, Profile
+from models.lora.adapter import MATRICES, length_of, shapes, sizes
+from wire.units import seconds_text
+
+PASSES: Final = 2
+"""A step takes as many products forwards as it takes backwards, where weights are frozen."""
+CLEARLY: Final = 0.8
+"""Of the other's time: what is not clearly less sends no states over the network."""
+
+
+def settled_mode(coordinator: Coordinator, job: Job, base: Base) -> tuple[Job, str]:
+    """The job with a mode, and why; the reason is '' where the job says its mode."""
+    if job.mode != "auto":
+        return job, ""
+    whole = msgspec.structs.replace(job, mode="federated", trunk="")
+    parts = msgspec.structs.replace(job, mode="split")
+    problems = against_split(parts)
+    if problems:
+        return whole, f"federated: {problems[0]}"
+    can_whole, unable = able_devices(coordinator, whole, base)
+    can_ends, _ = able_devices(coordinator, parts, base)
+    found = trunk_of(coordinator, parts, base, can_ends)
+    if not found.device:
+        return whole, "federated: no board can have the blocks"
+    small = sorted(set(can_ends) - set(can_whole))
+    if small:
+        first = f"{small[0]} {unable[small[0]]}"
+        return parts, f"split: {len(small)} of {len(can_ends)} boards with data can't hold the model ({first})"
+    profiles, all_can = coordinator.profiles(), "federated: all boards with data can hold the model"
+    apart_s = federated_s(base, whole, profiles, can_whole)
+    together_s = split_s(base, parts, profiles, can_ends, found.device)
+    if apart_s is None or together_s is None:
+        return whole, f"{all_can}, and of some it was not measured how fast they are"
+    times = f"a round is foretold to take {seconds_text(together_s)} split, {seconds_text(apart_s)} federated"
+    if together_s < CLEARLY * apart_s:
+        return parts, f"split: {times}"
+    return whole, f"{all_can}, and {times}"
+
+
+def federated_s(base: Base, job: Job, profiles: Mapping[str, Profile], devices: Collection[str]) -> float | None:
+    """What a round is foretold to take at most, computing and sending factors both ways; None where some board's rates
+    are not known."""
+    sent_bytes = 8 * length_of(shapes(base.config, spec_of(job)))
+    found = []
+    for device in devices:
+        rate, link = _rates(profiles.get(device))
+        if not rate or not link:
+            return None
+        found.append(job.rounds.steps * _operations(base, job) / rate + sent_bytes / link)
+    return max(found, default=None)
+
+
+def split_s(
+    base: Base, job: Job, profiles: Mapping[str, Profile], devices: Collection[str], trunk: str
+) -> float | None:
+    """The same of a split model: the trunk computes for all of them, and they send states and gradients."""
+    rate, trunk_link = _rates(profiles.get(trunk))
+    links = [_rates(profiles.get(device))[1] for device in devices]
+    if not rate or not trunk_link or not all(links) or not devices:
+        return None
+    one_way_bytes = states_bytes(base, job)
+    on_the_way_s = max(2 * one_way_bytes / min(links), 2 * one_way_bytes * len(links) / trunk_link)
+    return job.rounds.steps * (len(devices) * _operations(base, job) / rate + on_the_way_s)
+
+
+def _operations(base: Base, job: Job) -> float:
+    """Of the blocks, for the batch of one board: a multiplication and an addition are two."""
+    weights = 0
+    for matrix in MATRICES:
+        try:
+            out, columns = sizes(base.config, matrix)
+        except KeyError:
+            continue  # an encoder has no gate
+        weights += out * columns
+    return 2.0 * PASSES * base.config.blocks * weights * job.rounds.batch_rows * job.rounds.row_tokens
+
+
+def _rates(profile: Profile | None) -> tuple[float, float]:
+    """Operations/s and bytes/s; 0 for what was not measured."""
+    link = profile.link if profile is not None else None
+    return product_rate(profile), (bytes_per_s(link) or 0.0) if isinstance(link, LinkMeasurement) else 0.0
