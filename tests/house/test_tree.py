@@ -33,9 +33,11 @@ ALLOWED_ELSEWHERE = {
     "models/training/llama.py": {"torch"},
     "models/training/private.py": {"torch"},
     "models/training/rounds.py": {"torch"},
+    "models/training/split.py": {"torch"},
     "models/training/samples.py": {"tokenizers"},
     "agent/workers/training.py": {"torch"},
     "agent/workers/roundwork.py": {"torch"},
+    "agent/workers/splitwork.py": {"torch"},
 }
 """Files that are imported only where their extra is installed, and by no one at import time (checked below)."""
 
