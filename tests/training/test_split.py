@@ -182,7 +182,6 @@ def test_features_that_can_t_be_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.download
 @pytest.mark.parametrize("model", ["smollm2", "minilm"])
 def test_real_models_learn_as_in_one_place(model: str, tmp_path: Path) -> None:
     """Three devices, twenty steps, SmolLM2 and MiniLM with float32 weights. Their words
