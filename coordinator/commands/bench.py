@@ -66,7 +66,7 @@ def bench(
 
     Example: edgelam bench --fleet --html -o shelf.html
     """
-    form = form_of(as_markdown, as_html, json)
+    form = form_of(as_markdown, as_html, json, output)
     if 0 < sustained < LEAST_SUSTAINED_S:
         raise UsageError(f"--sustained {sustained:g}: too short to get warm", try_="600, for a report")
     if fleet and device:

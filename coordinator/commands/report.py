@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import typer
@@ -27,11 +28,16 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a 
 Files = Annotated[list[Path], typer.Argument(help="Reports or profiles; several become one report.")]
 
 
-def form_of(as_markdown: bool, as_html: bool, json: bool) -> Form:
-    """The one that is wanted; raise UsageError for two."""
+FORMS: Final[Mapping[str, Form]] = {".html": "html", ".htm": "html", ".md": "markdown", ".json": "json"}
+"""By the end of a file's name, where no form is named."""
+
+
+def form_of(as_markdown: bool, as_html: bool, json: bool, output: Path | None = None) -> Form:
+    """The one that is wanted, by an option or the name of the file; raise UsageError for two."""
     if as_markdown + as_html + json > 1:
         raise UsageError("--markdown, --html and --json exclude each other", try_="one of them")
-    return "markdown" if as_markdown else "html" if as_html else "json" if json else "text"
+    named = FORMS.get(output.suffix.lower(), "text") if output is not None else "text"
+    return "markdown" if as_markdown else "html" if as_html else "json" if json else named
 
 
 def width() -> int:
@@ -86,7 +92,7 @@ def show(
 
     Example: edgelam report show shelf.json --html -o shelf.html
     """
-    give_report(read(files), form_of(as_markdown, as_html, json), output)
+    give_report(read(files), form_of(as_markdown, as_html, json, output), output)
 
 
 @app.command()
@@ -108,7 +114,7 @@ def compare(
 
     Example: edgelam report compare before.json after.json --board pi5
     """
-    form = form_of(as_markdown, as_html, json)
+    form = form_of(as_markdown, as_html, json, output)
     if len(board or ()) > 2:
         raise UsageError("--board was given more than twice", try_="--board OF_A --board OF_B")
     names = list(board or ())

@@ -39,6 +39,11 @@ def test_show_gives_the_report_in_four_forms(run: Run, shelf: str, tmp_path: Pat
     assert "# profile of fast: measured live" in run("report", "show", shelf, "--markdown").stdout
     again = run("report", "show", shelf, "--json").stdout
     assert again.strip().encode() == Path(shelf).read_bytes()
+    named = tmp_path / "named.html"
+    assert run("report", "show", shelf, "-o", str(named)).returncode == 0
+    assert named.read_text().startswith("<!DOCTYPE html>"), "the file's name says in which form"
+    assert run("report", "show", shelf, "-o", str(tmp_path / "named.md")).returncode == 0
+    assert (tmp_path / "named.md").read_text().startswith("# ")
     done = run("report", "show", shelf, "--html", "-o", str(tmp_path / "shelf.html"))
     assert (done.returncode, done.stdout) == (0, "")
     assert (tmp_path / "shelf.html").read_text().startswith("<!DOCTYPE html>")
