@@ -136,9 +136,12 @@ def achieved(module: ModuleMeasurement, found: Ceilings) -> tuple[Achieved, ...]
     if not module.weight_bytes or not module.row_operations or module.kind == "embedding":
         return ()
     memory, products = reading(found), best(found.products)
+    # Of a chunk of a prompt a language model's head runs the last row alone; that of an item model, which does not
+    # decode, all rows.
+    last_row = module.kind == "head" and any(timing.phase == "decode" for timing in module.timings)
     shortest: dict[tuple[Phase, int], Achieved] = {}
     for step in sorted(estimate(module).steps, key=lambda step: -step.context):
-        if step.valid and step.block_s > 0:
+        if step.valid and step.block_s > 0 and not (last_row and step.phase == "prefill"):
             moved, done = module.weight_bytes / step.block_s, module.row_operations * step.tokens / step.block_s
             shortest[step.phase, step.tokens] = Achieved(
                 key=module.key,

@@ -89,6 +89,13 @@ def test_decode_is_set_beside_memory_and_prefill_beside_products() -> None:
     assert math.isclose(decode.intensity, 3.2, rel_tol=0.01)
 
 
+def test_a_head_runs_the_last_row_of_a_prompt_alone_unless_it_is_an_item_model_s() -> None:
+    assert [one.phase for one in ceilings.achieved(weighed(kind="head"), examples.ceilings())] == ["decode"]
+    of_items = tuple(timing for timing in weighed().timings if timing.phase == "prefill")
+    found = ceilings.achieved(weighed(kind="head", timings=of_items), examples.ceilings())
+    assert [one.phase for one in found] == ["prefill"]
+
+
 @pytest.mark.parametrize("changes", [{"weight_bytes": 0}, {"row_operations": 0}, {"kind": "embedding"}])
 def test_what_is_not_known_of_a_module_is_not_made_up(changes: dict[str, object]) -> None:
     assert ceilings.achieved(weighed(**changes), examples.ceilings()) == ()
