@@ -230,3 +230,9 @@ def ways_of(coordinator: Coordinator, job: Job, devices: Collection[str], base: 
                 way = way._replace(rows_at_once=-(-way.rows_at_once // 2))
         found[device] = way
     return found
+
+
+def way_of(order: StageOrder) -> Way:
+    """How a board was told to train."""
+    assert order.training is not None
+    return Way(order.training.remember, order.training.rows_at_once)

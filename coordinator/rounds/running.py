@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -17,11 +17,11 @@ from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
-from coordinator.rounds.orders import TRUNK, Placed, Way, able_devices, make_orders, most_ends, task_of, ways_of
+from coordinator.rounds.orders import TRUNK, Placed, Way, able_devices, make_orders, most_ends, task_of, way_of, ways_of
 from coordinator.rounds.schedule import after
 from coordinator.rounds.settling import knobs_of, settled
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
-from coordinator.rounds.trunks import keeps_all, trunk_of
+from coordinator.rounds.trunks import Found, keeps_all, trunk_of
 from coordinator.service import Coordinator
 from hwprofiles.link import bytes_per_s
 from hwprofiles.profile import LinkMeasurement
@@ -176,33 +176,37 @@ class Running:
         return bool(record.chosen) or set(record.with_data) <= set(self._able())
 
     async def _await_trunk(self, base: Base) -> None:
-        """Until there is a board for the blocks. Where it is it stays as long as that board is there."""
-        coordinator, job = self._coordinator, self.job
-
-        def stays() -> bool:
-            trunk = self.record.trunk
-            passed_over = trunk is None or trunk.device in self.record.passed_over
-            return trunk is not None and not passed_over and coordinator.is_online(trunk.device)
-
-        def there() -> bool:
-            trunk = self.record.trunk
-            if stays():
-                return True
-            found = trunk_of(coordinator, job, base, self._able(), self.record.passed_over)
-            if found.device:
-                stage = TRUNK_STAGE if trunk is None or trunk.stage <= LEAST_TRUNK_STAGE else trunk.stage - 1
-                at = TrunkAt(device=found.device, stage=stage, because=found.because)
-                self.record = msgspec.structs.replace(self.record, trunk=at)
-                self._say(f"the blocks are on {found.device}: {found.because}")
-            else:
-                self.waits_for = f"a board for the blocks ({'; '.join(f'{n}: {w}' for n, w in found.unable.items())})"
-            return bool(found.device)
-
+        """Until there is a board for the blocks. Where they are they stay as long as that board is there."""
+        wait = self._coordinator.changes.wait
         if self.record.trunk is not None and self.record.trunk.device not in self.record.passed_over:
-            await coordinator.changes.wait(stays, WAITING_SAID_S)  # moving the blocks takes longer
-        while not there():
+            await wait(self._trunk_stays, WAITING_SAID_S)  # moving the blocks takes longer
+        while not self._trunk_stays():
+            found = self._find_trunk(base)
+            if found.device:
+                self._move_trunk(found)
+                return
+            why = "; ".join(f"{device}: {because}" for device, because in found.unable.items())
+            self.waits_for = f"a board for the blocks ({why})"
             self._say(f"round {self.record.round} waits for {self.waits_for}")
-            await coordinator.changes.wait(there, WAITING_SAID_S)
+            await wait(lambda: bool(self._find_trunk(base).device), WAITING_SAID_S)
+
+    def _trunk_stays(self) -> bool:
+        trunk, passed_over = self.record.trunk, self.record.passed_over
+        return trunk is not None and trunk.device not in passed_over and self._coordinator.is_online(trunk.device)
+
+    def _find_trunk(self, base: Base) -> Found:
+        return trunk_of(self._coordinator, self.job, base, self._able(), self.record.passed_over)
+
+    def _move_trunk(self, found: Found) -> None:
+        before = self.record.trunk
+        stage = TRUNK_STAGE if before is None or before.stage <= LEAST_TRUNK_STAGE else before.stage - 1
+        # One that was passed over, and is all that there is, gets another chance.
+        self.record = msgspec.structs.replace(
+            self.record,
+            trunk=TrunkAt(device=found.device, stage=stage, because=found.because),
+            passed_over=tuple(device for device in self.record.passed_over if device != found.device),
+        )
+        self._say(f"the blocks are on {found.device}: {found.because}")
 
     async def _await_boards(self, number: int, last: bool) -> None:
         """Until enough boards are there for a round that nobody was chosen for yet."""
@@ -287,25 +291,25 @@ class Running:
             )
             for role, graph in graphs.items()
         }
-        ways = ways_of(coordinator, self.job, able, base)
-        if record.trunk is not None:
-            keeps = keeps_all(coordinator, self.job, base, record.trunk.device, able)
-            ways[TRUNK] = Way(keeps, 1)
-        # Whoever has an order keeps what it says of this: the worker would have to begin anew.
-        known = dict(record.with_data)
-        if record.trunk is not None and record.is_placed:
-            known[TRUNK] = record.trunk_order
-        for name, order in known.items():
-            if order.training is not None:
-                ways[name] = Way(order.training.remember, order.training.rows_at_once)
-        if record.trunk is not None and not keeps:  # more boards than there were
-            ways[TRUNK] = Way(False, 1)
+        ways = self._ways(base, able)
         orders = make_orders(coordinator.site, record, able, base, task, placed, ways)
         if orders == record.orders and self._placed:
             return
         self.record, self._placed = msgspec.structs.replace(record, orders=orders), True
         self._store.save(self.record)
         coordinator.order_job(topic_name(self.job.name), self.record)
+
+    def _ways(self, base: Base, able: Collection[str]) -> dict[str, Way]:
+        """How each board trains, the trunk's among them. Whoever has an order keeps what it says of this, since the
+        worker would have to begin anew; but a trunk that keeps all for gradients may have too many boards by now."""
+        record, found = self.record, ways_of(self._coordinator, self.job, able, base)
+        found.update({device: way_of(order) for device, order in record.with_data.items()})
+        if record.trunk is not None:
+            keeps = keeps_all(self._coordinator, self.job, base, record.trunk.device, able)
+            if record.is_placed:
+                keeps = keeps and way_of(record.trunk_order).remember
+            found[TRUNK] = Way(keeps, 1)
+        return found
 
     def _ready(self) -> dict[str, str]:
         """Device -> the worker that it runs, of those that can take a round."""

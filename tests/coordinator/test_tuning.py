@@ -154,6 +154,10 @@ class Bench:
 
         await until(turn, "the boards are done")
 
+    def ends_bytes(self, job: Job) -> int:
+        """Room for the ends of the model, and for nothing beside them."""
+        return base_of(self.operations.prepared, job).ends_bytes(job)
+
     def rounds(self) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == "round"]
 
@@ -540,3 +544,45 @@ def test_what_can_not_be_is_refused(play: Any) -> None:
 
 def test_a_topic_of_a_job_is_one_of_the_site() -> None:
     assert topics.INBOX.on(SITE, f"tune-{'n' * 27}", "0")
+
+
+def ends_update(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
+    """Of a board that has the ends of a split model."""
+    assert parcel.tensor is None and meta.split is not None
+    told = UpdateMeta(round=meta.round, device=board.name, samples=4, held_out_loss=2.0, held_out_count=3, loss=1.0)
+    return Parcel(Kind.UPDATE, parcel.epoch, parcel.request, 0, 0, None, msgspec.json.encode(told))
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_blocks_leave_a_board_that_could_not_have_them_if_there_is_another(another: bool, play: Any) -> None:
+    failed: list[int] = []
+
+    def fails_once(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
+        if failed:
+            return update(board, parcel, meta)
+        failed.append(meta.round)
+        error = StageError(stage=255, device=board.name, code="engine", text="out of memory")
+        return Parcel(Kind.ERROR, parcel.epoch, parcel.request, 0, 0, None, msgspec.json.encode(error))
+
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            answers = {"t": fails_once, "z": ends_update, **({"u": update} if another else {})}
+            await made.with_trainers(**answers)
+            for trainer in made.trainers:
+                info = next(one.info for one in made.lab.coordinator.devices() if one.name == trainer.name)
+                data = info.data if trainer.name == "z" else ()
+                memory = 2**32 if trainer.name != "z" else made.ends_bytes(JOB)
+                told = msgspec.structs.replace(info, knows_split=True, data=data, memory_bytes=memory)
+                trainer.say(topics.INFO, told, trainer.name)
+            await until(lambda: all(one.info.knows_split for one in made.lab.coordinator.devices()), "infos")
+            end = await made.through(msgspec.structs.replace(JOB, mode="split"))
+            assert end["state"] == "failed" and "out of memory" in end["because"]
+            assert made.store.records()["n"].passed_over == ("t",)
+            made.tuning.resume("n")
+            assert (await made.follow("n"))["state"] == "done"
+            record = made.store.records()["n"]
+            assert (record.trunk.device, record.trunk.stage) == ("u" if another else "t", 254), "it moved once"
+            assert record.passed_over == (("t",) if another else ())
+            assert set(made.rounds()[-1]["devices"]) == {"z", record.trunk.device}
+
+    play(scenario)
