@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 
 from agent.orders import is_inbox
+from agent.workers.ledger import Ledger
 from agent.workers.requests import Tally
 from agent.workers.sending import UNSENT, Sender
+from agent.workers.stretch import Stretch
+from models.lora.adapter import Floats
+from models.training.samples import Split
+from models.training.split import Learner
+from wire.channel import Delivery
 from wire.errors import PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
-from wire.messages import RoundMeta, StageError, StageOrder, StepMark, UpdateMeta, decode
+from wire.messages import RoundMeta, StageError, StageOrder, StepMark, TrainingTask, UpdateMeta, decode
+from wire.tensors import Dtype
+
+
+class Model(Protocol):
+    """agent.workers.training.Trainee."""
+
+    @property
+    def stage(self) -> Learner: ...
+
+    @property
+    def shaped(self) -> Mapping[str, tuple[int, int]]: ...
+
+    @property
+    def rows(self) -> Split: ...
+
+    @property
+    def bad_rows(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def ledger(self) -> Ledger: ...
 
 
 class PacedSender(Sender, Protocol):
@@ -34,17 +66,36 @@ class Answer(NamedTuple):
     bytes_per_s: float | None
 
 
-class Answering:
-    """The last round's answer is kept, and given again to whoever asks with the same number of request."""
+class Answering(ABC):
+    """The last round's answer is kept, and given again to whoever asks with the same number of request.
 
-    def __init__(self, order: StageOrder, sender: PacedSender, site: str, device: str) -> None:
+    `done(delivery)` returns credit to a sender; `fits()` raises EngineFailed when memory is over its limit.
+    """
+
+    def __init__(
+        self,
+        order: StageOrder,
+        model: Model,
+        sender: PacedSender,
+        done: Callable[[Delivery], None],
+        stretch: Stretch,
+        site: str,
+        device: str,
+        fits: Callable[[], None] = lambda: None,
+    ) -> None:
         self.order = order
         self.tally = Tally()
         self.last_refusal = ""
         self.ended = 0
+        self._model = model
         self._sender = sender
+        self._done = done
+        self._stretch = stretch
         self._site = site
         self._device = device
+        self._fits = fits
+        self._busy_s = 0.0
+        """Of the round under way."""
         self._answer: Answer | None = None
         """Of the last round."""
         self._unsent = False
@@ -54,6 +105,53 @@ class Answering:
     @property
     def marks(self) -> tuple[StepMark, ...]:
         return ()
+
+    def accept(self, delivery: Delivery, _now_s: float) -> None:
+        """Take what arrived. Never raises for what came from the network."""
+        parcel = delivery.parcel
+        try:
+            if parcel.epoch != self.order.epoch & 0xFFFFFFFF:
+                self.tally.stale += 1
+            elif parcel.kind is Kind.ROUND:
+                meta = self._asked(parcel)
+                if meta is not None:
+                    self._round(parcel, meta)
+            elif parcel.kind is Kind.CLOSE:
+                self._close(parcel.request)
+                if self._answer is not None and self._answer.parcel.request == parcel.request:
+                    self._forget_answer()
+            elif not self._take(parcel):
+                self._refuse(f"{parcel.kind.name} is not for a worker that trains")
+        finally:
+            self._done(delivery)
+
+    def adopt(self, order: StageOrder) -> None:
+        """Take a new order; rounds of another epoch count no more."""
+        if order.epoch != self.order.epoch:
+            self._drop_round()
+            self._forget_answer()
+        self.order = order
+
+    @property
+    def _task(self) -> TrainingTask:
+        assert self.order.training is not None
+        return self.order.training
+
+    @abstractmethod
+    def _round(self, parcel: Parcel, meta: RoundMeta) -> None:
+        """A round is asked for, anew or again."""
+
+    @abstractmethod
+    def _close(self, request: int) -> None:
+        """Nobody waits for the round of this request any more."""
+
+    @abstractmethod
+    def _drop_round(self) -> None:
+        """What is under way counts no more."""
+
+    def _take(self, _parcel: Parcel) -> bool:
+        """Something else; False if it is not for such a worker."""
+        return False
 
     def _asked(self, parcel: Parcel) -> RoundMeta | None:
         """What a ROUND asks for; None for what is none, which is counted."""
@@ -126,3 +224,13 @@ class Answering:
     def _refuse(self, text: str) -> None:
         self.tally.refused += 1
         self.last_refusal = text
+
+
+def factors_of(tensor: Tensor | None) -> Floats:
+    """What a round begins with; raises ValueError."""
+    if tensor is None or tensor.dtype is not Dtype.F32 or len(tensor.shape) != 1:
+        raise ValueError("factors travel as one row of f32")
+    start = np.array(tensor.array(), np.float32)
+    if not np.isfinite(start).all():
+        raise ValueError("a factor that came is no number")
+    return start

@@ -11,53 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 
-from agent.workers.answering import Answering, PacedSender
-from agent.workers.ledger import Ledger, Spent, release_of
-from agent.workers.stretch import Stretch
+from agent.workers.answering import Answering, factors_of
+from agent.workers.ledger import Spent, release_of
 from models.engine.base import EngineFailed
 from models.privacy.plan import measure_of
 from models.training.private import Guard
-from models.training.rounds import Diverged, Round, Trained
-from models.training.samples import Split
-from wire.channel import Delivery
+from models.training.rounds import Diverged, Round
 from wire.errors import CorruptData
-from wire.frames import Kind, Parcel, Tensor
+from wire.frames import Parcel, Tensor
 from wire.messages import (
     Privacy,
     RoundMeta,
-    StageOrder,
     TrainingTask,
     UpdateMeta,
 )
-from wire.tensors import Dtype
-
-
-class Model(Protocol):
-    """agent.workers.training.Trainee."""
-
-    @property
-    def stage(self) -> Trained: ...
-
-    @property
-    def shaped(self) -> Mapping[str, tuple[int, int]]: ...
-
-    @property
-    def rows(self) -> Split: ...
-
-    @property
-    def bad_rows(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def ledger(self) -> Ledger: ...
 
 
 class Told(NamedTuple):
@@ -75,26 +46,9 @@ class _UnderWay(NamedTuple):
 
 
 class RoundWork(Answering):
-    """`done(delivery)` returns credit to a sender; `fits()` raises EngineFailed when memory is over its limit."""
+    """On a board that has the whole model, and data."""
 
-    def __init__(
-        self,
-        order: StageOrder,
-        model: Model,
-        sender: PacedSender,
-        done: Callable[[Delivery], None],
-        stretch: Stretch,
-        site: str,
-        device: str,
-        fits: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(order, sender, site, device)
-        self._model = model
-        self._done = done
-        self._stretch = stretch
-        self._fits = fits
-        self._under_way: _UnderWay | None = None
-        self._busy_s = 0.0
+    _under_way: _UnderWay | None = None
 
     @property
     def live(self) -> int:
@@ -103,24 +57,6 @@ class RoundWork(Answering):
     @property
     def runnable(self) -> bool:
         return self._under_way is not None
-
-    def accept(self, delivery: Delivery, _now_s: float) -> None:
-        """Take what arrived. Never raises for what came from the network."""
-        parcel = delivery.parcel
-        try:
-            if parcel.epoch != self.order.epoch & 0xFFFFFFFF:
-                self.tally.stale += 1
-            elif parcel.kind is Kind.ROUND and parcel.tensor is not None:
-                self._begin(parcel, parcel.tensor)
-            elif parcel.kind is Kind.CLOSE:
-                if self._under_way is not None and self._under_way.request == parcel.request:
-                    self._under_way = None
-                elif self._answer is not None and self._answer.parcel.request == parcel.request:
-                    self._forget_answer()
-            else:
-                self._refuse(f"{parcel.kind.name} is not for a worker that trains")
-        finally:
-            self._done(delivery)
 
     def work(self, _now_s: float) -> bool:
         """Make one step; False if there is none."""
@@ -147,21 +83,18 @@ class RoundWork(Answering):
     def tick(self, _now_s: float) -> None:
         self._again()
 
-    def adopt(self, order: StageOrder) -> None:
-        """Take a new order; rounds of another epoch count no more."""
-        if order.epoch != self.order.epoch:
-            self._under_way = None
-            self._forget_answer()
-        self.order = order
-
     def drop_all(self) -> None:
         """A connection was lost: a round goes on, and its answer, which may not have come through, is sent again."""
         self._lost()
 
-    def _begin(self, parcel: Parcel, tensor: Tensor) -> None:
-        meta = self._asked(parcel)
-        if meta is None:
-            return
+    def _close(self, request: int) -> None:
+        if self._under_way is not None and self._under_way.request == request:
+            self._under_way = None
+
+    def _drop_round(self) -> None:
+        self._under_way = None
+
+    def _round(self, parcel: Parcel, meta: RoundMeta) -> None:
         under_way = self._under_way
         if under_way is not None and under_way.request == parcel.request:
             self._under_way = under_way._replace(meta=meta)
@@ -169,12 +102,7 @@ class RoundWork(Answering):
         if self._answered_before(parcel.request, meta):
             return
         try:
-            if tensor.dtype is not Dtype.F32 or len(tensor.shape) != 1:
-                raise ValueError("factors travel as one row of f32")
-            start = np.array(tensor.array(), np.float32)
-            if not np.isfinite(start).all():
-                raise ValueError("a factor that came is no number")
-            made, told = self._round(meta, start)
+            made, told = self._made(meta, factors_of(parcel.tensor))
         except ValueError as error:
             self._refuse(str(error))
             self._tell(meta.reply.topic, parcel.request, "protocol", str(error))
@@ -187,10 +115,8 @@ class RoundWork(Answering):
         self._busy_s = 0.0
         self._under_way = _UnderWay(parcel.request, meta, made, told)
 
-    def _round(self, meta: RoundMeta, start: Any) -> tuple[Round, Told | None]:
-        task = self.order.training
-        assert task is not None
-        model = self._model
+    def _made(self, meta: RoundMeta, start: Any) -> tuple[Round, Told | None]:
+        task, model = self._task, self._model
         seed = device_seed(task.seed, self._device)
         guard, told = None, None
         if task.privacy is not None and meta.train:

@@ -13,11 +13,12 @@ import msgspec
 import torch
 from msgspec import Struct
 
+from agent.workers.endswork import EndsWork
 from agent.workers.inference import Say, StageWorker, check_memory, done, hold_stage, spec_of
 from agent.workers.ledger import Ledger
 from agent.workers.pipe import Assignment, Status
 from agent.workers.roundwork import RoundWork
-from agent.workers.splitwork import EndsWork, TrunkWork
+from agent.workers.trunkwork import TrunkWork
 from agent.workers.work import Work
 from hwprofiles.measure import resident_bytes
 from models.engine.base import EngineFailed

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.engine.base import Array
 from models.lora.adapter import HEAD, Floats, flat, length_of, named
-from models.training.rounds import BETAS, Diverged
+from models.training.rounds import BETAS, Diverged, Trained
 from models.training.samples import Batch, Ids, Judged, Split, batches, drawn
 from wire.errors import PeerError
 from wire.messages import RoundMeta, TrainingTask
@@ -62,6 +62,10 @@ class Trunk(Protocol):
     def train_only(self, parts: tuple[str, ...]) -> None: ...
 
     def features(self, states: Tensor, lengths: Tensor, remember: bool = True) -> Tensor: ...
+
+
+class Learner(Trained, Ends, Trunk, Protocol):
+    """What can be trained whole or in parts: TrainedStage, TrainedEncoder."""
 
 
 class Question(NamedTuple):

@@ -14,9 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from agent.orders import problem_with  # noqa: E402
+from agent.workers.endswork import EndsWork  # noqa: E402
 from agent.workers.roundwork import device_seed  # noqa: E402
-from agent.workers.splitwork import EndsWork, SplitWork, TrunkWork  # noqa: E402
+from agent.workers.splitwork import SplitWork  # noqa: E402
 from agent.workers.stretch import Stretch  # noqa: E402
+from agent.workers.trunkwork import TrunkWork  # noqa: E402
 from models.formats.bert import read_bert_config  # noqa: E402
 from models.lora.adapter import AdapterSpec, flat, initial, shapes  # noqa: E402
 from models.training.samples import Split  # noqa: E402

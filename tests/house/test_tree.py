@@ -37,7 +37,10 @@ ALLOWED_ELSEWHERE = {
     "models/training/samples.py": {"tokenizers"},
     "agent/workers/training.py": {"torch"},
     "agent/workers/roundwork.py": {"torch"},
+    "agent/workers/answering.py": {"torch"},
     "agent/workers/splitwork.py": {"torch"},
+    "agent/workers/endswork.py": {"torch"},
+    "agent/workers/trunkwork.py": {"torch"},
 }
 """Files that are imported only where their extra is installed, and by no one at import time (checked below)."""
 
