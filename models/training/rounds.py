@@ -17,7 +17,7 @@ import torch
 from models.engine.base import Array
 from models.lora.adapter import Floats, flat, named
 from models.training.private import Guard
-from models.training.samples import Batch, Judged, Split, batches, drawn
+from models.training.samples import Batch, Judged, Judging, Split, batches, drawn
 from wire.errors import EdgelamError
 from wire.messages import RoundMeta, TrainingTask
 
@@ -27,6 +27,18 @@ BETAS: Final = (0.9, 0.95)
 
 class Diverged(EdgelamError):
     """A loss or a factor is no number."""
+
+
+def optimiser_of(leaves: Mapping[str, torch.Tensor], task: TrainingTask) -> torch.optim.Optimizer:
+    """Of one round: it begins with no moments."""
+    return torch.optim.AdamW(list(leaves.values()), lr=task.learning_rate, betas=BETAS, weight_decay=0.0)
+
+
+def finite(vector: Floats) -> Floats:
+    """What came out of a round; raises Diverged."""
+    if not np.isfinite(vector).all():
+        raise Diverged("a factor is no number after the round", try_="a lower learning_rate")
+    return vector
 
 
 class Trained(Protocol):
@@ -43,7 +55,7 @@ class Trained(Protocol):
     def judged(self, batch: Batch) -> Judged: ...
 
 
-class Round:
+class Round(Judging):
     """Of one job on one device. `step` is called until it gives False."""
 
     def __init__(
@@ -64,62 +76,38 @@ class Round:
         stage.take(named(start, shaped))
         stage.train_only(self._parts)
         self._leaves = {name: factor for name, factor in stage.factors.items() if name[-1] in self._parts}
-        leaves = list(self._leaves.values())
-        self._optimiser = torch.optim.AdamW(leaves, lr=task.learning_rate, betas=BETAS, weight_decay=0.0)
+        self._optimiser = optimiser_of(self._leaves, task)
         self._guard = guard
         self._start = start
         self._tells = task.privacy is None or task.privacy.losses
         # Private jobs take samples one by one, and have no memory for more.
         one_by_one = task.privacy is not None and task.privacy.unit == "sample"
         self._at_once = 1 if one_by_one else min(task.batch_rows, task.rows_at_once)
-        self._held_out = batches(rows.held_out, self._at_once) if self._tells else []
+        super().__init__(batches(rows.held_out, self._at_once) if self._tells else [])
         self._to_train = task.steps if asked.train and rows.trained else 0
         self._done = 0
         self._loss = 0.0
-        self._held_out_loss = 0.0
-        self._held_out_count = 0
-        self._held_out_right: int | None = None
-        self._judged = 0
 
     def step(self) -> bool:
         """Judge one batch of what is held out, or train on one; False when all is done. Raises Diverged."""
-        if self._judged < len(self._held_out):
-            found = self._stage.judged(self._held_out[self._judged])
-            self._held_out_loss += found.loss * found.counted
-            self._held_out_count += found.counted
-            if found.right is not None:
-                self._held_out_right = (self._held_out_right or 0) + found.right
-            self._judged += 1
+        if self._to_judge is not None:
+            self._judge(self._stage.judged(self._to_judge))
         elif self._done < self._to_train:
             self._train()
             self._done += 1
-        return self._judged < len(self._held_out) or self._done < self._to_train
+        return self._to_judge is not None or self._done < self._to_train
 
     @property
     def loss(self) -> float | None:
         return self._loss / self._done if self._done and self._tells and not self._by_sample else None
 
-    @property
-    def held_out_loss(self) -> float | None:
-        return self._held_out_loss / self._held_out_count if self._held_out_count else None
-
-    @property
-    def held_out_count(self) -> int:
-        """Tokens, or texts with a label."""
-        return self._held_out_count
-
-    @property
-    def held_out_right(self) -> int | None:
-        """Of these, how many were told right, where that is asked."""
-        return self._held_out_right
-
     def vector(self) -> Floats:
         """The factors of the parts that were trained; raises Diverged."""
         factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
         found = flat(factors, self._shaped, self._parts)
-        if self._guard is None and not np.isfinite(found).all():
-            raise Diverged("a factor is no number after the round", try_="a lower learning_rate")
-        if self._guard is not None and not self._guard.by_sample:
+        if self._guard is None:
+            return finite(found)
+        if not self._guard.by_sample:
             start = flat(named(self._start, self._shaped), self._shaped, self._parts)
             return self._guard.changed(start, found, self._shaped, self._parts)
         return found

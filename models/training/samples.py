@@ -70,6 +70,36 @@ class Judged(NamedTuple):
     right: int | None = None
 
 
+class Judging:
+    """Of a round: what a model makes of all that is held out, batch by batch."""
+
+    def __init__(self, held_out: Sequence[Batch]) -> None:
+        self._held_out = held_out
+        self._judged = 0
+        self._held_out_loss = 0.0
+        self.held_out_count = 0
+        """Tokens, or texts with a label."""
+        self.held_out_right: int | None = None
+        """Of these, how many were told right, where that is asked."""
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """The mean; None of nothing."""
+        return self._held_out_loss / self.held_out_count if self.held_out_count else None
+
+    @property
+    def _to_judge(self) -> Batch | None:
+        """The next batch; None when all were judged."""
+        return self._held_out[self._judged] if self._judged < len(self._held_out) else None
+
+    def _judge(self, found: Judged) -> None:
+        self._held_out_loss += found.loss * found.counted
+        self.held_out_count += found.counted
+        if found.right is not None:
+            self.held_out_right = (self.held_out_right or 0) + found.right
+        self._judged += 1
+
+
 class Split(NamedTuple):
     trained: tuple[Row, ...]
     held_out: tuple[Row, ...]

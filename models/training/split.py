@@ -14,7 +14,7 @@ the devices' names, whenever they come.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from models.engine.base import Array
 from models.lora.adapter import HEAD, Floats, flat, length_of, named
-from models.training.rounds import BETAS, Diverged, Trained
-from models.training.samples import Batch, Ids, Judged, Split, batches, drawn
+from models.training.rounds import Diverged, Trained, finite, optimiser_of
+from models.training.samples import Batch, Ids, Judged, Judging, Split, batches, drawn
 from wire.errors import PeerError
 from wire.messages import RoundMeta, TrainingTask
 
@@ -78,7 +78,7 @@ class Question(NamedTuple):
     lengths: Ids
 
 
-class EndsRound:
+class EndsRound(Judging):
     """A device's part in a round: first what is held out is judged, then so many steps are made."""
 
     def __init__(
@@ -93,25 +93,21 @@ class EndsRound:
         self._stage, self._rows, self._task = stage, rows, task
         self._head = shaped.get(HEAD)
         self._seed, self._number = seed, asked.round
-        self._held_out = batches(rows.held_out, task.batch_rows)
+        super().__init__(batches(rows.held_out, task.batch_rows))
         self._to_train = task.steps if asked.train and rows.trained else 0
-        self._judged = self._done = 0
-        self._loss = self._held_out_loss = 0.0
-        self.held_out_count = 0
-        self.held_out_right: int | None = None
+        self._done = 0
+        self._loss = 0.0
         self._batch: Batch | None = None
         self._width = 0
 
     def question(self) -> Question | None:
         """The next batch's states; None when all is done."""
-        judged = self._judged < len(self._held_out)
-        if judged:
-            self._batch = self._held_out[self._judged]
-        elif self._done < self._to_train:
+        self._batch = self._to_judge
+        judged = self._batch is not None
+        if not judged and self._done < self._to_train:
             rows, count = self._rows.trained, self._task.batch_rows
             self._batch = drawn(rows, count, self._seed, self._number, self._done)
-        else:
-            self._batch = None
+        if self._batch is None:
             return None
         with torch.no_grad():
             states = self._stage.embedded(torch.from_numpy(self._batch.ids)).numpy()
@@ -134,26 +130,14 @@ class EndsRound:
         if self._head is not None:
             with torch.no_grad():
                 self._stage.factors[HEAD].copy_(torch.from_numpy(came[rows * self._width :].reshape(self._head)))
-        if self._judged < len(self._held_out):
-            self._judge(features, batch)
+        if self._to_judge is not None:
+            self._judge(self._stage.judged_at(features, batch))
             return None
         return self._gradients(features, batch)
 
     @property
     def loss(self) -> float | None:
         return self._loss / self._done if self._done else None
-
-    @property
-    def held_out_loss(self) -> float | None:
-        return self._held_out_loss / self.held_out_count if self.held_out_count else None
-
-    def _judge(self, features: Tensor, batch: Batch) -> None:
-        found = self._stage.judged_at(features, batch)
-        self._held_out_loss += found.loss * found.counted
-        self.held_out_count += found.counted
-        if found.right is not None:
-            self.held_out_right = (self.held_out_right or 0) + found.right
-        self._judged += 1
 
     def _gradients(self, features: Tensor, batch: Batch) -> Floats:
         leaves = [features.requires_grad_(True)]
@@ -195,8 +179,7 @@ class TrunkRound:
         stage.take(named(start, shaped))
         stage.train_only(self._parts)
         self._leaves = {name: factor for name, factor in stage.factors.items() if name[-1] in self._parts}
-        leaves = list(self._leaves.values())
-        self._optimiser = torch.optim.AdamW(leaves, lr=task.learning_rate, betas=BETAS, weight_decay=0.0)
+        self._optimiser = optimiser_of(self._leaves, task)
         self._ends = tuple(sorted(ends))
         self._samples: dict[str, int] = {}
         self._steps = task.steps if asked.train else 0
@@ -269,18 +252,8 @@ class TrunkRound:
 
     def vector(self) -> Floats:
         """The factors of the parts that were trained; raises Diverged."""
-        found = flat(
-            {name: leaf.detach().numpy() for name, leaf in self._stage.factors.items()}, self._shaped, self._parts
-        )
-        if not np.isfinite(found).all():
-            raise Diverged("a factor is no number after the round", try_="a lower learning_rate")
-        return found
-
-    def gradients(self) -> Iterator[tuple[str, Floats]]:
-        """Those that the last step was made with, as they were clipped."""
-        for name, leaf in self._leaves.items():
-            assert leaf.grad is not None
-            yield name, leaf.grad.numpy()
+        factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
+        return finite(flat(factors, self._shaped, self._parts))
 
     def _answer(self, device: str, features: Tensor) -> Floats:
         parts = [features.numpy().reshape(-1)]

@@ -96,6 +96,10 @@ class Together:
             for seed, (device, held) in enumerate(rows.items())
         }
 
+    def gradients(self) -> dict[str, Floats]:
+        """Those that the last step was made with, as they were clipped."""
+        return {name: leaf.grad.numpy() for name, leaf in self.trunk._leaves.items() if leaf.grad is not None}
+
     def judge(self) -> None:
         for device, end in self.ends.items():
             for _ in end._held_out:

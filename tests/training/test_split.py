@@ -90,7 +90,7 @@ def test_gradients_losses_and_factors_are_those_of_training_in_one_place(
     for step in range(STEPS):
         loss, expected = split.step(), one.step()
         assert loss == pytest.approx(expected, rel=1e-5, abs=1e-5), step
-        found = dict(split.trunk.gradients())
+        found = split.gradients()
         assert found.keys() == one.gradients().keys()
         for name, gradient in one.gradients().items():
             assert np.abs(found[name] - gradient).max() < 1e-5, (step, name)
@@ -219,7 +219,7 @@ def test_real_models_learn_as_in_one_place(model: str, tmp_path: Path) -> None:
         losses.append(loss)
         assert loss == pytest.approx(expected, rel=1e-4), step
         if step == 0:  # from then on factors differ in their last digits, and gradients by what that makes of them
-            found = dict(split.trunk.gradients())
+            found = split.gradients()
             for name, gradient in one.gradients().items():
                 assert np.abs(found[name] - gradient).max() < 1e-5, name
     assert losses[-1] < losses[0]
