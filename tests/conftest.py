@@ -9,6 +9,9 @@ A test of real processes on a real clock that fails is run again some seconds la
 for something with patience, and a machine that others use can be without time for longer (the host of a virtual one
 took a quarter of it for minutes). The summary names each; `.ci/run` fails where a level has too many of them. Tests of
 code alone have one go; no case of theirs fails for its time.
+
+pytest-timeout sets one timer for all goes of a test and the pauses between them. Here each go has a timer of its own,
+and so has taking down: what hangs twice, or once more while it is taken down, is a failure with a name.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+import pytest_timeout
 from hypothesis import settings
 
 LONG = ("tests/e2e/test_recovery.py", "tests/e2e/", "tests/testbed/")
@@ -77,6 +81,26 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
         if report.skipped and not expected and item.get_closest_marker(level):
             report.outcome = "failed"
             report.longrepr = f"level '{level}' is required here, but this test was skipped: {reason(report.longrepr)}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if getattr(item, "execution_count", 1) > 1:
+        time_anew(item)
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Any, None]:
+    time_anew(item)
+    yield
+    item.config.pluginmanager.hook.pytest_timeout_cancel_timer(item=item)
+
+
+def time_anew(item: pytest.Item) -> None:
+    hook, limits = item.config.pluginmanager.hook, pytest_timeout._get_item_settings(item)
+    hook.pytest_timeout_cancel_timer(item=item)
+    if limits.timeout:
+        hook.pytest_timeout_set_timer(item=item, settings=limits)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,19 @@ from models.lora.adapter import HEAD, flat, initial, named, shapes, to_peft
 from models.training.data import read
 from models.training.samples import Split, encoder_of, labelled_rows, split
 from tests.e2e.site import Site
-from tests.e2e.tuning import BOARDS, LABELS, TRAINED, adapter_of, follow, job, same, tuning_site, worker_of
+from tests.e2e.tuning import (
+    BOARDS,
+    LABELS,
+    TRAINED,
+    adapter_of,
+    follow,
+    job,
+    kill_the_coordinator_of,
+    rounds_of,
+    same,
+    tuning_site,
+    worker_of,
+)
 from tests.models.tiny_bert import write_bert
 from tests.training.split_models import InOnePlace, bert
 from wire.errors import EdgelamError
@@ -96,13 +105,7 @@ def test_it_learns_what_it_learns_in_one_place(tuning_site: Site, tmp_path: Path
 @pytest.fixture(scope="module")
 def undisturbed(tuning_site: Site, tiny_model: str) -> dict[str, Any]:
     """Of a language model's job in which nothing happened."""
-    rounds: list[dict[str, Any]] = []
-    end = follow(
-        tuning_site,
-        split_job(tiny_model, "calm-halves"),
-        lambda event: rounds.append(event) if event["event"] == "round" else None,
-    )
-    assert end["state"] == "done", end
+    rounds = rounds_of(tuning_site, split_job(tiny_model, "calm-halves"))
     assert rounds[-1]["held_out_loss"] < rounds[0]["held_out_loss"], "it has learnt something"
     hidden = 64
     for one in rounds[:-1]:
@@ -137,28 +140,7 @@ def test_whoever_is_killed_it_comes_to_the_same(
 def test_a_coordinator_that_is_killed_begins_the_round_anew(
     tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
 ) -> None:
-    began = threading.Event()
-
-    def watch() -> None:
-        with contextlib.suppress(EdgelamError):  # it is killed under us
-            wanted = split_job(tiny_model, "killed-hub")
-            follow(tuning_site, wanted, lambda event: began.set() if event["event"] == "round" else None)
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    assert began.wait(120)
-    tuning_site.coordinator.kill()
-    watching.join(30)
-    tuning_site.await_broker_gone()
-    tuning_site.restart_coordinator()
-    tuning_site.await_states(dict.fromkeys(BOARDS, "online"))
-    deadline_s = time.monotonic() + 120
-    rows: dict[str, Any] = {}
-    while rows.get("state", "running") == "running":
-        assert time.monotonic() < deadline_s, rows
-        rows = next(row for row in tuning_site.get("/v1/jobs")["jobs"] if row["job"] == "killed-hub")
-        time.sleep(0.2)
-    assert rows["state"] == "done", rows
+    kill_the_coordinator_of(tuning_site, split_job(tiny_model, "killed-hub"))
     assert same(adapter_of(tuning_site, "killed-hub"), undisturbed)
 
 

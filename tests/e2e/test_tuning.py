@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,18 @@ from models.training.rounds import Round
 from models.training.samples import encoder_of, labelled_rows, split
 from tests.e2e.losses import PROMPT, Model
 from tests.e2e.site import Site
-from tests.e2e.tuning import BOARDS, LABELS, TRAINED, adapter_of, follow, job, same, tuning_site, worker_of
+from tests.e2e.tuning import (
+    LABELS,
+    TRAINED,
+    adapter_of,
+    follow,
+    job,
+    kill_the_coordinator_of,
+    rounds_of,
+    same,
+    tuning_site,
+    worker_of,
+)
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from tests.models.tiny_bert import write_bert
 from wire.errors import EdgelamError, UsageError
@@ -91,31 +99,8 @@ def test_a_worker_that_is_killed_does_its_round_again(
 def test_a_coordinator_that_is_killed_goes_on_with_the_round(
     tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
 ) -> None:
-    wanted = job(tiny_model, "killed-hub")
-    began = threading.Event()
-
-    def watch() -> None:
-        with contextlib.suppress(EdgelamError):  # it is killed under us
-            follow(tuning_site, wanted, lambda event: began.set() if event["event"] == "round" else None)
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    assert began.wait(120)
-    tuning_site.coordinator.kill()
-    watching.join(30)
-    tuning_site.await_broker_gone()
-    tuning_site.restart_coordinator()
-    tuning_site.await_states(dict.fromkeys(BOARDS, "online"))
-    deadline_s = time.monotonic() + 120
-    while (row := jobs(tuning_site)["killed-hub"])["state"] == "running":
-        assert time.monotonic() < deadline_s, row
-        time.sleep(0.2)
-    assert row["state"] == "done", row
+    kill_the_coordinator_of(tuning_site, job(tiny_model, "killed-hub"))
     assert same(adapter_of(tuning_site, "killed-hub"), undisturbed)
-
-
-def jobs(site: Site) -> dict[str, dict[str, Any]]:
-    return {row["job"]: row for row in site.get("/v1/jobs")["jobs"]}
 
 
 @pytest.mark.slow
@@ -158,13 +143,8 @@ def test_the_command_line_trains_and_fetches_the_adapter(
 def test_boards_that_are_told_how_fast_to_send_come_to_the_same(
     tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
 ) -> None:
-    rounds: list[dict[str, Any]] = []
-    end = follow(
-        tuning_site,
-        job(tiny_model, "paced", medium="shared"),
-        lambda event: rounds.append(event) if event["event"] == "round" else None,
-    )
-    assert end["state"] == "done" and same(adapter_of(tuning_site, "paced"), undisturbed)
+    rounds = rounds_of(tuning_site, job(tiny_model, "paced", medium="shared"))
+    assert same(adapter_of(tuning_site, "paced"), undisturbed)
     assert [one["expected_s"] is not None for one in rounds] == [False, True, False], "the first is for getting to know"
     assert all(told["wall_s"] > 0 for one in rounds for told in one["devices"].values())
 
@@ -253,9 +233,7 @@ def test_labels_of_texts_are_learnt_by_an_encoder(tuning_site: Site, tmp_path: P
     """Over MQTT it comes to what the same rounds come to by hand."""
     site, folder = tuning_site, write_bert(tmp_path / "bert")
     wanted = msgspec.structs.replace(job(str(folder), "told", count=3, steps=8), labels=LABELS)
-    rounds: list[dict[str, Any]] = []
-    end = follow(site, wanted, lambda event: rounds.append(event) if event["event"] == "round" else None)
-    assert end["state"] == "done", end
+    rounds = rounds_of(site, wanted)
     expected, right = by_hand(folder, wanted, site.folder / "notes")
     assert [one["held_out_accuracy"] for one in rounds] == pytest.approx(right)
     assert right[-1] == 1.0 > right[0], "it has learnt to tell them"

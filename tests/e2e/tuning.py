@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from testbed import commands
 from testbed.boards import BoardSpec, with_data
 from testbed.site import CoordinatorProcess
 from tests.e2e.site import Site, prefer_own_ports
+from wire.errors import EdgelamError
 
 BOARDS = ("board1", "board2", "idle")
 TRAINED = BOARDS[:2]
@@ -75,6 +78,41 @@ def follow(site: Site, wanted: Job, on_event: Callable[[dict[str, Any]], None] =
             end = event
     assert end["event"] == "end", end
     return end
+
+
+def rounds_of(site: Site, wanted: Job) -> list[dict[str, Any]]:
+    """What was told of each round of a job that comes to its end."""
+    rounds: list[dict[str, Any]] = []
+    end = follow(site, wanted, lambda event: rounds.append(event) if event["event"] == "round" else None)
+    assert end["state"] == "done", end
+    return rounds
+
+
+def jobs(site: Site) -> dict[str, dict[str, Any]]:
+    return {row["job"]: row for row in site.get("/v1/jobs")["jobs"]}
+
+
+def kill_the_coordinator_of(site: Site, wanted: Job) -> None:
+    """Behind the first round of a job, and wait until another coordinator has brought it to its end."""
+    began = threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(EdgelamError):  # it is killed under us
+            follow(site, wanted, lambda event: began.set() if event["event"] == "round" else None)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    assert began.wait(120)
+    site.coordinator.kill()
+    watching.join(30)
+    site.await_broker_gone()
+    site.restart_coordinator()
+    site.await_states(dict.fromkeys(BOARDS, "online"))
+    deadline_s = time.monotonic() + 120
+    while (row := jobs(site)[wanted.name])["state"] == "running":
+        assert time.monotonic() < deadline_s, row
+        time.sleep(0.2)
+    assert row["state"] == "done", row
 
 
 def adapter_of(site: Site, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`--require-level`: a level that must run can't be skipped in silence."""
+"""`--require-level`: a level that must run can't be skipped in silence. And what hangs is a failure."""
 
 from __future__ import annotations
 
@@ -55,3 +55,28 @@ def test_a_module_that_is_skipped_as_a_whole_counts_too(project: pytest.Pytester
 def test_a_level_without_tests_fails(project: pytest.Pytester) -> None:
     project.makepyfile("def test_other(): pass\n")
     assert project.runpytest_inprocess("--require-level", "lab").ret != 0
+
+
+def test_what_hangs_in_each_go_and_in_taking_down_ends_as_a_failure(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        """
+        import time
+        import pytest
+
+        pytestmark = [pytest.mark.timeout(0.3), pytest.mark.flaky(reruns=1, reruns_delay=0.5)]
+
+        @pytest.fixture
+        def slow_to_go():
+            yield
+            time.sleep(60)
+
+        def test_hangs():
+            time.sleep(60)
+
+        def test_hangs_going(slow_to_go):
+            pass
+        """
+    )
+    done = project.runpytest_subprocess(timeout=40)
+    found = done.parseoutcomes()
+    assert (found["failed"], found["errors"], found["rerun"]) == (1, 1, 2), found
