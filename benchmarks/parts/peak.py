@@ -19,7 +19,7 @@ import torch
 
 from agent.workers import training as worker
 from benchmarks.parts.sites import packed_model
-from models.build.stage import build_stage_graph
+from coordinator.rounds.bases import part_of
 from models.cache import cache_dir
 from models.catalog import resolve
 from models.engine.base import StageSpec
@@ -62,24 +62,18 @@ def foretold_of(
 def language_model(precision: str, spec: AdapterSpec, rows: int, tokens: int, remember: bool, role: Role) -> Loaded:
     packed = packed_model(precision)
     graph, config = packed.graph, packed.config
-    ends, blocks = role != "trunk", 0 if role == "ends" else graph.blocks
+    part = part_of(packed, role)
     stage_spec = StageSpec(
-        embedding=ends, head=ends, first_block=0, end_block=blocks, hidden=graph.hidden,
+        embedding=part.ends, head=part.ends, first_block=0, end_block=part.blocks, hidden=graph.hidden,
         vocabulary=graph.vocabulary, wire_dtype=graph.wire_dtype, context_tokens=tokens, slots=1, threads=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "whole.onnx"
-        data = build_stage_graph(
-            config, precision, graph.wire_dtype, first_block=0, end_block=blocks, embedding=ends, head=ends
-        )
-        path.write_bytes(data)
+        path = Path(folder) / "part.onnx"
+        path.write_bytes(part.graph)
         _, manifest = load_graph(path, stage_spec)
-    modules = [module for module in graph.modules if (ends if module.kind != "block" else blocks > 0)]
-    files = [packed.files[digest] for digest in sorted({digest for one in modules for digest in one.artifacts})]
-    weights = map_weights(manifest.weights, files)
+    weights = map_weights(manifest.weights, list(part.files.values()))
     stage = TrainedStage(manifest, weights.tensors, spec, {} if role == "ends" else initial(config, spec), tokens)
-    packed_bytes = sum(file.stat().st_size for file in files)
-    return Loaded(stage, config, foretold_of(role, config, packed_bytes, spec, rows, tokens, remember))
+    return Loaded(stage, config, foretold_of(role, config, part.weight_bytes, spec, rows, tokens, remember))
 
 
 def encoder(spec: AdapterSpec, rows: int, tokens: int, remember: bool, role: Role) -> Loaded:

@@ -77,7 +77,7 @@ def base_of(prepared: Prepared, job: Job) -> Base:
     if isinstance(packed, Packed) and not isinstance(source, ItemSource):
         base = Base(
             config=packed.config,
-            parts={role: _part_of(packed, role) for role in ROLES},
+            parts={role: part_of(packed, role) for role in ROLES},
             tokenizer=prepared.tokenizer.to_json().encode(),
             digest=source.digest,
             end_id=source.eos_id,
@@ -127,7 +127,7 @@ def _check(name: str, config: Config, job: Job) -> None:
     config.check_context(job.rounds.row_tokens)
 
 
-def _part_of(packed: Packed, role: Role) -> Part:
+def part_of(packed: Packed, role: Role) -> Part:
     """What of a language model a device with this role is handed."""
     graph, ends = packed.graph, role != "trunk"
     blocks = 0 if role == "ends" else graph.blocks

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.rounds.adapters import parts_of, spec_of, taken_by
-from coordinator.rounds.machine import Look, RoundState
+from coordinator.rounds.machine import Progress, RoundState
 from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord, now_unix
 from coordinator.rounds.updates import checked, farthest_of
 from coordinator.service import Coordinator
 from models.lora.adapter import Config, flat, named, shapes
 from wire.errors import PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
-from wire.messages import RoundMeta, StageError, UpdateMeta, decode
+from wire.messages import RoundMeta, StageError, StageOrder, UpdateMeta, decode
 
 LOG = logging.getLogger("edgelam.rounds")
 
@@ -43,7 +43,7 @@ class Exchange:
         train: bool,
     ) -> None:
         """The round that the record says; with `train` false its devices judge the factors alone."""
-        job, number, devices = record.job, record.round, record.chosen
+        job, number = record.job, record.round
         self.number = number
         self.start = start
         self.train = train
@@ -62,17 +62,19 @@ class Exchange:
         self._asked_again: set[str] = set()
         self._wall_s: dict[str, float] = {}
         self._keeping: set[str] = set()
-        self._requests = {request_of(job.name, record.epoch, number, device): device for device in devices}
-        if train:
-            known = store.updates(job.name, number)
-            self.updates.update({device: known[device] for device in devices if device in known})
-        deadline_s = time.monotonic() + job.rounds.timeout_s
-        at_least = job.rounds.at_least if train else 1
-        self.state = RoundState(number, devices, at_least, deadline_s, tuple(self.updates))
+        self._requests: dict[int, str] = {}
+        self._at_least = job.rounds.at_least if train else 1
+        self.state: Progress = self._prepared()
 
-    def look(self, now_s: float, ready: Mapping[str, str], _busy: Collection[str]) -> Look:
-        """What is due; `busy` are boards that fetch what they need."""
-        return self.state.look(now_s, ready)
+    def _prepared(self) -> Progress:
+        """How the round stands now that it begins, or goes on after a restart."""
+        record, devices = self._record, self._record.chosen
+        self._requests = {request_of(record.name, record.epoch, self.number, device): device for device in devices}
+        if self.train:
+            known = self._store.updates(record.name, self.number)
+            self.updates.update({device: known[device] for device in devices if device in known})
+        deadline_s = time.monotonic() + record.job.rounds.timeout_s
+        return RoundState(self.number, devices, self._at_least, deadline_s, tuple(self.updates))
 
     def ask(self, device: str) -> None:
         """Send the factors that the round begins with."""
@@ -91,9 +93,13 @@ class Exchange:
         request = next(number for number, known in self._requests.items() if known == device)
         order = self._record.order_of(device)
         tensor = Tensor.of(taken_by(self._config, self._record.job, device, self.start))
+        self._send(device, order, request, meta, tensor)
+
+    def _send(self, name: str, order: StageOrder, request: int, meta: RoundMeta, tensor: Tensor | None) -> None:
         parcel = Parcel(Kind.ROUND, order.epoch, request, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
-        self._down_bytes += tensor.nbytes
-        hub.send(order.inbox, parcel, lambda why: LOG.warning("round %d to %s: %s", self.number, device, why))
+        self._down_bytes += 0 if tensor is None else tensor.nbytes
+        hub = self._coordinator.hub
+        hub.send(order.inbox, parcel, lambda why: LOG.warning("round %d to %s: %s", self.number, name, why))
 
     def heard(self, parcel: Parcel) -> bool:
         device = self._requests.get(parcel.request)
@@ -116,10 +122,17 @@ class Exchange:
         if self._over:
             return
         self._over = True
-        for request, device in self._requests.items():
-            if self.state.wanted(device):
-                order = self._record.order_of(device)
+        for request, name in self._requests.items():
+            if self._works(name):
+                order = self._order_of(name)
                 self._coordinator.hub.send(order.inbox, Parcel(Kind.CLOSE, order.epoch, request), lambda _why: None)
+
+    def _works(self, name: str) -> bool:
+        """Whether somebody goes on with the round until it is told that it is over."""
+        return self.state.wanted(name)
+
+    def _order_of(self, name: str) -> StageOrder:
+        return self._record.order_of(name)
 
     @property
     def running_s(self) -> float:

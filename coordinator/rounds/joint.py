@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -21,14 +21,12 @@ import numpy.typing as npt
 
 from coordinator.rounds.adapters import parts_of
 from coordinator.rounds.exchange import Exchange, request_of
-from coordinator.rounds.machine import Look
+from coordinator.rounds.machine import Look, Progress
 from coordinator.rounds.orders import TRUNK
-from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord
+from coordinator.rounds.store import DeviceRound, RoundRecord
 from coordinator.rounds.updates import checked
-from coordinator.service import Coordinator
-from models.lora.adapter import Config
 from wire.errors import PeerError
-from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
+from wire.frames import Kind, Parcel, Tensor
 from wire.messages import Peer, RoundMeta, SplitRound, StageError, StageOrder, UpdateMeta, decode
 
 LOG = logging.getLogger("edgelam.rounds")
@@ -87,9 +85,10 @@ class JointState:
         all_of_us = (TRUNK, *self.together)
         if any(name not in ready for name in all_of_us):
             return Look((), "waits")
-        workers = {name: ready[name] for name in all_of_us}
-        if workers == self._workers and not self._is_silent(now_s):
-            return Look((), "waits")
+        if all(self._workers.get(name) == ready[name] for name in all_of_us):
+            if not self._is_silent(now_s):
+                return Look((), "waits")
+            self._leave_out_the_silent()
         workers = {name: ready[name] for name in (TRUNK, *self.together)}
         self._workers, self._began_s = workers, now_s
         self.counted.clear()
@@ -106,14 +105,14 @@ class JointState:
 
     def _is_silent(self, now_s: float) -> bool:
         """Whether all are there and nothing comes of it, for longer each time that it was begun anew: no round is too
-        long to be made. Who did not say what it saw, although the trunk is done, is left out."""
-        if now_s - self._began_s < self._timeout_s * 2 ** min(self.attempt, 20):
-            return False
+        long to be made."""
+        return now_s - self._began_s >= self._timeout_s * (1 << min(self.attempt, 20))
+
+    def _leave_out_the_silent(self) -> None:
+        """Those who did not say what they saw, although the trunk is done."""
         if TRUNK in self.counted:
-            for name in self.together:
-                if name not in self.counted:
-                    self.refused[name] = "said nothing of what it saw"
-        return True
+            silent = [name for name in self.together if name not in self.counted]
+            self.refused.update(dict.fromkeys(silent, "said nothing of what it saw"))
 
     def _is_lost(self) -> bool:
         """Nothing can come of it any more."""
@@ -145,35 +144,19 @@ class JointState:
 class JointExchange(Exchange):
     """One round under way, of a job that splits its model."""
 
-    state: JointState  # type: ignore[assignment]
-
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        store: JobStore,
-        record: JobRecord,
-        config: Config,
-        start: Floats,
-        tell: Callable[[dict[str, Any]], None],
-        *,
-        train: bool,
-    ) -> None:
-        super().__init__(coordinator, store, record, config, start, tell, train=train)
-        rounds = record.job.rounds
-        at_least = rounds.at_least if train else 1
-        self.state = JointState(record.round, record.chosen, at_least, rounds.timeout_s, time.monotonic())
-        self.updates = {}
+    def _prepared(self) -> Progress:
+        record = self._record
+        timeout_s = record.job.rounds.timeout_s
+        self._joint = JointState(self.number, record.chosen, self._at_least, timeout_s, time.monotonic())
         self._attempt = 0
         self._nonce = secrets.token_hex(8)
         """No session is one of a coordinator that was here before: what it had begun is at another step."""
         self._lost: Counter[str] = Counter()
-
-    def look(self, now_s: float, ready: Mapping[str, str], busy: Collection[str]) -> Look:
-        return self.state.look(now_s, ready, busy)
+        return self._joint
 
     def ask(self, device: str) -> None:
         """Begin a round with one of those who make it."""
-        record, hub, state = self._record, self._coordinator.hub, self.state
+        record, state = self._record, self._joint
         if self._attempt != state.attempt:
             self._attempt = state.attempt
             self.updates.clear()
@@ -182,7 +165,6 @@ class JointExchange(Exchange):
         if device == TRUNK:
             order, tensor = record.trunk_order, Tensor.of(self.start)
             peers = [(name, record.order_of(name)) for name in state.together]
-            self._down_bytes += tensor.nbytes
         else:
             assert record.trunk is not None
             order, tensor = record.order_of(device), None
@@ -193,16 +175,15 @@ class JointExchange(Exchange):
             patience_s=PATIENCE * record.job.rounds.timeout_s,
         )
         parts: tuple[Any, ...] = parts_of(record.job, self.number)
-        meta = RoundMeta(reply=hub.reply_inbox, round=self.number, parts=parts, train=self.train, split=split)
-        request = self._request(device)
-        parcel = Parcel(Kind.ROUND, order.epoch, request, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
-        hub.send(order.inbox, parcel, lambda why: LOG.warning("round %d to %s: %s", self.number, device, why))
+        reply = self._coordinator.hub.reply_inbox
+        meta = RoundMeta(reply=reply, round=self.number, parts=parts, train=self.train, split=split)
+        self._send(device, order, self._request(device), meta, tensor)
 
     def heard(self, parcel: Parcel) -> bool:
         name = self._requests.get(parcel.request)
         if name is None or parcel.epoch != self._record.epoch & 0xFFFFFFFF:
             return False
-        if not self.state.begun or name in self.state.refused:
+        if not self._joint.begun or name in self.state.refused:
             return True
         try:
             if parcel.kind is Kind.ERROR:
@@ -213,15 +194,8 @@ class JointExchange(Exchange):
             self._refuse(name, error.message)
         return True
 
-    def close(self) -> None:
-        """What comes from now on counts no more, and nobody need go on."""
-        if self._over:
-            return
-        self._over = True
-        for request, name in self._requests.items():
-            if self._attempt and (name == TRUNK or self.state.wanted(name)):
-                order = self._order_of(name)
-                self._coordinator.hub.send(order.inbox, Parcel(Kind.CLOSE, order.epoch, request), lambda _why: None)
+    def _works(self, name: str) -> bool:
+        return name == TRUNK or self.state.wanted(name)
 
     def record(self, wall_s: float) -> RoundRecord:
         """The trunk's part is entered under its board's name."""
@@ -245,7 +219,7 @@ class JointExchange(Exchange):
             if name != TRUNK and self._lost[name] > MOST_LOST:
                 self._refuse(name, f"lost its connection {MOST_LOST} times")
                 return
-            self.state.anew()
+            self._joint.anew()
             self._ring()
             return
         # The trunk says of whom it could not take something, or waits for in vain.
@@ -267,7 +241,7 @@ class JointExchange(Exchange):
         self._counted(device, meta, vector)
 
     def _request(self, name: str) -> int:
-        words = f"{name}/{self._nonce}/{self.state.attempt}"
+        words = f"{name}/{self._nonce}/{self._joint.attempt}"
         return request_of(self._record.name, self._record.epoch, self.number, words)
 
     def _order_of(self, name: str) -> StageOrder:

@@ -11,8 +11,8 @@ Behind the deadline with too few it waits on: a board that is switched on again 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Final, Literal, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -36,6 +36,27 @@ class Look(NamedTuple):
     verdict: Verdict
 
 
+class Progress(Protocol):
+    """How a round stands: RoundState here, coordinator.rounds.joint.JointState where all make it together."""
+
+    refused: dict[str, str]
+
+    @property
+    def missing(self) -> tuple[str, ...]: ...
+
+    def look(self, now_s: float, ready: Mapping[str, str], busy: Collection[str] = ()) -> Look:
+        """`ready`: device -> the worker that it runs now and that can take a round; `busy`: who fetches what it needs,
+        which may take its time."""
+
+    def wanted(self, device: str) -> bool: ...
+
+    def count(self, device: str) -> None: ...
+
+    def refuse(self, device: str, because: str) -> None: ...
+
+    def ask_all_again(self) -> None: ...
+
+
 class RoundState:
     """Of round `number`; `counted` are devices whose updates are on disk already."""
 
@@ -55,7 +76,7 @@ class RoundState:
         self._deadline_s = deadline_s
         self._asked: dict[str, Asked] = {}
 
-    def look(self, now_s: float, ready: Mapping[str, str]) -> Look:
+    def look(self, now_s: float, ready: Mapping[str, str], _busy: Collection[str] = ()) -> Look:
         """`ready`: device -> the worker that it runs now and that can take a round."""
         waits = [device for device in self.devices if device not in self.counted and device not in self.refused]
         ask = tuple(device for device in waits if device in ready and self._due(device, ready[device], now_s))

@@ -15,11 +15,11 @@ import msgspec
 from coordinator.rounds.adapters import spec_of
 from coordinator.rounds.bases import Base
 from coordinator.rounds.job import Job, against_split
+from coordinator.rounds.offers import link_rate
 from coordinator.rounds.orders import able_devices, states_bytes
 from coordinator.rounds.trunks import product_rate, trunk_of
 from coordinator.service import Coordinator
-from hwprofiles.link import bytes_per_s
-from hwprofiles.profile import LinkMeasurement, Profile
+from hwprofiles.profile import Profile
 from models.lora.adapter import MATRICES, length_of, shapes, sizes
 from wire.units import seconds_text
 
@@ -98,5 +98,4 @@ def _operations(base: Base, job: Job) -> float:
 
 def _rates(profile: Profile | None) -> tuple[float, float]:
     """Operations/s and bytes/s; 0 for what was not measured."""
-    link = profile.link if profile is not None else None
-    return product_rate(profile), (bytes_per_s(link) or 0.0) if isinstance(link, LinkMeasurement) else 0.0
+    return product_rate(profile) or 0.0, link_rate(profile) or 0.0

@@ -11,6 +11,8 @@ from typing import Final
 from msgspec import Struct
 
 from coordinator.rounds.airtime import Offer
+from hwprofiles.link import bytes_per_s
+from hwprofiles.profile import LinkMeasurement, Profile
 
 NEW: Final = 0.5
 """Weight of the newest round in what is known of a device (EWMA): it warms up, and other programs come and go."""
@@ -81,3 +83,8 @@ def weights_of(samples: Mapping[str, int], devices: Collection[str]) -> dict[str
     known = [samples[device] for device in devices if samples.get(device)]
     usual = round(sum(known) / len(known)) if known else 1
     return {device: samples.get(device) or usual for device in devices}
+
+
+def link_rate(profile: Profile | None) -> float | None:
+    """Bytes/s of a board's link, as it measured it."""
+    return bytes_per_s(profile.link) if profile and isinstance(profile.link, LinkMeasurement) else None

@@ -16,15 +16,13 @@ from coordinator.rounds.bases import Base, base_of
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
-from coordinator.rounds.offers import Timing, Took, learnt, offer_of, weights_of
+from coordinator.rounds.offers import Timing, Took, learnt, link_rate, offer_of, weights_of
 from coordinator.rounds.orders import TRUNK, Placed, Way, able_devices, make_orders, most_ends, task_of, way_of, ways_of
 from coordinator.rounds.schedule import after
 from coordinator.rounds.settling import knobs_of, settled
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
 from coordinator.rounds.trunks import Found, keeps_all, trunk_of
 from coordinator.service import Coordinator
-from hwprofiles.link import bytes_per_s
-from hwprofiles.profile import LinkMeasurement
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
@@ -125,7 +123,7 @@ class Running:
         while True:
             for device, because in self._unable().items():
                 round_.state.refuse(device, because)
-            look = round_.look(time.monotonic(), self._ready(), self._fetching())
+            look = round_.state.look(time.monotonic(), self._ready(), self._fetching())
             for device in look.ask:
                 round_.ask(device)
             self.waits_for = ", ".join(round_.state.missing)
@@ -245,8 +243,7 @@ class Running:
 
     def _rate(self, device: str) -> float | None:
         """Bytes/s of a board's link, as it measured it."""
-        profile = self._coordinator.profiles().get(device)
-        return bytes_per_s(profile.link) if profile and isinstance(profile.link, LinkMeasurement) else None
+        return link_rate(self._coordinator.profiles().get(device))
 
     def _learnt(self, base: Base, done: RoundRecord, took_s: float) -> JobRecord:
         """What the round says of the boards, for the next."""

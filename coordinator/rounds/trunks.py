@@ -9,7 +9,7 @@ from coordinator.rounds.bases import Base
 from coordinator.rounds.job import Job
 from coordinator.rounds.orders import AMPLE, without_torch
 from coordinator.service import Coordinator
-from hwprofiles import stats
+from hwprofiles.ceilings import best
 from hwprofiles.profile import Profile
 from hwprofiles.samples import Ceilings
 from wire.units import bytes_text
@@ -49,19 +49,16 @@ def trunk_of(
                 f"would take {bytes_text(needs_bytes)} of its {bytes_text(info.memory_bytes)} of memory"
             )
         else:
-            can[device.name] = product_rate(profiles.get(device.name))
+            can[device.name] = product_rate(profiles.get(device.name)) or 0.0
     if not can:
         return Found("", "", unable)
-    best = max(sorted(can), key=lambda name: (name not in passed_over, can[name]))
+    chosen = max(sorted(can), key=lambda name: (name not in passed_over, can[name]))
     if job.trunk:
-        return Found(best, "the job names it", unable)
-    if not can[best]:
-        return Found(
-            best, f"the first of {len(can)} that can hold the blocks: none has measured how fast it multiplies", {}
-        )
-    return Found(
-        best, f"multiplies fastest of {len(can)} that can hold the blocks: {can[best] / 1e9:.3g} GFLOP/s", unable
-    )
+        return Found(chosen, "the job names it", unable)
+    those = f"{len(can)} that can hold the blocks"
+    if not can[chosen]:
+        return Found(chosen, f"the first of {those}: none has measured how fast it multiplies", unable)
+    return Found(chosen, f"multiplies fastest of {those}: {can[chosen] / 1e9:.3g} GFLOP/s", unable)
 
 
 def keeps_all(coordinator: Coordinator, job: Job, base: Base, trunk: str, with_data: Collection[str]) -> bool:
@@ -78,10 +75,7 @@ def ends_of(job: Job, with_data: Collection[str]) -> int:
     return min(len(with_data), job.rounds.devices) if job.rounds.who != "all" else len(with_data)
 
 
-def product_rate(profile: Profile | None) -> float:
-    """Operations a second in products of float32 matrices; 0 where that was not measured."""
-    ceilings = profile.ceilings if profile is not None else None
-    if not isinstance(ceilings, Ceilings):
-        return 0.0
-    seconds = [(rate.amount, stats.median(rate.samples.samples_s)) for rate in ceilings.products if rate.what == "f32"]
-    return max((amount / each_s for amount, each_s in seconds if each_s > 0), default=0.0)
+def product_rate(profile: Profile | None) -> float | None:
+    """Operations a second in products of float32 matrices; None where that was not measured."""
+    found = profile.ceilings if profile is not None else None
+    return best(tuple(rate for rate in found.products if rate.what == "f32")) if isinstance(found, Ceilings) else None

@@ -102,5 +102,5 @@ def test_who_has_ample_memory_keeps_what_gradients_need() -> None:
 
 def test_rates_are_of_float32_and_nothing_where_there_are_none() -> None:
     assert product_rate(profile_of(3.0)) == pytest.approx(3e9)
-    assert product_rate(None) == 0.0
-    assert product_rate(SimpleNamespace(ceilings=None)) == 0.0  # type: ignore[arg-type]
+    assert product_rate(None) is None
+    assert product_rate(SimpleNamespace(ceilings=None)) is None  # type: ignore[arg-type]
