@@ -182,6 +182,8 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     """Which of these a text has is learnt, by an encoder with a task module; none: to say the text itself. The graph of
     such an order is the encoder's configuration, and the task module travels behind the factors."""
     role: Role = "whole"
+    refuse_bad_rows: bool = False
+    """Data with a row that is no sample are not trained on at all; else it is left out and counted."""
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):

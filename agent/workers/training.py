@@ -78,13 +78,17 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
     data = read(Path(assignment.data_path))
     rows = _rows(assignment, task, data.samples)
+    bad_rows = data.bad_rows + len(data.samples) - len(rows)
+    if bad_rows and task.refuse_bad_rows:
+        first = data.said[0] if data.said else "too short a text, or without one of the labels"
+        raise CorruptData(f"data {task.data}: {bad_rows} rows are no samples: {first}", try_="bad_rows = 'leave-out'")
     stage, shaped = (_encoder if task.labels else _language_model)(assignment, task)
     private = task.privacy is not None
     trainee = Trainee(
         stage=stage,
         shaped=shaped,
         rows=split(rows, task.held_out, task.seed),
-        bad_rows=0 if private else data.bad_rows + len(data.samples) - len(rows),
+        bad_rows=0 if private else bad_rows,
         fingerprint=fingerprint_of(rows, assignment.threads, [order.graph, *order.weights]),
         ledger=ledger,
     )

@@ -116,6 +116,8 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of a language model's frozen weights; an encoder's are f32."""
     devices: tuple[str, ...] = ()
     """None: all that have the data."""
+    bad_rows: Literal["leave-out", "refuse"] = "leave-out"
+    """What becomes of rows that are no samples; or of the board that has one."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     adapter: Adapter = Adapter()
     rounds: Rounds = Rounds()
@@ -233,6 +235,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if rounds.at_least > most:
         found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
     privacy = values.get("privacy")
+    if privacy is not None and values.get("bad_rows") == "refuse":
+        found.append("bad_rows: 'refuse' would tell whether there are any, which no private job tells")
     return found + ([] if privacy is None else _impossible(privacy, rounds))
 
 

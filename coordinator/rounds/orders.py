@@ -121,6 +121,7 @@ def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTas
         rounds=rounds.count,
         privacy=job.privacy,
         labels=job.labels,
+        refuse_bad_rows=job.bad_rows == "refuse",
     )
 
 

@@ -1,9 +1,10 @@
 """A device's own data: files of text, read row by row. What is no sample is counted and left out.
 
-    .jsonl  one object per line with `text`; or with `prompt` and `text`, of which the text alone is learnt; or with
-            `text` and `label`
-    .csv    with a header line that names the column `text`, and perhaps `prompt` or `label`
-    .txt    one sample per paragraph; paragraphs are parted by empty lines
+    .jsonl    one object per line with `text`; or with `prompt` and `text`, of which the text alone is learnt; or with
+              `text` and `label`
+    .csv      with a header line that names the column `text`, and perhaps `prompt` or `label`
+    .parquet  columns as those of a .csv (models.training.parquet)
+    .txt      one sample per paragraph; paragraphs are parted by empty lines
 
 A folder stands for the files of these kinds in it, by name.
 """
@@ -19,9 +20,10 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct
 
+from models.training import parquet
 from wire.errors import CorruptData, UsageError
 
-KINDS: Final = (".jsonl", ".csv", ".txt")
+KINDS: Final = (".jsonl", ".csv", ".parquet", ".txt")
 MAX_ROW_BYTES: Final = 4 * 1024 * 1024
 MAX_ROWS: Final = 10_000_000
 MAX_SAID: Final = 8
@@ -54,12 +56,6 @@ class _Row(Struct, frozen=True):
     text: str
     prompt: str = ""
     label: Any = ""
-
-    @property
-    def label_text(self) -> str:
-        """Numbers are labels, too; what is neither is of no concern where texts are learnt."""
-        is_label = isinstance(self.label, (str, int)) and not isinstance(self.label, bool)
-        return str(self.label) if is_label else ""
 
 
 def files_of(path: Path) -> list[Path]:
@@ -106,6 +102,9 @@ def _rows(file: Path) -> Iterator[Sample | BadRow]:
             with file.open(encoding="utf-8", errors="replace", newline="") as lines:
                 yield from _of_csv(file, lines)
             return
+        if file.suffix.lower() == ".parquet":
+            yield from _of_columns(file)
+            return
         with file.open("rb") as raw:
             yield from _of_objects(file, raw) if file.suffix.lower() == ".jsonl" else _of_paragraphs(file, raw)
     except OSError as error:
@@ -128,7 +127,7 @@ def _of_objects(file: Path, raw: Any) -> Iterator[Sample | BadRow]:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 yield BadRow(where, str(error))
             else:
-                yield _sample(where, row.text, row.prompt, row.label_text)
+                yield _sample(where, row.text, row.prompt, _label_text(row.label))
 
 
 def _of_csv(file: Path, lines: Iterable[str]) -> Iterator[Sample | BadRow]:
@@ -153,6 +152,17 @@ def _of_csv(file: Path, lines: Iterable[str]) -> Iterator[Sample | BadRow]:
         yield BadRow(f"{file.name}:{rows.line_num}", f"{error}; the rest of the file is left out")
 
 
+def _of_columns(file: Path) -> Iterator[Sample | BadRow]:
+    for number, row in parquet.rows(file, "text", ("text", "prompt", "label")):
+        where, text, prompt = f"{file.name}:{number}", row["text"], row.get("prompt")
+        if not isinstance(text, str) or not isinstance(prompt, (str, type(None))):
+            yield BadRow(where, "its text or prompt is none")
+        elif len(text) > MAX_ROW_BYTES:
+            yield BadRow(where, f"longer than {MAX_ROW_BYTES} letters")
+        else:
+            yield _sample(where, text, prompt or "", _label_text(row.get("label", "")))
+
+
 def _of_paragraphs(file: Path, raw: Any) -> Iterator[Sample | BadRow]:
     began, lines, size = 1, list[bytes](), 0
     for number in itertools.count(1):
@@ -170,6 +180,12 @@ def _of_paragraphs(file: Path, raw: Any) -> Iterator[Sample | BadRow]:
             lines, size = [], 0
         if not line:
             return
+
+
+def _label_text(label: Any) -> str:
+    """Numbers are labels, too; what is neither is of no concern where texts are learnt."""
+    is_label = isinstance(label, (str, int)) and not isinstance(label, bool)
+    return str(label) if is_label else ""
 
 
 def _sample(where: str, text: str, prompt: str, label: str = "") -> Sample | BadRow:

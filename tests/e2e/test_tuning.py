@@ -187,6 +187,8 @@ def test_what_can_not_be_is_refused_before_anything_starts(tuning_site: Site, ti
     wanted = job(tiny_model, "no-such-data")
     with pytest.raises(EdgelamError, match="has no data 'poems'"):
         follow(tuning_site, msgspec.structs.replace(wanted, data="poems"))
+    end = follow(tuning_site, msgspec.structs.replace(wanted, name="strict", bad_rows="refuse"))
+    assert end["state"] == "failed" and "1 rows are no samples: board1.jsonl:13: " in end["because"], end
     with pytest.raises(UsageError, match="nothere"):
         follow(tuning_site, msgspec.structs.replace(wanted, model="nothere"))
     with pytest.raises(EdgelamError, match="context"):

@@ -130,6 +130,8 @@ def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path
         ("[privacy]\nepsilon = 1\nunit = 'room'", "privacy.unit"),
         ("[privacy]\nepsilon = 1\n[privacy.channel]\npower = 0", "privacy.channel.power"),
         ("[privacy]\nepsilon = 1e-6", "privacy.epsilon"),
+        ("bad_rows = 'mend'", "bad_rows"),
+        ("bad_rows = 'refuse'\n[privacy]\nepsilon = 1", "bad_rows"),
         ("trunk = 'nuc'", "trunk"),
         ("mode = 'split'\ntrunk = 'My NUC'", "trunk"),
         ("mode = 'halved'", "mode"),

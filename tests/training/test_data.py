@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,38 @@ def test_what_can_not_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "e.jsonl").write_text('{"no": 1}')
     with pytest.raises(CorruptData, match=r"no sample in it; e\.jsonl:1"):
         read(tmp_path / "e.jsonl")
+
+
+def test_columns_of_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    texts = ["one", None, "two", " ", "x" * (MAX_ROW_BYTES + 1)] + ["more"] * 600
+    count = len(texts)
+    columns = {"id": list(range(count)), "text": texts, "label": list(range(count))}
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=100)
+    found = read(path)
+    assert found.samples[:3] == (Sample("one", label="0"), Sample("two", label="2"), Sample("more", label="5"))
+    assert (len(found.samples), found.bad_rows) == (602, 3)
+    assert [row.where for row in found.said] == ["a.parquet:2", "a.parquet:4", "a.parquet:5"]
+    parquet.write_table(pyarrow.table({"text": ["two"], "prompt": ["one"]}), path)
+    assert read(path).samples == (Sample("two", "one"),)
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
+    with pytest.raises(CorruptData, match="no sample in it; a.parquet:1: its text or prompt is none"):
+        read(path)
+    parquet.write_table(pyarrow.table({"words": ["two"]}), path)
+    with pytest.raises(CorruptData, match="no column 'text' among its 1"):
+        read(path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-8] + bytes(8), bytes(reversed(whole))):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptData, match="can't be read: "):
+            read(path)
+
+
+def test_without_pyarrow_it_says_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match="there is no pyarrow here") as caught:
+        read(tmp_path)
+    assert "edgelam[parquet]" in caught.value.try_
