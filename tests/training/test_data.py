@@ -84,7 +84,7 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["two"], "prompt": ["one"]}), path)
     assert read(path).samples == (Sample("two", "one"),)
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
-    with pytest.raises(CorruptData, match="no sample in it; a.parquet:1: its text or prompt is none"):
+    with pytest.raises(CorruptData, match=r"no sample in it; a\.parquet:1: its text or prompt is none"):
         read(path)
     parquet.write_table(pyarrow.table({"words": ["two"]}), path)
     with pytest.raises(CorruptData, match="no column 'text' among its 1"):

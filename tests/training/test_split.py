@@ -181,6 +181,7 @@ def test_features_that_can_t_be_are_refused(tmp_path: Path) -> None:
     assert question is not None
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["smollm2", "minilm"])
 def test_real_models_learn_as_in_one_place(model: str, tmp_path: Path) -> None:
