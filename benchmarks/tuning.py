@@ -63,7 +63,7 @@ from wire.mqtt import MqttTransport
 from wire.pace import Pace
 from wire.transport import Link
 
-COUNTS = (2, 4, 8)
+COUNTS = (2, 4, 8, 16)
 ROUNDS = 8
 PARTS = ("overhead", "flower", "perplexity", "schedule", "memory", "served", "sections", "policies", "private")
 PEAKS = (
