@@ -2,7 +2,7 @@
 
 Overhead: the model of tests (200,000 parameters, frozen) on boards of this machine, each with a little text and one
 step a round, so that a round is next to nothing but the way of about 1 MB of factors to and fro. Overhead of a round is
-its time less the longest step of any board.
+its time less the longest step of any board. With links as of Wi-Fi, a round beside that step and the factors' two ways.
 
 Flower: the same number of clients and updates of the same size, without any work, in Flower (benchmarks/parts/flower);
 and what crosses the loopback interface in a round beside twice the factors (to a broker and from it).
@@ -20,6 +20,11 @@ the packages of other maintainers (benchmarks/parts/sections), in modes federate
 one place with all of them.
 
 Policies: what each way of choosing who takes part comes to in the same time (benchmarks/parts/policies).
+
+Killed: jobs in which somebody is killed at a random moment, in modes federated and split (benchmarks/parts/killed).
+
+Footprint: what an agent that can train takes while it does nothing, and what its worker takes beyond torch and a model
+(benchmarks/parts/footprint).
 
 Private: what a budget leaves of learning, with one factor or both (benchmarks/parts/private).
 
@@ -45,7 +50,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower, policies, private, sections, served
+from benchmarks.parts import flower, footprint, killed, policies, private, sections, served
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import MODEL, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
@@ -65,7 +70,19 @@ from wire.transport import Link
 
 COUNTS = (2, 4, 8, 16)
 ROUNDS = 8
-PARTS = ("overhead", "flower", "perplexity", "schedule", "memory", "served", "sections", "policies", "private")
+PARTS = (
+    "overhead",
+    "flower",
+    "perplexity",
+    "schedule",
+    "memory",
+    "served",
+    "sections",
+    "policies",
+    "private",
+    "killed",
+    "footprint",
+)
 PEAKS = (
     "int4 1 64 8 q,v keep",
     "int4 4 128 8 q,v keep",
@@ -133,11 +150,17 @@ def measured(count: int, link: str, rounds: int) -> list[Figure]:
     name = f"{count} boards, {link}"
     payload = median(one["up_bytes"] / count for one in found)
     took_s = median(overhead_s(one) for one in found)
-    return [
+    figures = [
         Figure(f"{name}: an update", payload / 1e6, "MB"),
         Figure(f"{name}: a round", median(one["wall_s"] for one in found) * 1e3, "ms"),
         Figure(f"{name}: beyond computing", took_s * 1e3, "ms"),
     ]
+    spec = link_of(link)
+    if spec is not None and spec.rate_bytes_per_s:
+        ways_s = 2 * payload / spec.rate_bytes_per_s
+        ratio = median(one["wall_s"] / (one["wall_s"] - overhead_s(one) + ways_s) for one in found)
+        figures.append(at_most(f"{name}: a round / (computing + bytes / rate)", ratio, "ratio", 1.15))
+    return figures
 
 
 def beside_flower(count: int, rounds: int) -> list[Figure]:
@@ -267,12 +290,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--precision", choices=("int4", "int8", "f32"), default="int4", help="of smollm2's weights")
     parser.add_argument("--plot", type=Path, help="private: draw its curves into this .html")
+    parser.add_argument("--trials", type=int, default=20, help="killed: of each mode")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     given = parser.parse_args()
     figures: list[Figure] = []
     if "overhead" in given.parts:
         for count in given.boards:
             figures += measured(count, given.link, given.rounds + 1)
+        if given.link == "none":
+            figures += measured(4, "wifi", given.rounds + 1)
     if "flower" in given.parts:
         figures += beside_flower(given.boards[0] if len(given.boards) == 1 else 4, given.rounds)
     if "schedule" in given.parts:
@@ -287,6 +313,11 @@ def main() -> int:
         figures += policies.measure()
     if "private" in given.parts:
         figures += private.measure(given.plot)
+    if "killed" in given.parts:
+        for mode in ("federated", "split"):
+            figures += killed.measure(given.trials, mode)
+    if "footprint" in given.parts:
+        figures += footprint.measure()
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}
