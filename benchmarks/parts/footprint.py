@@ -1,8 +1,8 @@
 """What training takes of a board's memory beside torch and the model.
 
-The control is a process that makes the same steps with torch alone: as many matrices as the model of tests has, as large
-as its smaller ones, and AdamW. What the worker takes beyond it is what we add: the protocol, the data plane, tokenizers,
-reading and judging.
+The control is a process that makes the same steps with torch alone: as many matrices as the model of tests has, as
+large as its smaller ones, and AdamW. What the worker takes beyond it is what we add: the protocol, the data plane,
+tokenizers, reading and judging.
 """
 
 from __future__ import annotations
