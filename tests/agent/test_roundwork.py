@@ -18,6 +18,7 @@ from agent.workers.roundwork import RoundWork, device_seed  # noqa: E402
 from agent.workers.stretch import Stretch  # noqa: E402
 from models.training.rounds import Diverged  # noqa: E402
 from models.training.samples import Row, Split  # noqa: E402
+from tests.agent.training_fakes import Delivery, Sender  # noqa: E402
 from wire.frames import Kind, Parcel, Tensor  # noqa: E402
 from wire.messages import (  # noqa: E402
     ArtifactRef,
@@ -29,7 +30,6 @@ from wire.messages import (  # noqa: E402
     TrainingTask,
     UpdateMeta,
 )
-from wire.transport import NotConnected  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -46,40 +46,6 @@ ORDER = StageOrder(
     slots=1, prefill_chunk_tokens=2, inbox=INBOX, next=INBOX, runs="rounds", training=TASK,
 )  # fmt: skip
 START = np.zeros(4, np.float32)
-
-
-class Delivery:
-    def __init__(self, parcel: Parcel) -> None:
-        self.parcel = parcel
-
-
-class Sender:
-    next_backlog_bytes = 0
-    next_bytes = 0
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, Parcel]] = []
-        self.paces: list[float | None] = []
-        self.waiting = False
-        self.dropped = 0
-        self.down = False
-
-    def pace(self, _topic: str, bytes_per_s: float | None) -> None:
-        self.paces.append(bytes_per_s)
-
-    def waits(self, _topic: str) -> bool:
-        return self.waiting
-
-    def drop(self, _topic: str) -> None:
-        self.dropped += 1
-
-    def to_next(self, parcel: Parcel) -> None:
-        raise AssertionError("there is no next stage")
-
-    def to_requester(self, topic: str, parcel: Parcel) -> None:
-        if self.down:
-            raise NotConnected("down")
-        self.sent.append((topic, parcel))
 
 
 class FakeRound:
@@ -121,7 +87,8 @@ class Bench:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         FakeRound.made = []
         monkeypatch.setattr(roundwork, "Round", FakeRound)
-        self.sender = Sender()
+        self.sent: list[tuple[str, Parcel]] = []
+        self.sender = Sender(self.sent)
         self.returned = 0
         self.model = Model()
         self.work = RoundWork(ORDER, self.model, self.sender, self._done, Stretch(1.0, 1), SITE, "pi4")  # type: ignore[arg-type]
@@ -154,7 +121,7 @@ def test_a_round_is_trained_and_its_update_sent(bench: Bench) -> None:
     bench.give()
     assert bench.work.runnable and bench.work.live == 1
     bench.go()
-    [(topic, parcel)] = bench.sender.sent
+    [(topic, parcel)] = bench.sent
     assert topic == REPLY and parcel.kind is Kind.UPDATE and (parcel.epoch, parcel.request) == (7, 5)
     assert parcel.tensor is not None and parcel.tensor.array().tolist() == [2, 2, 2, 2]
     meta = msgspec.json.decode(parcel.meta, type=UpdateMeta)
@@ -168,7 +135,7 @@ def test_a_private_round_is_paid_for_before_it_begins_and_says_what_it_cost(benc
     assert (tmp_path / "d.json").is_file(), "before the first step"
     bench.go()
     bench.give()
-    [_, (_, again)] = bench.sender.sent
+    [_, (_, again)] = bench.sent
     meta = msgspec.json.decode(again.meta, type=UpdateMeta)
     assert meta.noise is not None and meta.epsilon is not None and 0 < meta.epsilon < 4.0 and meta.compute_s == 0
     book = json.loads((tmp_path / "d.json").read_bytes())
@@ -182,7 +149,7 @@ def test_a_private_round_beyond_the_budget_is_not_begun(bench: Bench, tmp_path: 
     bench.give()
     bench.go()
     bench.give(request=6, round=3)
-    [_, (topic, parcel)] = bench.sender.sent
+    [_, (topic, parcel)] = bench.sent
     assert topic == REPLY and parcel.kind is Kind.ERROR
     assert "the budget of tune-n/7 is spent" in msgspec.json.decode(parcel.meta, type=StageError).text
     assert len(FakeRound.made) == 1
@@ -192,7 +159,7 @@ def test_a_damaged_ledger_begins_nothing(bench: Bench, tmp_path: Path) -> None:
     bench.make_private(Ledger(tmp_path, "d"), epsilon=4.0, rounds=1)
     (tmp_path / "d.json").write_bytes(b"{")
     bench.give()
-    [(_, parcel)] = bench.sender.sent
+    [(_, parcel)] = bench.sent
     assert parcel.kind is Kind.ERROR and not FakeRound.made
     bench.give(request=6, train=False)
     assert len(FakeRound.made) == 1, "who only judges tells nothing that the ledger is for"
@@ -211,18 +178,18 @@ def test_what_is_on_its_way_is_not_sent_twice_and_nothing_more_of_it_when_nobody
     bench.go()
     bench.sender.waiting = True
     bench.give(bytes_per_s=5e4)
-    assert len(bench.sender.sent) == 1, "asked again, while it is on its way"
+    assert len(bench.sent) == 1, "asked again, while it is on its way"
     bench.work.drop_all()
     bench.sender.waiting = False
     bench.work.tick(0.0)
-    assert len(bench.sender.sent) == 2 and bench.sender.dropped == 1, "the connection was lost, and with it a part"
+    assert len(bench.sent) == 2 and len(bench.sender.dropped) == 1, "the connection was lost, and with it a part"
     bench.sender.waiting = True
     bench.give(request=6, round=3)
-    assert bench.sender.dropped == 2, "another round has begun"
+    assert len(bench.sender.dropped) == 2, "another round has begun"
     bench.go()
-    assert len(bench.sender.sent) == 3
+    assert len(bench.sent) == 3
     bench.give(Kind.CLOSE, request=6)
-    assert bench.sender.dropped == 3
+    assert len(bench.sender.dropped) == 3
 
 
 def test_what_goes_wrong_in_a_private_round_is_said_on_the_board_alone(bench: Bench, tmp_path: Path) -> None:
@@ -230,7 +197,7 @@ def test_what_goes_wrong_in_a_private_round_is_said_on_the_board_alone(bench: Be
     bench.give()
     FakeRound.made[-1].error = RuntimeError("rows of 7, 9 and 11 tokens")
     bench.go()
-    [(_, parcel)] = bench.sender.sent
+    [(_, parcel)] = bench.sent
     assert msgspec.json.decode(parcel.meta, type=StageError).text == "it could not train; its own log says why"
     assert bench.work.tally.prefill_steps == 0 and bench.work.tally.prefill_busy_s == 0
 
@@ -255,8 +222,8 @@ def test_the_same_question_again_goes_on_and_is_answered_from_memory(bench: Benc
     bench.go()
     bench.give()
     assert len(FakeRound.made) == 1
-    assert [topic for topic, _ in bench.sender.sent] == [other.topic, REPLY]
-    assert bench.sender.sent[0][1] is bench.sender.sent[1][1]
+    assert [topic for topic, _ in bench.sent] == [other.topic, REPLY]
+    assert bench.sent[0][1] is bench.sent[1][1]
 
 
 def test_another_round_takes_the_place_of_what_is_under_way(bench: Bench) -> None:
@@ -265,7 +232,7 @@ def test_another_round_takes_the_place_of_what_is_under_way(bench: Bench) -> Non
     bench.give(request=6, round=3)
     bench.go()
     assert [made.number for made in FakeRound.made] == [2, 3]
-    assert [parcel.request for _, parcel in bench.sender.sent] == [6]
+    assert [parcel.request for _, parcel in bench.sent] == [6]
 
 
 def test_a_lost_connection_loses_nothing(bench: Bench) -> None:
@@ -273,15 +240,15 @@ def test_a_lost_connection_loses_nothing(bench: Bench) -> None:
     bench.sender.down = True
     bench.work.drop_all()
     bench.go()
-    assert bench.sender.sent == []
+    assert bench.sent == []
     bench.work.tick(0.0)
     bench.sender.down = False
     bench.work.tick(0.0)
     bench.work.tick(0.0)
-    assert len(bench.sender.sent) == 1
+    assert len(bench.sent) == 1
     bench.work.drop_all()
     bench.work.tick(0.0)
-    assert len(bench.sender.sent) == 2, "it may not have come through"
+    assert len(bench.sent) == 2, "it may not have come through"
 
 
 def test_rounds_of_another_epoch_end(bench: Bench) -> None:
@@ -328,7 +295,7 @@ def test_what_goes_wrong_is_told(error: Exception, bench: Bench) -> None:
     bench.give()
     FakeRound.made[0].error = error  # type: ignore[assignment]
     bench.go()
-    [(_, parcel)] = bench.sender.sent
+    [(_, parcel)] = bench.sent
     assert parcel.kind is Kind.ERROR
     assert msgspec.json.decode(parcel.meta, type=StageError).text == str(error)
     assert bench.work.live == 0

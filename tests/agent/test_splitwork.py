@@ -24,6 +24,7 @@ from models.lora.adapter import AdapterSpec, flat, initial, shapes  # noqa: E402
 from models.training.samples import Split  # noqa: E402
 from tests.agent.fakes import DEVICE, desired_of, order_of  # noqa: E402
 from tests.agent.fakes import SITE as FAKE_SITE  # noqa: E402
+from tests.agent.training_fakes import Delivery, Sender  # noqa: E402
 from tests.models.tiny_bert import write_bert  # noqa: E402
 from tests.training.split_models import Halves, InOnePlace, bert, rows_of, task_of  # noqa: E402
 from wire.frames import Kind, Parcel, Tensor  # noqa: E402
@@ -53,38 +54,6 @@ def inbox(device: str) -> str:
 
 
 REPLY = f"edgelam/v1/{SITE}/act/requester-1/0/in"
-
-
-class Delivery:
-    def __init__(self, parcel: Parcel) -> None:
-        self.parcel = parcel
-
-
-class Sender:
-    next_backlog_bytes = 0
-    next_bytes = 0
-
-    def __init__(self, sent: deque[tuple[str, Parcel]]) -> None:
-        self.sent = sent
-        self.down = False
-        self.dropped: list[str] = []
-
-    def pace(self, _topic: str, _bytes_per_s: float | None) -> None:
-        return
-
-    def waits(self, _topic: str) -> bool:
-        return False
-
-    def drop(self, topic: str) -> None:
-        self.dropped.append(topic)
-
-    def to_next(self, parcel: Parcel) -> None:
-        raise AssertionError("there is no next stage")
-
-    def to_requester(self, topic: str, parcel: Parcel) -> None:
-        if self.down:
-            raise NotConnected("down")
-        self.sent.append((topic, parcel))
 
 
 class Part:
