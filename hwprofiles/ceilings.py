@@ -7,7 +7,7 @@ are those of STREAM (J. McCalpin, 1995) as far as numpy has them in one call, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Final
@@ -107,6 +107,18 @@ def best(rates: tuple[Rate, ...]) -> float | None:
 def reading(found: Ceilings) -> float | None:
     """Bytes a second that memory gives at best to who only reads; a copy moves no more than it."""
     return best(found.memory)
+
+
+def best_of_blocks(modules: Iterable[ModuleMeasurement]) -> float | None:
+    """The most operations a second that a block was measured to make, whatever its weights' form."""
+    rates = [
+        block.row_operations * step.tokens / step.block_s
+        for block in modules
+        if block.kind == "block" and block.row_operations
+        for step in estimate(block).steps
+        if step.valid and step.block_s > 0
+    ]
+    return max(rates, default=None)
 
 
 class Achieved(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from coordinator.rounds.bases import Base
 from coordinator.rounds.job import Job
 from coordinator.rounds.orders import AMPLE, without_torch
 from coordinator.service import Coordinator
-from hwprofiles.ceilings import best
+from hwprofiles.ceilings import best, best_of_blocks
 from hwprofiles.profile import Profile
 from hwprofiles.samples import Ceilings
 from wire.units import bytes_text
@@ -76,6 +76,10 @@ def ends_of(job: Job, with_data: Collection[str]) -> int:
 
 
 def product_rate(profile: Profile | None) -> float | None:
-    """Operations a second in products of float32 matrices; None where that was not measured."""
-    found = profile.ceilings if profile is not None else None
-    return best(tuple(rate for rate in found.products if rate.what == "f32")) if isinstance(found, Ceilings) else None
+    """Operations a second in products of float32 matrices; where those were not measured, as on virtual boards, what the
+    board's blocks make at best; None where there are none either."""
+    if profile is None:
+        return None
+    found = profile.ceilings
+    rate = best(tuple(one for one in found.products if one.what == "f32")) if isinstance(found, Ceilings) else None
+    return rate or best_of_blocks(profile.modules)

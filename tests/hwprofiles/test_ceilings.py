@@ -101,6 +101,11 @@ def test_what_is_not_known_of_a_module_is_not_made_up(changes: dict[str, object]
     assert ceilings.achieved(weighed(**changes), examples.ceilings()) == ()
 
 
+def test_blocks_say_how_fast_a_board_multiplies_where_nothing_else_does() -> None:
+    assert math.isclose(ceilings.best_of_blocks([weighed(kind="head"), weighed()]) or 0, 160e9, rel_tol=0.01)
+    assert ceilings.best_of_blocks([weighed(kind="head"), weighed(row_operations=0)]) is None
+
+
 def test_the_report_says_what_decode_reaches_of_the_memory() -> None:
     shown = tables(board())
     assert [table.title.partition(",")[0].partition(":")[0] for table in shown] == [

@@ -106,7 +106,7 @@ def test_a_round_takes_what_the_slowest_or_the_trunk_takes(base: Any, rates: dic
 
 
 def test_rates_are_those_of_profiles() -> None:
-    unknown: Any = SimpleNamespace(ceilings=None, link=None)
+    unknown: Any = SimpleNamespace(ceilings=None, modules=(), link=None)
     assert modes._rates(None) == (0.0, 0.0) and modes._rates(unknown) == (0.0, 0.0)
     known = profile_of(3.0)
     known.link = None

@@ -11,6 +11,7 @@ import pytest
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.trunks import ends_of, keeps_all, product_rate, trunk_of
 from hwprofiles.samples import Ceilings, Rate, Samples
+from tests.hwprofiles.test_ceilings import weighed
 from wire.messages import DeviceInfo, EngineInfo
 
 JOB = Job(name="n", model="m", data="notes", mode="split", adapter=Adapter(rank=1), rounds=Rounds())
@@ -41,7 +42,7 @@ def profile_of(gflops: float) -> Any:
     amounts = {"f32": int(gflops * 1e9), "int4": 10**15}
     rates = tuple(Rate(what=what, amount=amount, samples=samples) for what, amount in amounts.items())
     ceilings = Ceilings(threads=1, memory=(), array_bytes=1, cache_bytes=0, products=rates, engine="e")
-    return SimpleNamespace(ceilings=ceilings)
+    return SimpleNamespace(ceilings=ceilings, modules=())
 
 
 class Coordinator:
@@ -103,4 +104,6 @@ def test_who_has_ample_memory_keeps_what_gradients_need() -> None:
 def test_rates_are_of_float32_and_nothing_where_there_are_none() -> None:
     assert product_rate(profile_of(3.0)) == pytest.approx(3e9)
     assert product_rate(None) is None
-    assert product_rate(SimpleNamespace(ceilings=None)) is None  # type: ignore[arg-type]
+    virtual: Any = SimpleNamespace(ceilings=None, modules=(weighed(),))
+    assert product_rate(virtual) == pytest.approx(160e9, rel=0.01), "what its blocks make"
+    assert product_rate(SimpleNamespace(ceilings=None, modules=())) is None  # type: ignore[arg-type]
