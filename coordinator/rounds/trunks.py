@@ -76,8 +76,8 @@ def ends_of(job: Job, with_data: Collection[str]) -> int:
 
 
 def product_rate(profile: Profile | None) -> float | None:
-    """Operations a second in products of float32 matrices; where those were not measured, as on virtual boards, what the
-    board's blocks make at best; None where there are none either."""
+    """Operations a second in products of float32 matrices; where those were not measured, as on virtual boards, the
+    most that the board's blocks make; None where there are none either."""
     if profile is None:
         return None
     found = profile.ceilings
