@@ -52,7 +52,7 @@ import psutil
 
 from benchmarks.parts import flower, footprint, killed, policies, private, sections, served
 from benchmarks.parts.jobs import events_of
-from benchmarks.parts.sites import MODEL, whole_site
+from benchmarks.parts.sites import MODEL, await_links, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
 from coordinator.client import Client
 from coordinator.rounds.job import Adapter, Job, Rounds
@@ -146,6 +146,7 @@ def measured(count: int, link: str, rounds: int) -> list[Figure]:
         data.mkdir()
         boards = boards_with_text(data, count, link)
         with whole_site("f32", boards, model) as site:
+            await_links(site.there)
             found = rounds_of(site.there, model, rounds)
     name = f"{count} boards, {link}"
     payload = median(one["up_bytes"] / count for one in found)

@@ -78,6 +78,15 @@ def whole_site(precision: str, boards: Sequence[BoardSpec], model: str = MODEL) 
             coordinator.stop()
 
 
+def await_links(there: Client) -> None:
+    """Until all boards have measured their links, which they do once, as soon as they are idle: by sending."""
+
+    def known() -> bool:
+        return all(row["round_trip_s"] for row in there.get("/v1/devices")["devices"])
+
+    until(known, 120.0, "all links measured")
+
+
 def ask(
     there: Client, boards: int, precision: str, tokens: int, objective: str = "throughput", topology: str = "auto"
 ) -> dict[str, Any]:
