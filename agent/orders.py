@@ -109,5 +109,5 @@ def problem_with(desired: Desired, site: str, device: str) -> str:
 
 def _fits_its_role(order: StageOrder, role: Role) -> bool:
     if role == "trunk":
-        return not order.embedding and not order.head and order.end_block > order.first_block == 0
+        return not order.embedding and not order.head and order.end_block > order.first_block
     return order.embedding and order.head and order.first_block == 0 and (role == "whole" or order.end_block == 0)

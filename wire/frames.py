@@ -102,11 +102,14 @@ class Kind(IntEnum):
     UPDATE = 12
     """What a device made of them, float32 [m], or none; meta is an UpdateMeta."""
     STATES = 13
-    """Of a batch, float32 [n, T, hidden], from a device with the ends of a model to its trunk; meta is a SplitMeta."""
+    """Of a batch, float32 [n, T, hidden], from a device with the ends of a model to its trunk, and there from segment
+    to segment; meta is a SplitMeta."""
     FEATURES = 14
     """What the trunk makes of them, the task module behind it, float32 [m]; meta is a SplitMeta."""
     GRADIENT = 15
-    """Of the loss by these, float32 [m]; meta is a SplitMeta."""
+    """Of the loss by these, float32 [m], or by the states that a segment was sent; meta is a SplitMeta."""
+    STEP = 16
+    """The trunk's first segment tells the others how long the gradient is as a whole; meta is a SplitMeta."""
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}

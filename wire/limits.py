@@ -61,6 +61,8 @@ MAX_ADAPTER_RANK: Final = 256
 
 MAX_ENDS: Final = 48
 """Devices that train with one trunk: a worker answers so many, and their names fit into a message."""
+MAX_SEGMENTS: Final = 32
+"""Devices that have the blocks of one trunk."""
 MAX_SPLIT_ROWS: Final = 1024
 """Samples of a batch whose states travel."""
 MAX_LABELS: Final = 1024

@@ -437,8 +437,12 @@ class SplitRound(Struct, frozen=True, kw_only=True):
     session: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     """Another one each time that a round is begun anew: all that devices say to each other in it has this as its
     request, and what has another is dropped."""
-    peers: Annotated[tuple[Peer, ...], Meta(min_length=1, max_length=limits.MAX_ENDS)]
-    """For the trunk all that have the ends, for these the trunk alone."""
+    segments: Annotated[tuple[Peer, ...], Meta(min_length=1, max_length=limits.MAX_SEGMENTS)]
+    """Who has the trunk's blocks, in their order."""
+    place: Annotated[int, Meta(ge=0, lt=limits.MAX_SEGMENTS)] | None = None
+    """Of the one who is asked, among them; None: it has the ends."""
+    ends: Annotated[tuple[Peer, ...], Meta(max_length=limits.MAX_ENDS)] = ()
+    """For the trunk: all that have the ends."""
     patience_s: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
     """After which the trunk names whom it waits for."""
 
@@ -447,7 +451,9 @@ class SplitMeta(Struct, frozen=True, kw_only=True):
     """Rides in front of what devices say to each other in such a round."""
 
     device: Name
-    """Who sends it."""
+    """Whose batch it is of, who has the ends."""
+    place: Annotated[int, Meta(ge=0, lt=limits.MAX_SEGMENTS)] | None = None
+    """Of the segment that says it; None: the device itself does."""
     step: Count
     judged: bool = False
     """Of what is held out: no gradient follows."""
@@ -455,6 +461,9 @@ class SplitMeta(Struct, frozen=True, kw_only=True):
     """With STATES: that the device has to train on; its weight among the others."""
     lengths: Annotated[tuple[Count, ...], Meta(max_length=limits.MAX_SPLIT_ROWS)] = ()
     """With STATES: rows of each text."""
+    square: Annotated[float, Meta(ge=0)] | None = None
+    """Of a step's gradients, summed over the segments behind, with the last GRADIENT from one segment to another; over
+    all with STEP."""
 
 
 class RoundMeta(Struct, frozen=True, kw_only=True):

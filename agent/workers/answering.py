@@ -16,7 +16,7 @@ from agent.workers.sending import UNSENT, Sender
 from agent.workers.stretch import Stretch
 from models.lora.adapter import Floats
 from models.training.samples import Split
-from models.training.split import Learner
+from models.training.trunk import Learner
 from wire.channel import Delivery
 from wire.errors import PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor

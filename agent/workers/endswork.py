@@ -25,8 +25,6 @@ class EndsWork(SplitWork):
         return self._round_of is not None and self._question is None
 
     def _begin(self, asked: Asked, _tensor: Tensor | None, /) -> None:
-        if len(asked.inboxes) != 1:
-            raise ValueError(f"{len(asked.inboxes)} trunks, there is to be one")
         model, task = self._model, self._task
         seed = device_seed(task.seed, self._device)
         self._round_of = EndsRound(model.stage, model.shaped, model.rows, task, seed, asked.meta)
@@ -44,11 +42,11 @@ class EndsWork(SplitWork):
             samples=len(self._model.rows.trained),
             lengths=tuple(int(length) for length in question.lengths),
         )
-        self._say(asked, next(iter(asked.inboxes)), Kind.STATES, meta, question.states)
+        self._say(asked, asked.segments[0], Kind.STATES, meta, question.states)
 
     def _hear(self, asked: Asked, said: Said) -> None:
         question, made = self._question, self._round_of
-        if made is None or question is None or said.kind is not Kind.FEATURES:
+        if made is None or question is None or said.kind is not Kind.FEATURES or said.meta.place != asked.last:
             self._refuse(f"{said.kind.name} of {said.meta.device} was not asked for")
             return
         if (said.meta.step, said.meta.judged) != (question.step, question.judged):
@@ -61,7 +59,10 @@ class EndsWork(SplitWork):
         self._question = None
         if gradients is not None:
             meta = SplitMeta(device=self._device, step=question.step)
-            self._say(asked, said.meta.device, Kind.GRADIENT, meta, gradients)
+            self._say(asked, asked.segments[-1], Kind.GRADIENT, meta, gradients)
+
+    def _takes_part(self, _asked: Asked, device: str, /) -> bool:
+        return device == self._device
 
     def _finish(self, asked: Asked, made: EndsRound) -> None:
         update = UpdateMeta(

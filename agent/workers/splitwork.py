@@ -1,8 +1,10 @@
-"""What workers do with parcels in a round in which a model is split: ends with data on some boards, the trunk on one.
+"""What workers do with parcels in a round in which a model is split: ends with data on some boards, the trunk on one,
+or cut into segments on several.
 
-    coordinator --ROUND--> ends, trunk
-    ends --STATES--> trunk --FEATURES--> ends --GRADIENT--> trunk       for each step
-    ends, trunk --UPDATE--> coordinator                                 the trunk's has the factors
+    coordinator --ROUND--> ends, segments
+    ends --STATES--> first -> ... -> last --FEATURES--> ends            for each step
+    ends --GRADIENT--> last -> ... -> first --STEP--> other segments
+    ends, segments --UPDATE--> coordinator                              segments' have their factors
 
 All of them go step by step together, so whoever loses a connection or its process loses the round for all: it says so,
 and the coordinator begins it anew, with another number of session. What comes of a round depends on what it began with
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -34,7 +36,7 @@ from wire.tensors import Dtype
 
 MOST_UNREAD: Final = 2
 """Parcels of one device that wait to be looked at: a gradient, and the states of the step behind it."""
-SAID: Final = (Kind.STATES, Kind.FEATURES, Kind.GRADIENT)
+SAID: Final = (Kind.STATES, Kind.FEATURES, Kind.GRADIENT, Kind.STEP)
 """What devices say to each other."""
 
 
@@ -64,8 +66,18 @@ class Asked(NamedTuple):
     request: int
     meta: RoundMeta
     split: SplitRound
-    inboxes: Mapping[str, str]
-    """Of the devices that it is made with."""
+    ends: Mapping[str, str]
+    """Inboxes of the devices that have the ends; of a segment alone."""
+    segments: Sequence[str]
+    """Inboxes of those that have the blocks, in their order."""
+
+    @property
+    def last(self) -> int:
+        return len(self.segments) - 1
+
+    def most_unsent(self, topic: str) -> int:
+        """Parcels that may wait to be sent there."""
+        return MOST_UNREAD if topic in self.ends.values() else MOST_UNREAD * max(1, len(self.ends)) + 1
 
 
 class SplitWork(Answering):
@@ -173,11 +185,12 @@ class SplitWork(Answering):
         try:
             if meta.split is None:
                 raise ValueError("the round says nothing of whom to make it with")
-            inboxes = {peer.device: peer.inbox.topic for peer in meta.split.peers}
-            for inbox in (peer.inbox for peer in meta.split.peers):
+            for inbox in (peer.inbox for peer in (*meta.split.ends, *meta.split.segments)):
                 if inbox.broker or not is_inbox(inbox.topic, self._site):
                     raise ValueError(f"{inbox.topic!r} is not an inbox of this site")
-            asked = Asked(parcel.request, meta, meta.split, inboxes)
+            ends = {peer.device: peer.inbox.topic for peer in meta.split.ends}
+            segments = [peer.inbox.topic for peer in meta.split.segments]
+            asked = Asked(parcel.request, meta, meta.split, ends, segments)
             self._begin(asked, parcel.tensor)
         except ValueError as error:
             self._refuse(str(error))
@@ -203,39 +216,35 @@ class SplitWork(Answering):
         """Something of another device."""
         try:
             meta = decode(parcel.meta, SplitMeta, parcel.kind.name)
-            if parcel.tensor is None or parcel.tensor.dtype is not Dtype.F32:
-                raise PeerError(f"{parcel.kind.name} of {meta.device} has no numbers")
+            values = _values(parcel, meta)
         except PeerError as error:
             self._refuse(error.message)
             return
         asked = self._asked_for
         if asked is not None and asked.split.session == parcel.request:
-            if meta.device not in asked.inboxes:
+            if not self._takes_part(asked, meta.device):
                 self._refuse(f"{meta.device} does not take part")
                 return
             if sum(said.meta.device == meta.device for said in self._waiting) >= MOST_UNREAD:
                 self._complain(asked, "protocol", "says more than it was asked for", meta.device)
                 return
-            self._got_bytes += parcel.tensor.nbytes
-            self._said.append(Said(parcel.kind, parcel.request, meta, np.array(parcel.tensor.array(), np.float32)))
+            self._got_bytes += values.nbytes
+            self._said.append(Said(parcel.kind, parcel.request, meta, values.copy()))
             return
         held = sum(said.values.nbytes for device, said in self._early.items() if device != meta.device)
-        if len(self._early) < MAX_ENDS and held + parcel.tensor.nbytes <= MAX_PARTIAL_BYTES:
-            values = np.array(parcel.tensor.array(), np.float32)
-            self._early[meta.device] = Said(parcel.kind, parcel.request, meta, values)
+        if len(self._early) < MAX_ENDS and held + values.nbytes <= MAX_PARTIAL_BYTES:
+            self._early[meta.device] = Said(parcel.kind, parcel.request, meta, values.copy())
         else:
             self.tally.stale += 1
 
-    def _say(self, asked: Asked, device: str, kind: Kind, meta: SplitMeta, values: Floats) -> None:
-        """To another device of the round, now or at the next tick."""
-        parcel = Parcel(
-            kind, self.order.epoch, asked.split.session, 0, FLAG_FINAL, Tensor.of(values), msgspec.json.encode(meta)
-        )
-        topic = asked.inboxes[device]
-        self._sent_bytes += values.nbytes
+    def _say(self, asked: Asked, topic: str, kind: Kind, meta: SplitMeta, values: Floats | None) -> None:
+        """To another worker of the round, now or at the next tick. Raises Misled where it takes nothing."""
+        tensor = None if values is None else Tensor.of(values)
+        parcel = Parcel(kind, self.order.epoch, asked.split.session, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
+        self._sent_bytes += 0 if values is None else values.nbytes
         waiting = self._outgoing.setdefault(topic, deque())
-        if len(waiting) >= MOST_UNREAD:
-            raise Misled("takes nothing of what it asked for", device)
+        if len(waiting) >= asked.most_unsent(topic):
+            raise Misled("takes nothing of what it asked for", meta.device)
         waiting.append(parcel)
         self._flush(topic)
 
@@ -248,6 +257,10 @@ class SplitWork(Answering):
                 return  # again at the next tick
             waiting.popleft()
         self._outgoing.pop(topic, None)
+
+    def _takes_part(self, asked: Asked, device: str, /) -> bool:
+        """Whether what is said of this device's batches concerns us."""
+        return device in asked.ends
 
     @property
     def _waiting(self) -> Iterable[Said]:
@@ -263,9 +276,18 @@ class SplitWork(Answering):
     def _drop_round(self) -> None:
         """Nothing of it counts any more, and nothing more of it is sent."""
         if self._asked_for is not None:
-            for topic in self._asked_for.inboxes.values():
+            for topic in (*self._asked_for.ends.values(), *self._asked_for.segments):
                 self._sender.drop(topic)
         self._asked_for = None
         self._said.clear()
         self._outgoing.clear()
         self._forget_round()
+
+
+def _values(parcel: Parcel, meta: SplitMeta) -> Floats:
+    """Of what was said, as they lie in the parcel; raises PeerError."""
+    if parcel.kind is Kind.STEP:
+        return np.zeros(0, np.float32)
+    if parcel.tensor is None or parcel.tensor.dtype is not Dtype.F32:
+        raise PeerError(f"{parcel.kind.name} of {meta.device} has no numbers")
+    return np.asarray(parcel.tensor.array(), np.float32)

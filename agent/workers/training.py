@@ -26,7 +26,7 @@ from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.families.bert import BertConfig
 from models.formats.bert import BertFile
-from models.lora.adapter import HEAD, AdapterSpec, initial, shapes
+from models.lora.adapter import HEAD, AdapterSpec, Config, initial, shapes, within
 from models.training.data import Sample, read
 from models.training.encoder import TrainedEncoder
 from models.training.llama import TrainedStage
@@ -127,7 +127,7 @@ def _language_model(assignment: Assignment, task: TrainingTask) -> tuple[Trained
     weights = map_weights(manifest.weights, [Path(path) for path in assignment.weight_paths])
     factors = {} if task.role == "ends" else initial(manifest.config, spec)
     stage = TrainedStage(manifest, weights.tensors, spec, factors, task.row_tokens)
-    return stage, shapes(manifest.config, spec)
+    return stage, _own(manifest.config, spec, assignment.order, task)
 
 
 def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[TrainedEncoder, Shapes]:
@@ -136,13 +136,21 @@ def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[TrainedEncoder
         config.check_context(task.row_tokens)
         [path] = assignment.weight_paths
         spec = _spec(task)
-        factors = initial(config, spec)
-        if task.role == "ends":
-            factors = {HEAD: factors[HEAD]}
-        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, factors)
+        shaped = _own(config, spec, assignment.order, task)
+        begun, blocks = initial(config, spec), range(assignment.order.first_block, assignment.order.end_block)
+        held = (HEAD,) if task.role == "ends" else tuple(shaped)
+        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, {name: begun[name] for name in held}, blocks)
     except (msgspec.DecodeError, ValueError, KeyError) as error:
         raise EngineFailed(f"an order that says nothing of an encoder: {error}") from error
-    return stage, shapes(config, spec)
+    return stage, shaped
+
+
+def _own(config: Config, spec: AdapterSpec, order: StageOrder, task: TrainingTask) -> Shapes:
+    """Of a segment of a trunk its blocks' factors, and the task module where it has the last of them; else all."""
+    shaped = shapes(config, spec)
+    if task.role != "trunk":
+        return shaped
+    return within(shaped, range(order.first_block, order.end_block), order.end_block == config.blocks)
 
 
 def fingerprint_of(rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef]) -> str:

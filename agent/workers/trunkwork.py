@@ -1,18 +1,22 @@
-"""The board that has all blocks of a model, in a round of agent.workers.splitwork."""
+"""A board that has blocks of a model, all or a segment of them, in a round of agent.workers.splitwork."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from agent.workers.answering import factors_of
 from agent.workers.splitwork import Asked, Said, SplitWork
 from models.lora.adapter import Floats
-from models.training.split import Misled, Question, TrunkRound
+from models.training.rounds import Diverged
+from models.training.split import Misled, Question
+from models.training.trunk import Place, TrunkRound
 from wire.frames import Kind, Tensor
 from wire.messages import SplitMeta, UpdateMeta
 
@@ -24,6 +28,10 @@ class TrunkWork(SplitWork):
     """On the board that has the blocks."""
 
     _round_of: TrunkRound | None = None
+    _behind: float | None = None
+    """Square of the step's gradients in the segments behind this one; None where it did not come yet."""
+    _whole: float | None = None
+    """The same of all segments."""
     _told = False
     """Whether the round was answered; what is held out is judged still."""
 
@@ -45,38 +53,77 @@ class TrunkWork(SplitWork):
 
     @property
     def _due(self) -> bool:
-        return self._pending and self._round_of is not None and (self._round_of.over or self._round_of.complete)
+        made = self._round_of
+        if not self._pending or made is None:
+            return False
+        return made.over or made.addable or (made.added and self._whole is not None)
 
     def tick(self, now_s: float) -> None:
         super().tick(now_s)
         asked, made = self._asked_for, self._round_of
         if asked is None or made is None or made.over or self._said:
             return
-        for device in made.waits_for:
+        for device in self._awaited(asked, made):
             if now_s - self._heard_s[device] >= asked.split.patience_s:
                 self._heard_s[device] = now_s
                 text = f"nothing came of it for {asked.split.patience_s:g} s"
                 self._complain(asked, "deadline", text, device)
 
+    @staticmethod
+    def _awaited(asked: Asked, made: TrunkRound) -> Iterable[str]:
+        """Boards with the ends that this segment hears itself, and that it waits for."""
+        first, last = asked.split.place == 0, asked.split.place == asked.last
+        if first and last:
+            return made.waits_for
+        if first:
+            return made.without_states
+        return set(made.waits_for) - set(made.without_states) if last else ()
+
     def _begin(self, asked: Asked, tensor: Tensor | None, /) -> None:
-        model, start = self._model, factors_of(tensor)
-        self._round_of = TrunkRound(model.stage, model.shaped, self._task, asked.meta, start, asked.inboxes)
+        model, start, at = self._model, factors_of(tensor), asked.split.place
+        if at is None or at > asked.last or not asked.ends:
+            raise ValueError(f"segment {at} of {asked.last + 1}, for {len(asked.ends)} boards")
+        place = Place(at == 0, at == asked.last)
+        self._round_of = TrunkRound(model.stage, model.shaped, self._task, asked.meta, start, asked.ends, place)
         self._told = False
         self._judged.clear()
-        self._all_heard(asked)
+        self._begin_step(asked)
 
-    def _all_heard(self, asked: Asked) -> None:
-        self._heard_s = dict.fromkeys(asked.inboxes, time.monotonic())
+    def _begin_step(self, asked: Asked) -> None:
+        self._heard_s = dict.fromkeys(asked.ends, time.monotonic())
+        self._behind = 0.0 if asked.split.place == asked.last else None
+        self._whole = None
 
     def _go_on(self, asked: Asked) -> None:
         made = self._round_of
         assert made is not None
         if made.over:
             self._finish(asked, made)
-        elif made.advance():  # a device at a time, so that connections are served in between
-            self._all_heard(asked)
+        elif made.addable:  # a device at a time, so that connections are served in between
+            self._add_next(asked, made)
+        else:
+            assert self._whole is not None
+            made.make_step(self._whole)
+            self._begin_step(asked)
             self._said.extend(self._next_step)
             self._next_step.clear()
+
+    def _add_next(self, asked: Asked, made: TrunkRound) -> None:
+        """One device's gradients; and on to the segment before."""
+        at = asked.split.place
+        assert at is not None
+        device, gradient = made.backwards()
+        square = made.square(self._behind) if made.added and self._behind is not None else None
+        if square is not None and not math.isfinite(square):
+            raise Diverged(f"the gradient is {square} in step {made.step}", try_="a lower learning_rate")
+        if gradient is not None:
+            meta = SplitMeta(device=device, place=at, step=made.step, square=square)
+            self._say(asked, asked.segments[at - 1], Kind.GRADIENT, meta, gradient)
+        elif square is not None:
+            self._whole = square
+            meta = SplitMeta(device=device, place=at, step=made.step, square=square)
+            for topic in asked.segments[1:]:
+                self._say(asked, topic, Kind.STEP, meta, None)
 
     def _finish(self, asked: Asked, made: TrunkRound) -> None:
         tensor = Tensor.of(made.vector()) if asked.meta.train else None
@@ -92,30 +139,48 @@ class TrunkWork(SplitWork):
         self._give(asked.request, asked.meta, update, tensor)
 
     def _hear(self, asked: Asked, said: Said) -> None:
-        made, device, step = self._round_of, said.meta.device, said.meta.step
-        assert made is not None
-        if said.kind is Kind.STATES:
+        made, at, device, step = self._round_of, asked.split.place, said.meta.device, said.meta.step
+        assert made is not None and at is not None
+        if said.kind is Kind.STATES and said.meta.place == (at - 1 if at else None):
             question = self._question(said)
-            if not question.judged and step == made.step + 1 and device not in made.waits_for:
-                self._next_step.append(said)  # it need not wait for those who are slower
+            if not question.judged and step == made.step + 1 and device not in made.without_states:
+                self._next_step.append(said)  # which need not wait for those who are slower, or on their way back
                 return
-            features = self._features(made, device, question, said.meta.samples)
-            if features is None:
+            if not self._pass_on(asked, made, question, said.meta):
                 self.tally.stale += 1
                 return
-            meta = SplitMeta(device=self._device, step=step, judged=question.judged)
-            self._say(asked, device, Kind.FEATURES, meta, features)
-        elif said.kind is not Kind.GRADIENT:
+        elif said.kind is Kind.GRADIENT and said.meta.place == (None if at == asked.last else at + 1):
+            if not made.take(device, step, said.values.reshape(-1)):
+                self.tally.stale += 1
+                return
+            if said.meta.square is not None:
+                self._behind = said.meta.square
+        elif said.kind is Kind.STEP and said.meta.place == 0 and at:
+            if step != made.step or not made.added or said.meta.square is None:
+                self.tally.stale += 1
+                return
+            self._whole = said.meta.square
+        else:
             self._refuse(f"{said.kind.name} of {device} was not asked for")
-            return
-        elif not made.take(device, step, said.values.reshape(-1)):
-            self.tally.stale += 1
             return
         self._heard_s[device] = time.monotonic()
 
-    def _features(self, made: TrunkRound, device: str, question: Question, samples: int) -> Floats | None:
+    def _pass_on(self, asked: Asked, made: TrunkRound, question: Question, meta: SplitMeta) -> bool:
+        """Answer, if this is the last segment; else tell the next one. False for what came before."""
+        found, at = self._forwards(made, meta.device, question, meta.samples), asked.split.place
+        assert at is not None
+        if found is None:
+            return False
+        if at == asked.last:
+            answer = SplitMeta(device=meta.device, place=at, step=meta.step, judged=meta.judged)
+            self._say(asked, asked.ends[meta.device], Kind.FEATURES, answer, found)
+        else:
+            self._say(asked, asked.segments[at + 1], Kind.STATES, msgspec.structs.replace(meta, place=at), found)
+        return True
+
+    def _forwards(self, made: TrunkRound, device: str, question: Question, samples: int) -> Floats | None:
         if not question.judged:
-            return made.features(device, question, samples)
+            return made.forwards(device, question, samples)
         self._judged[device] += 1
         if self._judged[device] > MOST_JUDGED:
             raise Misled(f"has more than {MOST_JUDGED} batches judged", device)

@@ -33,7 +33,8 @@ class Part(Struct, frozen=True, kw_only=True):
     """Weights by digest."""
     ends: bool
     """Whether it has what goes before the blocks and behind them."""
-    blocks: int
+    end_block: int
+    first_block: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -50,6 +51,8 @@ class Base(Struct, frozen=True, kw_only=True):
     """Of the checkpoint."""
     end_id: int | None
     wire_dtype: str
+    packed: Packed | None = None
+    """Of a language model."""
 
     def peak_bytes(self, job: Job, device: str, rows: int, remember: bool) -> int:
         """What a worker that has the whole model takes at most, as foretold, with so many samples at once."""
@@ -64,10 +67,16 @@ class Base(Struct, frozen=True, kw_only=True):
         tokens = job.rounds.batch_rows * job.rounds.row_tokens
         return ends_peak_bytes(self.config, self.parts["ends"].weight_bytes, spec_of(job), tokens)
 
-    def trunk_bytes(self, job: Job, ends: int, remember: bool) -> int:
-        """The same of one that has all blocks, for so many of those."""
-        tokens = job.rounds.batch_rows * job.rounds.row_tokens
-        return trunk_peak_bytes(self.config, self.parts["trunk"].weight_bytes, spec_of(job), tokens, ends, remember)
+    def trunk_bytes(self, job: Job, ends: int, remember: bool, blocks: int | None = None) -> int:
+        """The same of one that has all blocks, or so many, for so many of those."""
+        tokens, weights = job.rounds.batch_rows * job.rounds.row_tokens, self.parts["trunk"].weight_bytes
+        return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks)
+
+    def segment(self, first_block: int, end_block: int) -> Part:
+        """What of the trunk a device with these blocks is handed."""
+        if self.packed is not None:
+            return part_of(self.packed, "trunk", first_block, end_block)
+        return msgspec.structs.replace(self.parts["trunk"], first_block=first_block, end_block=end_block)
 
 
 def base_of(prepared: Prepared, job: Job) -> Base:
@@ -82,6 +91,7 @@ def base_of(prepared: Prepared, job: Job) -> Base:
             digest=source.digest,
             end_id=source.eos_id,
             wire_dtype=packed.graph.wire_dtype,
+            packed=packed,
         )
     elif isinstance(source, ItemSource) and source.words is not None and is_bert(source.folder):
         config = read_bert_config(source.folder)
@@ -92,7 +102,7 @@ def base_of(prepared: Prepared, job: Job) -> Base:
                     graph=msgspec.json.encode(config),
                     files={source.digest: source.folder / "model.safetensors"},
                     ends=role != "trunk",
-                    blocks=0 if role == "ends" else config.blocks,
+                    end_block=0 if role == "ends" else config.blocks,
                 )
                 for role in ROLES
             },
@@ -127,13 +137,17 @@ def _check(name: str, config: Config, job: Job) -> None:
     config.check_context(job.rounds.row_tokens)
 
 
-def part_of(packed: Packed, role: Role) -> Part:
-    """What of a language model a device with this role is handed."""
+def part_of(packed: Packed, role: Role, first_block: int = 0, end_block: int | None = None) -> Part:
+    """What of a language model a device with this role is handed; of a trunk, these blocks or all."""
     graph, ends = packed.graph, role != "trunk"
-    blocks = 0 if role == "ends" else graph.blocks
-    modules = [module for module in graph.modules if (ends if module.kind != "block" else blocks > 0)]
+    last = graph.blocks if end_block is None else end_block
+    blocks = range(first_block, 0 if role == "ends" else last)
+    of_blocks = [module for module in graph.modules if module.kind == "block"][blocks.start : blocks.stop]
+    modules = [*of_blocks, *(module for module in graph.modules if ends and module.kind != "block")]
     digests = {digest for module in modules for digest in module.artifacts}
     made = build_stage_graph(
-        packed.config, graph.precision, graph.wire_dtype, first_block=0, end_block=blocks, embedding=ends, head=ends
-    )
-    return Part(graph=made, files={digest: packed.files[digest] for digest in digests}, ends=ends, blocks=blocks)
+        packed.config, graph.precision, graph.wire_dtype,
+        first_block=blocks.start, end_block=blocks.stop, embedding=ends, head=ends,
+    )  # fmt: skip
+    files = {digest: packed.files[digest] for digest in digests}
+    return Part(graph=made, files=files, ends=ends, first_block=blocks.start, end_block=blocks.stop)

@@ -139,6 +139,11 @@ class Exchange:
         """Since the last of its boards was ready and asked for the first time."""
         return time.monotonic() - max(self._asked_s.values(), default=time.monotonic())
 
+    def vectors(self) -> list[tuple[UpdateMeta, Floats]]:
+        """What the factors are made of, in the order of names."""
+        found = [self.updates[device] for device in sorted(self.updates)]
+        return [(meta, vector) for meta, vector in found if vector is not None]
+
     def record(self, wall_s: float) -> RoundRecord:
         devices: dict[str, DeviceRound] = {}
         for device, (meta, vector) in sorted(self.updates.items()):

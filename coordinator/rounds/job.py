@@ -37,6 +37,8 @@ else:
 
 COUNTED: Final = ("random", "round-robin", "fastest")
 """Of `who`: so many as `devices` says."""
+SPLIT: Final = ("split", "pipeline")
+"""Modes in which boards with data have the ends of a model alone."""
 ONE_SET: Final = ("fedavg", "ffa", "rolora")
 """Rules that say which factors are trained, where there is one set of them."""
 MAX_FILE_BYTES: Final = 1024 * 1024
@@ -105,11 +107,12 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     model: str
     data: str
-    mode: Literal["federated", "split", "auto"] = "federated"
-    """'split': boards with data have the ends of the model, and one board all blocks; 'auto': what
-    coordinator.rounds.modes says."""
-    trunk: str = ""
-    """Of a split model: the board that has the blocks; '': the one that multiplies fastest."""
+    mode: Literal["federated", "split", "pipeline", "auto"] = "federated"
+    """'split': boards with data have the ends of the model, and one board all blocks, or as few as can hold them;
+    'pipeline': as many boards as make a step fast, two at least; 'auto': what coordinator.rounds.modes says."""
+    trunk: str | tuple[str, ...] = ()
+    """Of a split model: the board that has the blocks, or those among which they are divided, in this order; none:
+    those that multiply fastest."""
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
     """Which of these a text has is learnt, by a sentence encoder; none: to say the text, by a language model."""
     precision: Literal["int4", "int8", "f32"] = "int4"
@@ -122,6 +125,14 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adapter: Adapter = Adapter()
     rounds: Rounds = Rounds()
     privacy: Privacy | None = None
+
+    @property
+    def is_split(self) -> bool:
+        return self.mode in SPLIT
+
+    @property
+    def trunks(self) -> tuple[str, ...]:
+        return tuple(name for name in ((self.trunk,) if isinstance(self.trunk, str) else self.trunk) if name)
 
 
 def load_job(path: Path) -> Job:
@@ -162,7 +173,7 @@ def checked(job: Job) -> Job:
 
 def against_split(job: Job) -> list[str]:
     """What in a job does not go with a model that is split."""
-    return _about_split(msgspec.structs.asdict(job))
+    return _about_split(msgspec.structs.asdict(job), "split")
 
 
 def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> dict[str, Any]:
@@ -204,9 +215,14 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with fields that are right by themselves."""
     adapter, rounds = values.get("adapter", Adapter()), values.get("rounds", Rounds())
     devices = values.get("devices", ())
-    found = _about_split(values) if values.get("mode") == "split" else []
-    if values.get("trunk") and values.get("mode", "federated") == "federated":
+    mode, trunk = values.get("mode", "federated"), values.get("trunk", ())
+    found = _about_split(values, mode) if mode in SPLIT else []
+    if trunk and mode == "federated":
         found.append("trunk: means nothing with mode = 'federated'")
+    if not isinstance(trunk, str) and len(set(trunk)) != len(trunk):
+        found.append("trunk: one is listed twice")
+    if mode == "pipeline" and trunk and (isinstance(trunk, str) or len(trunk) < 2):
+        found.append("trunk: one board, mode = 'pipeline' wants two at least")
     if not is_name(values["name"]) or len(values["name"]) > MOST_NAME:
         found.append(f"name: {values['name']!r} is none: up to {MOST_NAME} lower-case letters, digits and hyphens")
     found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]
@@ -240,25 +256,25 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     return found + ([] if privacy is None else _impossible(privacy, rounds))
 
 
-def _about_split(values: Mapping[str, Any]) -> list[str]:
+def _about_split(values: Mapping[str, Any], mode: str) -> list[str]:
     """What does not go with a model that is split: all boards make each step together."""
     rounds, found = values.get("rounds", Rounds()), []
     if rounds.who in ("fastest", "scheduled"):
-        found.append(f"rounds.who: {rounds.who!r} means nothing with mode = 'split', where all wait for one another")
+        found.append(f"rounds.who: {rounds.who!r} means nothing with mode = {mode!r}, where all wait for one another")
     if rounds.aggregation not in ONE_SET:
-        found.append(f"rounds.aggregation: {rounds.aggregation}; with mode = 'split' there is one set of factors")
+        found.append(f"rounds.aggregation: {rounds.aggregation}; with mode = {mode!r} there is one set of factors")
     plain = {"middle": "mean", "most_change": None, "medium": "own", "rows_at_once": None}
     found += [
-        f"rounds.{key}: {getattr(rounds, key)!r} means nothing with mode = 'split'"
+        f"rounds.{key}: {getattr(rounds, key)!r} means nothing with mode = {mode!r}"
         for key, left_out in plain.items()
         if getattr(rounds, key) != left_out
     ]
     if values.get("adapter", Adapter()).ranks:
-        found.append("adapter.ranks: mean nothing with mode = 'split': one board has all factors")
+        found.append(f"adapter.ranks: mean nothing with mode = {mode!r}: there is one set of factors")
     if rounds.batch_rows > MAX_SPLIT_ROWS:
-        found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = 'split' at most {MAX_SPLIT_ROWS}")
+        found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = {mode!r} at most {MAX_SPLIT_ROWS}")
     if values.get("privacy") is not None:
-        found.append("privacy: not with mode = 'split': states and gradients would have to be covered, and are not")
+        found.append(f"privacy: not with mode = {mode!r}: states and gradients would have to be covered, and are not")
     return found
 
 
@@ -295,6 +311,6 @@ def _impossible(privacy: Privacy, rounds: Rounds) -> list[str]:
 def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     ranks = values.get("adapter", Adapter()).ranks
     named = [("devices", device) for device in values.get("devices", ())]
-    if values.get("trunk"):
-        named.append(("trunk", values["trunk"]))
+    trunk = values.get("trunk", ())
+    named += [("trunk", name) for name in ((trunk,) if isinstance(trunk, str) else trunk) if name]
     return [("data", values["data"]), *named, *(("adapter.ranks", device) for device in ranks)]

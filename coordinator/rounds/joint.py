@@ -19,12 +19,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.rounds.adapters import parts_of
+from coordinator.rounds.adapters import parts_of, spec_of
 from coordinator.rounds.exchange import Exchange, request_of
 from coordinator.rounds.machine import Look, Progress
-from coordinator.rounds.orders import TRUNK
+from coordinator.rounds.orders import TRUNK, trunk_names
 from coordinator.rounds.store import DeviceRound, RoundRecord
 from coordinator.rounds.updates import checked
+from models.lora import adapter
+from models.lora.adapter import PARTS, shapes, within
 from wire.errors import PeerError
 from wire.frames import Kind, Parcel, Tensor
 from wire.messages import Peer, RoundMeta, SplitRound, StageError, StageOrder, UpdateMeta, decode
@@ -41,11 +43,20 @@ MOST_LOST: Final = 20
 
 class JointState:
     """Of round `number`; the words mean what they mean in coordinator.rounds.machine.RoundState. `ends` are boards with
-    data, beside the trunk."""
+    data, beside those of the `trunk`."""
 
-    def __init__(self, number: int, ends: tuple[str, ...], at_least: int, timeout_s: float, now_s: float) -> None:
+    def __init__(
+        self,
+        number: int,
+        ends: tuple[str, ...],
+        at_least: int,
+        timeout_s: float,
+        now_s: float,
+        trunk: tuple[str, ...] = (TRUNK,),
+    ) -> None:
         self.number = number
-        self.devices = (*sorted(ends), TRUNK)
+        self.trunk = trunk
+        self.devices = (*sorted(ends), *trunk)
         self.counted: set[str] = set()
         self.refused: dict[str, str] = {}
         self.attempt = 0
@@ -60,7 +71,7 @@ class JointState:
     @property
     def together(self) -> tuple[str, ...]:
         """Boards with data that are not out of it."""
-        return tuple(device for device in self.devices if device != TRUNK and device not in self.refused)
+        return tuple(device for device in self.devices if device not in self.trunk and device not in self.refused)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -72,24 +83,24 @@ class JointState:
         return bool(self._workers)
 
     def look(self, now_s: float, ready: Mapping[str, str], busy: Collection[str] = ()) -> Look:
-        """`ready`: device, or TRUNK -> the worker that it runs now and that can take a round; `busy`: who fetches what
-        it needs, which may take its time."""
+        """`ready`: device, or part of the trunk -> the worker that it runs now and that can take a round; `busy`: who
+        fetches what it needs, which may take its time."""
         if self._is_lost():
             return Look((), "failed")
-        all_of_us = (*self.together, TRUNK)
+        all_of_us = (*self.together, *self.trunk)
         if self.begun and all(name in self.counted for name in all_of_us):
             return Look((), "over")
         self._leave_out(now_s, [name for name in all_of_us if name not in ready], busy)
         if self._is_lost():
             return Look((), "failed")
-        all_of_us = (TRUNK, *self.together)
+        all_of_us = (*self.trunk, *self.together)
         if any(name not in ready for name in all_of_us):
             return Look((), "waits")
         if all(self._workers.get(name) == ready[name] for name in all_of_us):
             if not self._is_silent(now_s):
                 return Look((), "waits")
             self._leave_out_the_silent()
-        workers = {name: ready[name] for name in (TRUNK, *self.together)}
+        workers = {name: ready[name] for name in (*self.trunk, *self.together)}
         self._workers, self._began_s = workers, now_s
         self.counted.clear()
         self.attempt += 1
@@ -99,7 +110,7 @@ class JointState:
         """Those who have been away too long, as long as enough are left."""
         self._away_since = {name: self._away_since.get(name, now_s) for name in away}
         for name, since_s in self._away_since.items():
-            enough = name == TRUNK or len(self.together) > max(1, self._at_least)
+            enough = name in self.trunk or len(self.together) > max(1, self._at_least)
             if now_s - since_s >= self._timeout_s and name not in busy and enough:
                 self.refuse(name, f"away for {self._timeout_s:g} s")
 
@@ -110,13 +121,18 @@ class JointState:
 
     def _leave_out_the_silent(self) -> None:
         """Those who did not say what they saw, although the trunk is done."""
-        if TRUNK in self.counted:
+        if all(name in self.counted for name in self.trunk):
             silent = [name for name in self.together if name not in self.counted]
             self.refused.update(dict.fromkeys(silent, "said nothing of what it saw"))
 
     def _is_lost(self) -> bool:
         """Nothing can come of it any more."""
-        return TRUNK in self.refused or len(self.together) < max(1, self._at_least)
+        return any(name in self.refused for name in self.trunk) or len(self.together) < max(1, self._at_least)
+
+    @property
+    def lacks_blocks(self) -> bool:
+        """Whether somebody who has some was not there when that was looked at last: then nobody else is to blame."""
+        return any(name in self._away_since for name in self.trunk)
 
     def wanted(self, device: str) -> bool:
         return device in self.devices and device not in self.counted and device not in self.refused
@@ -147,7 +163,13 @@ class JointExchange(Exchange):
     def _prepared(self) -> Progress:
         record = self._record
         timeout_s = record.job.rounds.timeout_s
-        self._joint = JointState(self.number, record.chosen, self._at_least, timeout_s, time.monotonic())
+        self._trunk = trunk_names(len(record.trunk))
+        self._joint = JointState(self.number, record.chosen, self._at_least, timeout_s, time.monotonic(), self._trunk)
+        shaped = shapes(self._config, spec_of(record.job))
+        self._shaped = {
+            name: within(shaped, range(at.first_block, at.end_block), at is record.trunk[-1])
+            for name, at in zip(self._trunk, record.trunk, strict=True)
+        }
         self._attempt = 0
         self._nonce = secrets.token_hex(8)
         """No session is one of a coordinator that was here before: what it had begun is at another step."""
@@ -160,24 +182,26 @@ class JointExchange(Exchange):
         if self._attempt != state.attempt:
             self._attempt = state.attempt
             self.updates.clear()
-            self._requests = {self._request(name): name for name in (*state.together, TRUNK)}
+            self._requests = {self._request(name): name for name in (*state.together, *self._trunk)}
         self._asked_s.setdefault(device, time.monotonic())
-        if device == TRUNK:
-            order, tensor = record.trunk_order, Tensor.of(self.start)
-            peers = [(name, record.order_of(name)) for name in state.together]
-        else:
-            assert record.trunk is not None
-            order, tensor = record.order_of(device), None
-            peers = [(record.trunk.device, record.trunk_order)]
+        place = self._trunk.index(device) if device in self._trunk else None
         split = SplitRound(
             session=self._request(""),
-            peers=tuple(Peer(device=name, inbox=peer.inbox) for name, peer in peers),
+            segments=tuple(
+                Peer(device=at.device, inbox=order.inbox)
+                for at, order in zip(record.trunk, record.trunk_orders, strict=True)
+            ),
+            place=place,
+            ends=()
+            if place is None
+            else tuple(Peer(device=name, inbox=record.order_of(name).inbox) for name in state.together),
             patience_s=PATIENCE * record.job.rounds.timeout_s,
         )
+        tensor = None if place is None else Tensor.of(self._part_of(self.start, device))
         parts: tuple[Any, ...] = parts_of(record.job, self.number)
         reply = self._coordinator.hub.reply_inbox
         meta = RoundMeta(reply=reply, round=self.number, parts=parts, train=self.train, split=split)
-        self._send(device, order, self._request(device), meta, tensor)
+        self._send(device, self._order_of(device), self._request(device), meta, tensor)
 
     def heard(self, parcel: Parcel) -> bool:
         name = self._requests.get(parcel.request)
@@ -195,48 +219,56 @@ class JointExchange(Exchange):
         return True
 
     def _works(self, name: str) -> bool:
-        return name == TRUNK or self.state.wanted(name)
+        return name in self._trunk or self.state.wanted(name)
 
     def record(self, wall_s: float) -> RoundRecord:
-        """The trunk's part is entered under its board's name."""
-        done, trunk = super().record(wall_s), self._record.trunk
-        assert trunk is not None
+        """What segments of the trunk did is entered under their boards' names. Down goes what boards with data are
+        sent, up all else."""
+        done = super().record(wall_s)
         devices = dict(done.devices)
-        mine = devices.pop(TRUNK)
-        up_bytes = sum(told.sent_bytes for told in devices.values())
-        got_bytes = sum(meta.peer_got_bytes for name, (meta, _) in self.updates.items() if name != TRUNK)
-        own = devices.get(trunk.device, DeviceRound())
-        devices[trunk.device] = msgspec.structs.replace(
-            own, compute_s=own.compute_s + mine.compute_s, sent_bytes=own.sent_bytes + mine.sent_bytes
+        got_bytes = sum(meta.peer_got_bytes for name, (meta, _) in self.updates.items() if name not in self._trunk)
+        sent_bytes = sum(told.sent_bytes for told in devices.values() if not told.refused)
+        for name, at in zip(self._trunk, self._record.trunk, strict=True):
+            own, mine = devices.get(at.device, DeviceRound()), devices.pop(name)
+            devices[at.device] = msgspec.structs.replace(
+                own, compute_s=own.compute_s + mine.compute_s, sent_bytes=own.sent_bytes + mine.sent_bytes
+            )
+        return msgspec.structs.replace(
+            done, devices=devices, up_bytes=sent_bytes - got_bytes, down_bytes=done.down_bytes + got_bytes
         )
-        _, vector = self.updates[TRUNK]
-        up_bytes += 0 if vector is None else vector.nbytes
-        return msgspec.structs.replace(done, devices=devices, up_bytes=up_bytes, down_bytes=done.down_bytes + got_bytes)
+
+    def vectors(self) -> list[tuple[UpdateMeta, Floats]]:
+        """The factors of all segments as one update."""
+        parts = [self.updates[name] for name in self._trunk]
+        found = [vector for _, vector in parts if vector is not None]
+        return [(parts[0][0], np.concatenate(found))] if len(found) == len(parts) else []
 
     def _went_wrong(self, name: str, error: StageError) -> None:
         if error.code == "again":
             self._lost[name] += 1
-            if name != TRUNK and self._lost[name] > MOST_LOST:
+            if name not in self._trunk and self._lost[name] > MOST_LOST:
                 self._refuse(name, f"lost its connection {MOST_LOST} times")
                 return
             self._joint.anew()
             self._ring()
             return
+        if error.code == "deadline" and self._joint.lacks_blocks:
+            return
         # The trunk says of whom it could not take something, or waits for in vain.
-        culprit = error.device if name == TRUNK and error.code in ("protocol", "deadline") else name
+        culprit = error.device if name in self._trunk and error.code in ("protocol", "deadline") else name
         self._refuse(culprit, error.text)
 
     def _take(self, device: str, parcel: Parcel) -> None:
         meta = decode(parcel.meta, UpdateMeta, f"an update of {device}")
-        trunk = self._record.trunk
-        assert trunk is not None
-        named = trunk.device if device == TRUNK else device
+        place = self._trunk.index(device) if device in self._trunk else None
+        named = device if place is None else self._record.trunk[place].device
         if (meta.device, meta.round) != (named, self.number):
             raise PeerError(f"is of round {meta.round} of {meta.device}")
         vector = None
-        if device == TRUNK and self.train:
-            vector = checked(meta, parcel.tensor, named, self.number, self._sent_to(named), self._farthest)
-        elif device != TRUNK and meta.samples < 1:
+        if place is not None and self.train:
+            began = self._part_of(self.start, device, self._parts)
+            vector = checked(meta, parcel.tensor, named, self.number, began, self._farthest)
+        elif place is None and meta.samples < 1:
             raise PeerError("is of no samples")
         self._counted(device, meta, vector)
 
@@ -245,4 +277,11 @@ class JointExchange(Exchange):
         return request_of(self._record.name, self._record.epoch, self.number, words)
 
     def _order_of(self, name: str) -> StageOrder:
-        return self._record.trunk_order if name == TRUNK else self._record.order_of(name)
+        if name in self._trunk:
+            return self._record.trunk_orders[self._trunk.index(name)]
+        return self._record.order_of(name)
+
+    def _part_of(self, factors: Floats, name: str, parts: Sequence[str] = PARTS) -> Floats:
+        """What a segment has of the factors, of these parts."""
+        whole = adapter.named(factors, shapes(self._config, spec_of(self._record.job)))
+        return adapter.flat(whole, self._shaped[name], parts)

@@ -7,24 +7,23 @@ profiles say.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from coordinator.rounds.adapters import spec_of
 from coordinator.rounds.bases import Base
+from coordinator.rounds.cutting import Cut, step_s
 from coordinator.rounds.job import Job, against_split
 from coordinator.rounds.offers import link_rate
 from coordinator.rounds.orders import able_devices, states_bytes
-from coordinator.rounds.trunks import product_rate, trunk_of
+from coordinator.rounds.trunks import operations_of, product_rate, trunk_of
 from coordinator.service import Coordinator
 from hwprofiles.profile import Profile
-from models.lora.adapter import MATRICES, length_of, shapes, sizes
+from models.lora.adapter import length_of, shapes
 from wire.units import seconds_text
 
-PASSES: Final = 2
-"""A step takes as many products forwards as it takes backwards, where weights are frozen."""
 CLEARLY: Final = 0.8
 """Of the other's time: what is not clearly less sends no states over the network."""
 
@@ -41,15 +40,15 @@ def settled_mode(coordinator: Coordinator, job: Job, base: Base) -> tuple[Job, s
     can_whole, unable = able_devices(coordinator, whole, base)
     can_ends, _ = able_devices(coordinator, parts, base)
     found = trunk_of(coordinator, parts, base, can_ends)
-    if not found.device:
-        return whole, "federated: no board can have the blocks"
+    if not found.cuts:
+        return whole, "federated: no boards can have the blocks"
     small = sorted(set(can_ends) - set(can_whole))
     if small:
         first = f"{small[0]} {unable[small[0]]}"
         return parts, f"split: {len(small)} of {len(can_ends)} boards with data can't hold the model ({first})"
     profiles, all_can = coordinator.profiles(), "federated: all boards with data can hold the model"
     apart_s = federated_s(base, whole, profiles, can_whole)
-    together_s = split_s(base, parts, profiles, can_ends, found.device)
+    together_s = split_s(base, parts, profiles, can_ends, found.cuts)
     if apart_s is None or together_s is None:
         return whole, f"{all_can}, and of some it was not measured how fast they are"
     times = f"a round is foretold to take {seconds_text(together_s)} split, {seconds_text(apart_s)} federated"
@@ -67,33 +66,22 @@ def federated_s(base: Base, job: Job, profiles: Mapping[str, Profile], devices: 
         rate, link = _rates(profiles.get(device))
         if not rate or not link:
             return None
-        found.append(job.rounds.steps * _operations(base, job) / rate + sent_bytes / link)
+        found.append(job.rounds.steps * operations_of(base, job) / rate + sent_bytes / link)
     return max(found, default=None)
 
 
 def split_s(
-    base: Base, job: Job, profiles: Mapping[str, Profile], devices: Collection[str], trunk: str
+    base: Base, job: Job, profiles: Mapping[str, Profile], devices: Collection[str], cuts: Sequence[Cut]
 ) -> float | None:
     """The same of a split model: the trunk computes for all of them, and they send states and gradients."""
-    rate, trunk_link = _rates(profiles.get(trunk))
     links = [_rates(profiles.get(device))[1] for device in devices]
-    if not rate or not trunk_link or not all(links) or not devices:
+    trunk = [(one.blocks / base.config.blocks, *_rates(profiles.get(one.device))) for one in cuts]
+    if not all(rate and link for _, rate, link in trunk) or not all(links) or not devices:
         return None
     one_way_bytes = states_bytes(base, job)
-    on_the_way_s = max(2 * one_way_bytes / min(links), 2 * one_way_bytes * len(links) / trunk_link)
-    return job.rounds.steps * (len(devices) * _operations(base, job) / rate + on_the_way_s)
-
-
-def _operations(base: Base, job: Job) -> float:
-    """Of the blocks, for the batch of one board: a multiplication and an addition are two."""
-    weights = 0
-    for matrix in MATRICES:
-        try:
-            out, columns = sizes(base.config, matrix)
-        except KeyError:
-            continue  # an encoder has no gate
-        weights += out * columns
-    return 2.0 * PASSES * base.config.blocks * weights * job.rounds.batch_rows * job.rounds.row_tokens
+    compute_s = [share * operations_of(base, job) / rate for share, rate, _ in trunk]
+    hop_s = [one_way_bytes / link for _, _, link in trunk]
+    return job.rounds.steps * (step_s(compute_s, hop_s, len(devices)) + 2 * one_way_bytes / min(links))
 
 
 def _rates(profile: Profile | None) -> tuple[float, float]:

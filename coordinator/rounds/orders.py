@@ -21,6 +21,13 @@ from wire.units import bytes_text
 
 TRUNK: Final = "the trunk"
 """Among boards, none of which can be called so."""
+
+
+def trunk_names(segments: int) -> tuple[str, ...]:
+    """As which those who have the blocks count in a round, in their order."""
+    return (TRUNK,) if segments == 1 else tuple(f"{TRUNK}, part {number + 1}" for number in range(segments))
+
+
 AMPLE: Final = 0.7
 """Of a board's memory: other programs want some, too."""
 
@@ -40,16 +47,20 @@ class Placed(NamedTuple):
     weights: tuple[ArtifactRef, ...]
 
 
+PartName = tuple[Role, int]
+"""A role, and the first block of a segment."""
+
+
 def make_orders(
     site: str,
     record: JobRecord,
     able: Collection[str],
     base: Base,
     task: TrainingTask,
-    placed: Mapping[Role, Placed],
+    placed: Mapping[PartName, Placed],
     ways: Mapping[str, Way],
 ) -> dict[str, tuple[StageOrder, ...]]:
-    """The orders of all boards that have one, and of those that can take part now; and that of the trunk, if the model
+    """The orders of all boards that have one, and of those that can take part now; and those of the trunk, if the model
     is split. Who has a number keeps it."""
     job = record.job
     stages = {device: order.stage for device, order in record.with_data.items()}
@@ -62,12 +73,11 @@ def make_orders(
         mine = msgspec.structs.replace(
             task, role=role, rank=job.adapter.rank_of(device), alpha=spec_of(job, device).alpha, **way._asdict()
         )
-        orders[device] = (_order(site, record, base, placed[role], stage, mine),)
-    if record.trunk is not None:
-        device, stage = record.trunk.device, record.trunk.stage
-        mine = msgspec.structs.replace(task, role="trunk", remember=ways[TRUNK].remember)
-        order = _order(site, record, base, placed["trunk"], stage, mine)
-        orders[device] = (*orders.get(device, ()), order)
+        orders[device] = (_order(site, record, base, placed[role, 0], stage, mine),)
+    for name, at in zip(trunk_names(len(record.trunk)), record.trunk, strict=True):
+        mine = msgspec.structs.replace(task, role="trunk", remember=ways[name].remember)
+        order = _order(site, record, base, placed["trunk", at.first_block], at.stage, mine)
+        orders[at.device] = (*orders.get(at.device, ()), order)
     return orders
 
 
@@ -85,8 +95,8 @@ def _order(site: str, record: JobRecord, base: Base, placed: Placed, stage: int,
         weights=placed.weights,
         embedding=part.ends,
         head=part.ends,
-        first_block=0,
-        end_block=part.blocks,
+        first_block=part.first_block,
+        end_block=part.end_block,
         hidden=config.hidden,
         vocabulary=config.vocabulary,
         wire_dtype=base.wire_dtype,  # type: ignore[arg-type]
@@ -140,7 +150,7 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = f"has no data {job.data!r}"
         elif job.data in info.private_data and (job.privacy is None or job.privacy.losses):
             unable[device.name] = "its data are for private jobs alone, without losses"
-        elif job.mode == "split" and not info.knows_split:
+        elif job.is_split and not info.knows_split:
             unable[device.name] = f"its software, {info.software}, knows no split models"
         elif job.privacy is not None and not info.knows_privacy:
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
@@ -159,7 +169,7 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
 def check_messages(base: Base, job: Job, boards: int) -> None:
     """Raise UsageError where what so many boards send at one time would be more than messages may hold."""
     at_once = min(boards, job.rounds.devices) if job.rounds.who in COUNTED else boards
-    if job.mode == "split":
+    if job.is_split:
         at_once = min(at_once, MAX_ENDS)
     most = min(MAX_TENSOR_BYTES, MAX_PARTIAL_BYTES // at_once)
     shaped = shapes(base.config, spec_of(job))
@@ -208,7 +218,7 @@ def without_torch(info: DeviceInfo) -> str:
 
 def least_bytes(base: Base, job: Job, device: str) -> int:
     """What a board with data takes at its peak, trained as sparingly as can be."""
-    return base.ends_bytes(job) if job.mode == "split" else base.peak_bytes(job, device, 1, remember=False)
+    return base.ends_bytes(job) if job.is_split else base.peak_bytes(job, device, 1, remember=False)
 
 
 def rows_at_once(job: Job) -> int:

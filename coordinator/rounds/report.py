@@ -49,7 +49,7 @@ def part_of(report: JobReport) -> Part:
     """What is known in tables."""
     notes = [] if report.state == "done" else [f"Warning: the job is {report.state}, this is what there is so far"]
     if report.job.privacy is None:
-        sent = "states and gradients" if report.job.mode == "split" else "updates"
+        sent = "states and gradients" if report.job.is_split else "updates"
         notes.append(f"Privacy: none, {sent} were sent without noise")
     return Part(
         title=f"Fine-tuning {report.job.name}: {clean(report.job.model)}, {report.state}",
@@ -64,8 +64,8 @@ def _job(report: JobReport) -> Table:
     right = [done.held_out_accuracy for done in report.each if done.held_out_accuracy is not None]
     spent = spent_by(report.each)
     mode = [said for said in (report.mode_because, report.trunk) if said]
-    if job.mode == "split" and not report.mode_because:
-        mode.insert(0, "split")
+    if job.is_split and not report.mode_because:
+        mode.insert(0, job.mode)
     items = [
         ("state", report.state + (f": {clean(report.because)}" if report.because else "")),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -12,28 +12,37 @@ import msgspec
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import aggregate, files_of, parts_of, spec_of
 from coordinator.rounds.airtime import Offer
-from coordinator.rounds.bases import Base, base_of
+from coordinator.rounds.bases import Base, Part, base_of
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.offers import Timing, Took, learnt, link_rate, offer_of, weights_of
-from coordinator.rounds.orders import TRUNK, Placed, Way, able_devices, make_orders, most_ends, task_of, way_of, ways_of
+from coordinator.rounds.orders import (
+    PartName,
+    Placed,
+    Way,
+    able_devices,
+    make_orders,
+    most_ends,
+    task_of,
+    trunk_names,
+    way_of,
+    ways_of,
+)
 from coordinator.rounds.schedule import after
 from coordinator.rounds.settling import knobs_of, settled
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
-from coordinator.rounds.trunks import Found, keeps_all, trunk_of
+from coordinator.rounds.trunks import Found, keeps_all, trunk_of, where_text
 from coordinator.service import Coordinator
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
 from wire.limits import MAX_DEVICES
-from wire.messages import Applied, ArtifactRef, Privacy, Role, StageReport, TrainingTask
+from wire.messages import Applied, Privacy, StageReport, TrainingTask
 
 RETURN_S: Final = 5.0
-TRUNK_STAGE: Final = MAX_DEVICES - 1
-"""The number of the first board for the blocks, from which others are counted down; boards with data are counted up
-from 0."""
 LEAST_TRUNK_STAGE: Final = MAX_DEVICES // 2
+"""Boards with data are counted up from 0, segments of the trunk down from the highest number."""
 LOOK_PERIOD_S: Final = 1.0
 WAITING_SAID_S: Final = 30.0
 """Between two words about boards that are waited for."""
@@ -86,11 +95,6 @@ class Running:
         await self._operations.preparing.await_broker()
         artifacts = self._coordinator.artifacts
         task = task_of(job, artifacts.add_bytes(base.tokenizer, "tokenizer.json"), base.end_id)
-        graphs = {
-            role: artifacts.add_bytes(part.graph, f"{topic_name(job.name)}-{role}.graph")
-            for role, part in base.parts.items()
-            if (role == "whole") == (job.mode == "federated")
-        }
         if job.privacy is not None:
             self._say(private_text(job.privacy))
         await self._await_return()
@@ -98,12 +102,12 @@ class Running:
             number = self.record.round
             last = number >= job.rounds.count
             await self._await_boards(number, last)
-            if job.mode == "split":
+            if job.is_split:
                 await self._await_trunk(base)
-            self._place(base, task, graphs)
+            self._place(base, task)
             await self._choose(base, number, last)
             start = self._store.factors(self.record)
-            kind = JointExchange if job.mode == "split" else Exchange
+            kind = JointExchange if job.is_split else Exchange
             round_ = self._round = kind(
                 self._coordinator, self._store, self.record, base.config, start, self.tell, train=not last
             )
@@ -142,11 +146,9 @@ class Running:
 
     async def _finish(self, base: Base, round_: Exchange, wall_s: float, took_s: float) -> None:
         number, job = round_.number, self.job
-        updates = [round_.updates[device] for device in sorted(round_.updates)]
         factors = round_.start
         if round_.train:
-            vectors = [(meta, vector) for meta, vector in updates if vector is not None]
-            factors = await asyncio.to_thread(aggregate, base.config, job, number, round_.start, vectors)
+            factors = await asyncio.to_thread(aggregate, base.config, job, number, round_.start, round_.vectors())
         done = round_.record(wall_s)
         # What came out is judged in a last round, unless boards may not tell losses.
         judged = job.privacy is None or job.privacy.losses
@@ -169,42 +171,55 @@ class Running:
 
     def _are_back(self) -> bool:
         record = self.record
-        if record.trunk is not None and not self._coordinator.is_online(record.trunk.device):
+        if not all(self._coordinator.is_online(at.device) for at in record.trunk):
             return False
         return bool(record.chosen) or set(record.with_data) <= set(self._able())
 
     async def _await_trunk(self, base: Base) -> None:
-        """Until there is a board for the blocks. Where they are they stay as long as that board is there."""
+        """Until there are boards for the blocks. Where they are they stay as long as those are there."""
         wait = self._coordinator.changes.wait
-        if self.record.trunk is not None and self.record.trunk.device not in self.record.passed_over:
+        if self.record.trunk and not any(at.device in self.record.passed_over for at in self.record.trunk):
             await wait(self._trunk_stays, WAITING_SAID_S)  # moving the blocks takes longer
         while not self._trunk_stays():
             found = self._find_trunk(base)
-            if found.device:
+            if found.cuts:
                 self._move_trunk(found)
                 return
             why = "; ".join(f"{device}: {because}" for device, because in found.unable.items())
-            self.waits_for = f"a board for the blocks ({why})"
+            self.waits_for = f"boards for the blocks ({why})"
             self._say(f"round {self.record.round} waits for {self.waits_for}")
-            await wait(lambda: bool(self._find_trunk(base).device), WAITING_SAID_S)
+            await wait(lambda: bool(self._find_trunk(base).cuts), WAITING_SAID_S)
 
     def _trunk_stays(self) -> bool:
         trunk, passed_over = self.record.trunk, self.record.passed_over
-        return trunk is not None and trunk.device not in passed_over and self._coordinator.is_online(trunk.device)
+        return bool(trunk) and all(
+            at.device not in passed_over and self._coordinator.is_online(at.device) for at in trunk
+        )
 
     def _find_trunk(self, base: Base) -> Found:
         return trunk_of(self._coordinator, self.job, base, self._able(), self.record.passed_over)
 
     def _move_trunk(self, found: Found) -> None:
-        before = self.record.trunk
-        stage = TRUNK_STAGE if before is None or before.stage <= LEAST_TRUNK_STAGE else before.stage - 1
-        # One that was passed over, and is all that there is, gets another chance.
+        """A segment that is where it was, with the blocks that it had, stays as it is."""
+        before = {(at.device, at.first_block, at.end_block): at.stage for at in self.record.trunk}
+        stage = min(before.values(), default=MAX_DEVICES)
+        if stage - len(found.cuts) < LEAST_TRUNK_STAGE:
+            stage = MAX_DEVICES
+        trunk = []
+        for one in found.cuts:
+            known = before.get((one.device, one.first_block, one.end_block))
+            stage -= int(known is None)
+            at = known if known is not None else stage
+            trunk.append(TrunkAt(device=one.device, stage=at, first_block=one.first_block, end_block=one.end_block))
+        # Who was passed over, and is all that there is, gets another chance.
+        has_blocks = {one.device for one in found.cuts}
         self.record = msgspec.structs.replace(
             self.record,
-            trunk=TrunkAt(device=found.device, stage=stage, because=found.because),
-            passed_over=tuple(device for device in self.record.passed_over if device != found.device),
+            trunk=tuple(trunk),
+            trunk_because=found.because,
+            passed_over=tuple(device for device in self.record.passed_over if device not in has_blocks),
         )
-        self._say(f"the blocks are on {found.device}: {found.because}")
+        self._say(where_text(trunk, found.because))
 
     async def _await_boards(self, number: int, last: bool) -> None:
         """Until enough boards are there for a round that nobody was chosen for yet."""
@@ -219,7 +234,7 @@ class Running:
         it."""
         if not self.record.chosen:
             able = self._able()
-            if self.job.mode == "split":
+            if self.job.is_split:
                 able = able[: most_ends(base, self.job)]
             offers = [] if last else self._offers(base, able, number)
             fields = await asyncio.to_thread(settled, self.record, able, offers, last)
@@ -273,21 +288,15 @@ class Running:
         assert self._base is not None
         return able_devices(self._coordinator, self.job, self._base)[0]
 
-    def _place(self, base: Base, task: TrainingTask, graphs: Mapping[Role, ArtifactRef]) -> None:
+    def _place(self, base: Base, task: TrainingTask) -> None:
         """Orders for all boards that can take part, those that have come meanwhile too: on disk first."""
         coordinator, record = self._coordinator, self.record
         able = self._able()
-        placed = {
-            role: Placed(
-                base.parts[role],
-                graph,
-                tuple(
-                    coordinator.artifacts.add_file(digest, path, path.name)
-                    for digest, path in sorted(base.parts[role].files.items())
-                ),
-            )
-            for role, graph in graphs.items()
-        }
+        parts: dict[PartName, Part] = {("whole", 0): base.parts["whole"]}
+        if self.job.is_split:
+            parts = {("ends", 0): base.parts["ends"]}
+            parts |= {("trunk", at.first_block): base.segment(at.first_block, at.end_block) for at in record.trunk}
+        placed = {name: self._placed_part(name, part) for name, part in parts.items()}
         ways = self._ways(base, able)
         orders = make_orders(coordinator.site, record, able, base, task, placed, ways)
         if orders == record.orders and self._placed:
@@ -296,17 +305,28 @@ class Running:
         self._store.save(self.record)
         coordinator.order_job(topic_name(self.job.name), self.record)
 
+    def _placed_part(self, name: PartName, part: Part) -> Placed:
+        """Its files, as boards fetch them."""
+        artifacts, (role, first_block) = self._coordinator.artifacts, name
+        graph = artifacts.add_bytes(part.graph, f"{topic_name(self.job.name)}-{role}{first_block}.graph")
+        files = sorted(part.files.items())
+        return Placed(part, graph, tuple(artifacts.add_file(digest, path, path.name) for digest, path in files))
+
     def _ways(self, base: Base, able: Collection[str]) -> dict[str, Way]:
         """How each board trains, the trunk's among them. Whoever has an order keeps what it says of this, since the
         worker would have to begin anew; but a trunk that keeps all for gradients may have too many boards by now."""
         record, found = self.record, ways_of(self._coordinator, self.job, able, base)
         found.update({device: way_of(order) for device, order in record.with_data.items()})
-        if record.trunk is not None:
-            keeps = keeps_all(self._coordinator, self.job, base, record.trunk.device, able)
+        for place, (name, at) in enumerate(zip(self._trunk_names, record.trunk, strict=True)):
+            keeps = keeps_all(self._coordinator, self.job, base, at, able)
             if record.is_placed:
-                keeps = keeps and way_of(record.trunk_order).remember
-            found[TRUNK] = Way(keeps, 1)
+                keeps = keeps and way_of(record.trunk_orders[place]).remember
+            found[name] = Way(keeps, 1)
         return found
+
+    @property
+    def _trunk_names(self) -> tuple[str, ...]:
+        return trunk_names(len(self.record.trunk))
 
     def _ready(self) -> dict[str, str]:
         """Device -> the worker that it runs, of those that can take a round."""
@@ -325,10 +345,11 @@ class Running:
         }
 
     def _pass_over_trunk(self, round_: Exchange) -> None:
-        """Where the trunk failed, its blocks go elsewhere when the job is resumed."""
-        trunk = self.record.trunk
-        if trunk is not None and TRUNK in round_.state.refused and not self.job.trunk:
-            passed_over = (*self.record.passed_over, trunk.device)
+        """Where a segment failed, its blocks go elsewhere when the job is resumed."""
+        segments = zip(self._trunk_names, self.record.trunk, strict=True)
+        failed = tuple(at.device for name, at in segments if name in round_.state.refused)
+        if failed and not self.job.trunks:
+            passed_over = (*self.record.passed_over, *failed)
             self.record = msgspec.structs.replace(self.record, passed_over=passed_over)
             self._store.save(self.record)
 
@@ -339,21 +360,22 @@ class Running:
         }
 
     def _reports(self) -> Iterator[tuple[str, str, Applied, StageReport]]:
-        """What devices say of the job, by whom it counts for: a device with data, or TRUNK."""
+        """What devices say of the job, by whom it counts for: a device with data, or part of the trunk."""
         mine, with_data = (topic_name(self.job.name), self.record.epoch), self.record.with_data
         for device, applied in self._coordinator.applied().items():
             for report in applied.stages:
                 if (report.deployment, report.epoch) != mine:
                     continue
-                if self.record.is_trunk(device, report.stage):
-                    yield TRUNK, device, applied, report
+                place = self.record.segment_of(device, report.stage)
+                if place is not None:
+                    yield self._trunk_names[place], device, applied, report
                 elif device in with_data and with_data[device].stage == report.stage:
                     yield device, device, applied, report
 
     def _loading(self) -> str:
         """How far those are that take part and have not begun, in a line; '' when all have."""
         ready = self._ready()
-        takes_part = (*self.record.chosen, *([TRUNK] if self.record.trunk is not None else []))
+        takes_part = (*self.record.chosen, *self._trunk_names)
         waits = [name for name in takes_part if name not in ready]
         there = len(takes_part) - len(waits)
         return f"{there} of {len(takes_part)} boards ready; waiting for {', '.join(waits)}" if waits else ""

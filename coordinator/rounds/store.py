@@ -42,12 +42,13 @@ FILES: Final = (TENSORS, CONFIG, PROVENANCE, HEAD_FILE)
 
 
 class TrunkAt(Struct, frozen=True, kw_only=True):
-    """Where all blocks of a split model are."""
+    """Where blocks [first_block, end_block) of a split model are."""
 
     device: str
     stage: int
-    """Another one each time that the trunk moves: two boards never hear the same inbox."""
-    because: str
+    """Another one each time that they move: two boards never hear the same inbox."""
+    first_block: int
+    end_block: int
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):
@@ -64,8 +65,9 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     orders: dict[str, tuple[StageOrder, ...]] = {}
     mode_because: str = ""
     """Why it has its mode, where that was left to us."""
-    trunk: TrunkAt | None = None
-    """With mode 'split', once it was chosen."""
+    trunk: tuple[TrunkAt, ...] = ()
+    """Of a split model, in the order of blocks, once it was settled."""
+    trunk_because: str = ""
     passed_over: tuple[str, ...] = ()
     """Boards that were the trunk and could not be."""
     chosen: tuple[str, ...] = ()
@@ -85,8 +87,10 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return self.job.name
 
-    def is_trunk(self, device: str, stage: int) -> bool:
-        return self.trunk is not None and (self.trunk.device, self.trunk.stage) == (device, stage)
+    def segment_of(self, device: str, stage: int) -> int | None:
+        """Which of the trunk's segments that is, from 0."""
+        places = [place for place, at in enumerate(self.trunk) if (at.device, at.stage) == (device, stage)]
+        return places[0] if places else None
 
     def order_of(self, device: str) -> StageOrder:
         """By which a device trains on its data."""
@@ -94,15 +98,13 @@ class JobRecord(Struct, frozen=True, kw_only=True):
 
     @property
     def is_placed(self) -> bool:
-        """Whether the trunk's board has its order, if there is a trunk."""
-        trunk = self.trunk
-        return trunk is None or any(order.stage == trunk.stage for order in self.orders.get(trunk.device, ()))
+        """Whether the trunk's boards have their orders, if there is a trunk."""
+        return all(any(order.stage == at.stage for order in self.orders.get(at.device, ())) for at in self.trunk)
 
     @property
-    def trunk_order(self) -> StageOrder:
-        """Of a job that is placed."""
-        assert self.trunk is not None
-        return next(order for order in self.orders[self.trunk.device] if order.stage == self.trunk.stage)
+    def trunk_orders(self) -> tuple[StageOrder, ...]:
+        """Of a job that is placed, in the order of blocks."""
+        return tuple(next(order for order in self.orders[at.device] if order.stage == at.stage) for at in self.trunk)
 
     @property
     def with_data(self) -> dict[str, StageOrder]:

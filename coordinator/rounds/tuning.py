@@ -22,7 +22,7 @@ from coordinator.rounds.orders import able_devices, check_messages
 from coordinator.rounds.report import JobReport
 from coordinator.rounds.running import Running, round_event
 from coordinator.rounds.store import FILES, JobRecord, JobStore, now_unix, topic_name
-from coordinator.rounds.trunks import trunk_of
+from coordinator.rounds.trunks import trunk_of, where_text
 from coordinator.service import Coordinator
 from coordinator.shelf import canonical
 from models.lora.adapter import flat, initial, shapes
@@ -103,11 +103,11 @@ class Tuning:
                 try_="edgelam-agent run --data NAME=FILE, on boards with torch installed",
             )
         check_messages(base, job, len(able))
-        if job.mode == "split":
+        if job.is_split:
             found = trunk_of(self._coordinator, job, base, able)
-            if not found.device:
+            if not found.cuts:
                 why = "; ".join(f"{device}: {because}" for device, because in found.unable.items())
-                raise Refused(f"no board can have the blocks: {why}", try_="a smaller rounds.batch_rows or row_tokens")
+                raise Refused(f"no boards can have the blocks: {why}", try_="a smaller rounds.batch_rows or row_tokens")
         if job.name in self._running:
             raise UsageError(f"job {job.name} is under way", try_=f"edgelam tune stop {job.name}, or another name")
         factors = initial(base.config, spec_of(job))
@@ -180,7 +180,7 @@ class Tuning:
             because=record.because,
             base=record.base,
             mode_because=record.mode_because,
-            trunk="" if record.trunk is None else f"the blocks are on {record.trunk.device}: {record.trunk.because}",
+            trunk=where_text(record.trunk, record.trunk_because) if record.trunk else "",
             each=tuple(self._store.rounds(name)),
         )
 

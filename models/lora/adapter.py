@@ -95,6 +95,14 @@ def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
     return found
 
 
+def within(shaped: Mapping[str, tuple[int, int]], blocks: range, head: bool) -> dict[str, tuple[int, int]]:
+    """Of these the factors of some blocks, and the task module if `head`: they lie side by side in what `flat` gives if
+    the task module goes with the last block."""
+    return {
+        name: shape for name, shape in shaped.items() if (head if name == HEAD else int(name.split(".")[1]) in blocks)
+    }
+
+
 def initial(config: Config, spec: AdapterSpec) -> dict[str, Floats]:
     """A of normal numbers with variance 1 / rank, B of zeros: the adapter changes nothing yet, and a task module of
     zeros knows nothing. The same on all

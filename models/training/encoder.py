@@ -22,15 +22,18 @@ from models.training.samples import IGNORED, Batch, Judged
 
 
 class TrainedEncoder(Factored):
-    """All of an encoder. `factors` by name (models.lora.adapter), the task module's among them."""
+    """An encoder, or some of its blocks. `factors` by name (models.lora.adapter), the task module's among them."""
 
-    def __init__(self, file: BertFile, spec: AdapterSpec, factors: Mapping[str, Array]) -> None:
+    def __init__(
+        self, file: BertFile, spec: AdapterSpec, factors: Mapping[str, Array], blocks: range | None = None
+    ) -> None:
         """Raises CorruptData for a checkpoint that is not what its configuration says."""
         self._config, self._spec = file.config, spec
+        self._blocks = range(self._config.blocks) if blocks is None else blocks
         self._words, self._places = mapped(file.words()), mapped(file.places())
         self._norms: dict[str, tuple[Tensor, Tensor]] = {EMBEDDINGS_NORM: _pair(file.norm(EMBEDDINGS_NORM))}
         self._linear: dict[str, tuple[Tensor, Tensor]] = {}
-        for block in range(self._config.blocks):
+        for block in self._blocks:
             for matrix in MATRICES:
                 self._linear[f"block.{block}.{matrix}"] = _pair(file.linear(block, matrix))
             for norm in BLOCK_NORMS:
@@ -66,10 +69,10 @@ class TrainedEncoder(Factored):
         return self._normed(EMBEDDINGS_NORM, rows)
 
     def run(self, states: Tensor, lengths: Tensor, remember: bool = True) -> Tensor:
-        """All blocks over [n, T, hidden], of which the first `lengths` [n] rows are text. With `remember` false what a
+        """Its blocks over [n, T, hidden], of which the first `lengths` [n] rows are text. With `remember` false what a
         block needs for its gradient is computed again instead of kept (activation checkpointing)."""
         seen = _inside(lengths, states.shape[1])[:, None, None, :]
-        for block in range(self._config.blocks):
+        for block in self._blocks:
             if remember:
                 states = self._block(block, states, seen)
             else:

@@ -132,9 +132,9 @@ class TrainedStage(Factored):
         """[n, T] -> [n, T, hidden]."""
         return self._tables["embedding"].rows(ids.flatten()).reshape(*ids.shape, -1)
 
-    def run(self, residual: Tensor, remember: bool = True) -> Tensor:
-        """All blocks over [n, T, hidden]. With `remember` false what a block needs for its gradient is computed again
-        instead of kept (activation checkpointing)."""
+    def run(self, residual: Tensor, _lengths: Tensor | None = None, remember: bool = True) -> Tensor:
+        """Its blocks over [n, T, hidden]; what lies behind a text changes nothing of it. With `remember` false what a
+        block needs for its gradient is computed again instead of kept (activation checkpointing)."""
         for block in self._manifest.blocks:
             if remember:
                 residual = self._block(block, residual)
@@ -154,7 +154,7 @@ class TrainedStage(Factored):
 
     def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
         """The same of a batch, by the whole model. `remember` as for `run`."""
-        return self.loss_at(self.run(self.embedded(torch.from_numpy(batch.ids)), remember), batch)
+        return self.loss_at(self.run(self.embedded(torch.from_numpy(batch.ids)), remember=remember), batch)
 
     def loss_at(self, features: Tensor, batch: Batch) -> Tensor:
         """The same of what the last block makes of a batch."""
@@ -164,9 +164,9 @@ class TrainedStage(Factored):
         with torch.no_grad():
             return Judged(float(self.loss_at(features, batch)), batch.counted)
 
-    def features(self, states: Tensor, _lengths: Tensor, remember: bool = True) -> Tensor:
-        """What the head looks at: what all blocks make of [n, T, hidden]."""
-        return self.run(states, remember)
+    def features(self, states: Tensor, lengths: Tensor, remember: bool = True) -> Tensor:
+        """What the head looks at: all that its blocks make of [n, T, hidden]."""
+        return self.run(states, lengths, remember)
 
     def judged(self, batch: Batch) -> Judged:
         """The same without gradients."""

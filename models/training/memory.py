@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from models.families.bert import BertConfig
+import msgspec
+
+from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig
 from models.lora.adapter import AdapterSpec, length_of, shapes, sizes
 
@@ -68,10 +70,20 @@ def ends_peak_bytes(config: LlamaConfig | BertConfig, weight_bytes: int, spec: A
 
 
 def trunk_peak_bytes(
-    config: LlamaConfig | BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, ends: int, remember: bool
+    config: LlamaConfig | BertConfig,
+    weight_bytes: int,
+    spec: AdapterSpec,
+    tokens: int,
+    ends: int,
+    remember: bool,
+    blocks: int | None = None,
 ) -> int:
-    """Of the device that has all blocks, for so many others with so many tokens each. `remember`: blocks keep what the
-    gradients of all of them need, instead of computing it again for one after the other."""
+    """Of the device that has all blocks, or so many of them, for so many others with so many tokens each.
+    `weight_bytes` are of all blocks. `remember`: blocks keep what the gradients of all of them need, instead of
+    computing it again for one after the other."""
+    if blocks is not None and blocks < config.blocks:
+        weight_bytes -= (config.blocks - blocks) * _block_weight_bytes(config, weight_bytes)
+        config = _shortened(config, blocks)
     waiting = TRUNK_COPIES * FLOAT * config.hidden * tokens * ends
     if isinstance(config, BertConfig):
         once = encoder_peak_bytes(config, weight_bytes, spec, tokens, remember)
@@ -94,6 +106,18 @@ def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec,
     words = row * config.vocabulary - max(row, PAGE) * min(tokens, config.vocabulary)
     by_token = tokens * (kept + (ENCODER_WORKING - int(remember)) * block)
     return round(ENCODER_BYTES + weight_bytes - max(0, words) + ADAPTER_COPIES * adapter + by_token)
+
+
+def _block_weight_bytes(config: LlamaConfig | BertConfig, weight_bytes: int) -> int:
+    if isinstance(config, BertConfig):
+        return FLOAT * sum(out * columns for out, columns in matrix_sizes(config).values())
+    return weight_bytes // config.blocks
+
+
+def _shortened(config: LlamaConfig | BertConfig, blocks: int) -> LlamaConfig | BertConfig:
+    if isinstance(config, BertConfig):
+        return msgspec.structs.replace(config, num_hidden_layers=blocks)
+    return msgspec.structs.replace(config, blocks=blocks)
 
 
 def _encoder_block(config: BertConfig, spec: AdapterSpec) -> int:

@@ -20,7 +20,7 @@ from agent.workers.splitwork import SplitWork  # noqa: E402
 from agent.workers.stretch import Stretch  # noqa: E402
 from agent.workers.trunkwork import TrunkWork  # noqa: E402
 from models.formats.bert import read_bert_config  # noqa: E402
-from models.lora.adapter import AdapterSpec, flat, initial, shapes  # noqa: E402
+from models.lora.adapter import AdapterSpec, flat, initial, named, shapes  # noqa: E402
 from models.training.samples import Split  # noqa: E402
 from tests.agent.fakes import DEVICE, desired_of, order_of  # noqa: E402
 from tests.agent.fakes import SITE as FAKE_SITE  # noqa: E402
@@ -53,6 +53,10 @@ def inbox(device: str) -> str:
     return f"edgelam/v1/{SITE}/act/tune-n/{'trunkab'.index(device[0])}/in"
 
 
+def peer_of(name: str) -> Peer:
+    return Peer(device=name, inbox=InboxAddress(topic=inbox(name)))
+
+
 REPLY = f"edgelam/v1/{SITE}/act/requester-1/0/in"
 
 
@@ -62,12 +66,13 @@ class Part:
 
 
 class Bench:
-    """A trunk and two ends, and what is on its way between them."""
+    """A trunk, cut before these blocks, and two ends, and what is on its way between them."""
 
-    def __init__(self, folder: Path, held_out: int = 2) -> None:
+    def __init__(self, folder: Path, held_out: int = 2, cuts: tuple[int, ...] = ()) -> None:
         write_bert(folder)
         config = read_bert_config(folder)
-        self.halves: Halves = bert(folder, SPEC, ENDS, initial(config, SPEC))
+        self.segments = ("t", "u", "n")[: len(cuts) + 1]
+        self.halves: Halves = bert(folder, SPEC, ENDS, initial(config, SPEC), cuts)
         self.shaped = shapes(config, SPEC)
         self.start = flat(initial(config, SPEC), self.shaped)
         rng = np.random.default_rng(3)
@@ -87,25 +92,33 @@ class Bench:
             wire_dtype="f32", context_tokens=16, slots=1, prefill_chunk_tokens=2,
             inbox=InboxAddress(topic=REPLY), next=InboxAddress(topic=REPLY), runs="rounds", training=self.task,
         )  # fmt: skip
-        for device in ("t", *ENDS):
+        for device in (*self.segments, *ENDS):
             sender = self.senders[device] = Sender(self.sent)
-            stage = self.halves.trunk if device == "t" else self.halves.ends[device]
-            part = Part(stage, self.shaped, self.rows.get(device, Split((), ())))
-            kind = TrunkWork if device == "t" else EndsWork
+            has_blocks = device in self.segments
+            stage = self.halves.segments[self.segments.index(device)] if has_blocks else self.halves.ends[device]
+            shaped = self.shaped_of(device) if has_blocks else self.shaped
+            part = Part(stage, shaped, self.rows.get(device, Split((), ())))
+            kind = TrunkWork if has_blocks else EndsWork
             self.works[device] = kind(order, part, sender, self._done, Stretch(1.0, 1), SITE, device)  # type: ignore[arg-type]
+
+    def shaped_of(self, segment: str) -> Any:
+        return self.halves.shaped_of(self.segments.index(segment))
 
     def _done(self, _delivery: Any) -> None:
         self.returned += 1
 
     def ask(self, device: str, session: int = 5, request: int | None = None, train: bool = True) -> None:
-        names = ENDS if device == "t" else ("t",)
-        peers = tuple(Peer(device=name, inbox=InboxAddress(topic=inbox(name))) for name in names)
+        segments, ends = (tuple(map(peer_of, names)) for names in (self.segments, ENDS))
+        place = self.segments.index(device) if device in self.segments else None
         meta = RoundMeta(
             reply=InboxAddress(topic=REPLY), round=2, parts=PARTS, train=train,
-            split=SplitRound(session=session, peers=peers, patience_s=30.0),
+            split=SplitRound(
+                session=session, segments=segments, place=place, ends=ends if place is not None else (), patience_s=30.0
+            ),
         )  # fmt: skip
-        request = request or session * 10 + ("t", *ENDS).index(device)
-        tensor = Tensor.of(self.start) if device == "t" else None
+        request = request or session * 10 + (*self.segments, *ENDS).index(device)
+        start = named(self.start, self.shaped)
+        tensor = Tensor.of(flat(start, self.shaped_of(device))) if device in self.segments else None
         self.give(device, Parcel(Kind.ROUND, 7, request, 0, 0, tensor, msgspec.json.encode(meta)))
 
     def give(self, device: str, parcel: Parcel) -> None:
@@ -127,6 +140,16 @@ class Bench:
                 assert topic == REPLY
                 self.told.append(parcel)
         return moved
+
+    def turn_but(self, kind: Kind) -> bool:
+        """A turn in which nothing of this kind comes through."""
+        for work in self.works.values():
+            while work.runnable:
+                work.work(0.0)
+        self.sent = deque(one for one in self.sent if one[1].kind is not kind)
+        for sender in self.senders.values():
+            sender.sent = self.sent
+        return self.turn()
 
     def turn_with(self, device: str, kind: Kind, change: Any) -> None:
         """A turn in which what a device says of this kind is changed."""
@@ -154,6 +177,11 @@ class Bench:
             found[meta.device] = meta, None if parcel.tensor is None else parcel.tensor.array()
         return found
 
+    def factors(self) -> Any:
+        """What the segments came to."""
+        found = self.updates()
+        return np.concatenate([found[name][1] for name in self.segments])
+
     def errors(self) -> list[StageError]:
         found = [msgspec.json.decode(one.meta, type=StageError) for one in self.told if one.kind is Kind.ERROR]
         self.told.clear()
@@ -171,6 +199,81 @@ def expected(bench: Bench) -> Any:
     for _ in range(STEPS):
         one.step()
     return one.vector()
+
+
+@pytest.mark.parametrize("order", [("u", "t", "a", "n", "b"), ("a", "n", "b", "t", "u"), ("b", "t", "u", "n", "a")])
+@pytest.mark.parametrize("cuts", [(1,), (1, 3)])
+def test_segments_come_to_what_one_trunk_comes_to_bit_by_bit(
+    order: tuple[str, ...], cuts: tuple[int, ...], bench: Bench, tmp_path: Path
+) -> None:
+    for device in bench.works:
+        bench.ask(device)
+    bench.through()
+    (tmp_path / "cut").mkdir()
+    cut = Bench(tmp_path / "cut", cuts=cuts)
+    for device in order:
+        if device in cut.works:
+            cut.ask(device)
+            cut.through()
+    assert set(cut.updates()) == {*cut.segments, *ENDS}
+    assert np.array_equal(cut.factors(), bench.factors())
+    np.testing.assert_allclose(cut.factors(), expected(cut), atol=1e-5)
+    for device in ENDS:
+        assert cut.updates()[device][0].held_out_loss == bench.updates()[device][0].held_out_loss
+    assert all(cut.updates()[name][0].samples == 4 + 5 for name in cut.segments)
+    assert all(not work.live and not work.runnable and not work._waiting for work in cut.works.values())
+
+
+def test_a_segment_that_loses_its_connection_loses_the_round_and_it_comes_to_the_same(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, cuts=(2,))
+    for device in bench.works:
+        bench.ask(device)
+    for _ in range(6):
+        bench.turn()
+    bench.told.clear()
+    bench.works["u"].drop_all()
+    bench.works["u"].tick(1.0)
+    bench.through()
+    assert [(error.code, error.device) for error in bench.errors()] == [("again", "u")]
+    assert {inbox("t"), inbox("a"), inbox("b")} <= set(bench.senders["u"].dropped)
+    for device in reversed(bench.works):
+        bench.ask(device, session=6)
+    bench.through()
+    np.testing.assert_allclose(bench.factors(), expected(bench), atol=1e-5)
+
+
+def test_segments_name_those_alone_that_they_hear_themselves(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, cuts=(1, 3), held_out=0)
+    for device in (*bench.segments, "a"):
+        bench.ask(device)
+    while bench.turn_but(Kind.GRADIENT):
+        pass
+    for name in bench.segments:
+        bench.works[name]._heard_s = dict.fromkeys(ENDS, 100.0)  # type: ignore[attr-defined]
+        bench.works[name].tick(131.0)
+    bench.turn()
+    said = [(error.code, error.device, error.stage) for error in bench.errors()]
+    assert sorted(one[:2] for one in said) == [("deadline", "a"), ("deadline", "b")], "no gradient; no states"
+
+
+def test_what_another_segment_is_to_say_is_not_heard_of_anybody_else(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, cuts=(1,))
+    bench.ask("u")
+    states, row = Tensor.of(np.zeros((1, 3, 32), np.float32)), Tensor.of(np.zeros(96, np.float32))
+    for kind, tensor, fields in (
+        (Kind.STATES, states, {"lengths": (3,), "samples": 1}),
+        (Kind.GRADIENT, row, {"place": 1}),
+        (Kind.STEP, None, {"place": 1, "square": 1.0}),
+        (Kind.FEATURES, row, {"place": 1}),
+    ):
+        meta = SplitMeta(device="a", step=0, **fields)
+        bench.give("u", Parcel(kind, 7, 5, 0, 0, tensor, msgspec.json.encode(meta)))
+        bench.through()
+        assert bench.works["u"].last_refusal == f"{kind.name} of a was not asked for"
+    early = SplitMeta(device="a", place=0, step=0, square=1.0)
+    bench.give("u", Parcel(Kind.STEP, 7, 5, 0, 0, None, msgspec.json.encode(early)))
+    bench.through()
+    assert bench.works["u"].tally.stale == 1 and not bench.told
 
 
 @pytest.mark.parametrize("order", [("t", "a", "b"), ("a", "b", "t"), ("b", "t", "a")])
@@ -322,7 +425,14 @@ def test_what_is_nobody_s_is_counted_and_held_within_bounds(bench: Bench) -> Non
 
 def test_a_round_without_anybody_or_elsewhere_is_refused(bench: Bench) -> None:
     elsewhere = Peer(device="a", inbox=InboxAddress(topic="edgelam/v1/other/act/x/0/in"))
-    for split in (None, SplitRound(session=3, peers=(elsewhere,))):
+    here = peer_of("a")
+    for split in (
+        None,
+        SplitRound(session=3, segments=(elsewhere,), place=0, ends=(here,)),
+        SplitRound(session=3, segments=(here,), place=1, ends=(here,)),
+        SplitRound(session=3, segments=(here,), place=0),
+        SplitRound(session=3, segments=(here,), ends=(here,)),
+    ):
         meta = RoundMeta(reply=InboxAddress(topic=REPLY), round=2, parts=PARTS, split=split)
         bench.give("t", Parcel(Kind.ROUND, 7, 77, 0, 0, Tensor.of(bench.start), msgspec.json.encode(meta)))
         bench.through()
@@ -346,7 +456,8 @@ def test_close_ends_a_round(bench: Bench) -> None:
     [
         ("trunk", {"embedding": False, "head": False, "first_block": 0, "end_block": 4}, True),
         ("trunk", {"embedding": False, "head": True, "first_block": 0, "end_block": 4}, False),
-        ("trunk", {"embedding": False, "head": False, "first_block": 1, "end_block": 4}, False),
+        ("trunk", {"embedding": False, "head": False, "first_block": 1, "end_block": 4}, True),
+        ("trunk", {"embedding": False, "head": False, "first_block": 2, "end_block": 2}, False),
         ("trunk", {"embedding": False, "head": False, "first_block": 0, "end_block": 0}, False),
         ("ends", {"embedding": True, "head": True, "first_block": 0, "end_block": 0}, True),
         ("ends", {"embedding": True, "head": True, "first_block": 0, "end_block": 1}, False),

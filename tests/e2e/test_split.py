@@ -136,6 +136,50 @@ def test_whoever_is_killed_it_comes_to_the_same(
     assert same(adapter_of(tuning_site, name), undisturbed)
 
 
+@pytest.fixture(scope="module")
+def calm_pipeline(tuning_site: Site, tiny_model: str) -> dict[str, Any]:
+    """Of the same job with its blocks on two boards."""
+    events: list[dict[str, Any]] = []
+    end = follow(tuning_site, pipeline_job(tiny_model, "calm-pipeline"), events.append)
+    assert end["state"] == "done", end
+    where = "the blocks are on idle (2), board1 (2): the job names them"
+    assert any(where in event.get("text", "") for event in events)
+    for one in (event for event in events if event["event"] == "round"):
+        assert set(one["devices"]) == set(BOARDS)
+        assert one["devices"]["idle"]["compute_s"] > 0 and one["devices"]["idle"]["held_out_loss"] is None
+        assert one["devices"]["board1"]["held_out_loss"] is not None
+    return adapter_of(tuning_site, "calm-pipeline")
+
+
+def pipeline_job(model: str, name: str) -> Job:
+    return msgspec.structs.replace(split_job(model, name), mode="pipeline", trunk=("idle", "board1"))
+
+
+def test_a_pipeline_comes_to_what_one_trunk_comes_to(
+    tuning_site: Site, undisturbed: dict[str, Any], calm_pipeline: dict[str, Any]
+) -> None:
+    assert same(calm_pipeline, undisturbed), "bit by bit: boards here are one machine"
+    shown = tuning_site.cli("tune", "report", "calm-pipeline")
+    assert "pipeline; the blocks are on idle (2), board1 (2)" in shown.stdout, shown.stdout
+
+
+@pytest.mark.parametrize("board", ["idle", "board1"])
+def test_a_segment_that_is_killed_changes_nothing(
+    board: str, tuning_site: Site, tiny_model: str, calm_pipeline: dict[str, Any]
+) -> None:
+    """Both parts of board1, or a board that has blocks alone."""
+    killed: list[str] = []
+
+    def kill_once(event: dict[str, Any]) -> None:
+        if event["event"] == "round" and not killed:
+            killed.append(board)
+            worker_of(tuning_site, board).kill()
+
+    end = follow(tuning_site, pipeline_job(tiny_model, f"cut-{board}"), kill_once)
+    assert killed and end["state"] == "done", end
+    assert same(adapter_of(tuning_site, f"cut-{board}"), calm_pipeline)
+
+
 @pytest.mark.slow
 def test_a_coordinator_that_is_killed_begins_the_round_anew(
     tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
@@ -145,7 +189,7 @@ def test_a_coordinator_that_is_killed_begins_the_round_anew(
 
 
 def test_who_can_not_have_the_blocks_is_named(tuning_site: Site, tiny_model: str) -> None:
-    with pytest.raises(EdgelamError, match="no board can have the blocks: nobody: not heard of"):
+    with pytest.raises(EdgelamError, match="no boards can have the blocks: nobody: not heard of"):
         follow(tuning_site, split_job(tiny_model, "no-trunk", trunk="nobody"))
     with pytest.raises(EdgelamError, match=r"rounds\.middle: 'median' means nothing with mode = 'split'"):
         follow(tuning_site, split_job(tiny_model, "bad", rounds={"middle": "median"}))

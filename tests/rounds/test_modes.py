@@ -11,6 +11,7 @@ import pytest
 
 from coordinator.rounds import modes
 from coordinator.rounds.bases import base_of
+from coordinator.rounds.cutting import Cut
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.modes import federated_s, settled_mode, split_s
 from coordinator.shelf import Prepared
@@ -58,6 +59,7 @@ def boards(*names: str, **changes: Any) -> list[Any]:
 @pytest.fixture(autouse=True)
 def no_trunk_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coordinator.rounds.trunks.product_rate", lambda _profile: 1.0)
+    monkeypatch.setattr("coordinator.rounds.trunks.link_rate", lambda _profile: None)
 
 
 def test_a_job_that_says_its_mode_has_it(base: Any) -> None:
@@ -77,7 +79,7 @@ def test_what_does_not_go_with_it_is_not_split(base: Any) -> None:
     scheduled = msgspec.structs.replace(JOB, rounds=Rounds(who="scheduled", delay_s=3.0))
     mode, because = settled(boards("a"), base, scheduled)
     assert mode == "federated" and because.startswith("federated: rounds.who: 'scheduled' means nothing")
-    assert settled(boards("a", knows_split=False), base) == ("federated", "federated: no board can have the blocks")
+    assert settled(boards("a", knows_split=False), base) == ("federated", "federated: no boards can have the blocks")
 
 
 def test_where_all_can_hold_it_the_times_decide(base: Any, rates: dict[str, tuple[float, float]]) -> None:
@@ -94,15 +96,26 @@ def test_where_all_can_hold_it_the_times_decide(base: Any, rates: dict[str, tupl
 def test_a_round_takes_what_the_slowest_or_the_trunk_takes(base: Any, rates: dict[str, tuple[float, float]]) -> None:
     profiles: Any = {name: name for name in ("a", "b", "t")}
     rates.update(a=(1e9, 1e12), b=(2e9, 1e12), t=(4e9, 1e12))
-    apart_s, together_s = federated_s(base, JOB, profiles, ("a", "b")), split_s(base, JOB, profiles, ("a", "b"), "t")
+    blocks = base.config.blocks
+    trunk = (Cut("t", 0, blocks),)
+    apart_s, together_s = federated_s(base, JOB, profiles, ("a", "b")), split_s(base, JOB, profiles, ("a", "b"), trunk)
     assert apart_s is not None and together_s is not None
     assert together_s == pytest.approx(apart_s * 2 / 4, rel=0.01), "the trunk computes for both, four times as fast"
     rates.update(b=(2e9, 1e3))
-    slow_s = split_s(base, JOB, profiles, ("a", "b"), "t")
+    slow_s = split_s(base, JOB, profiles, ("a", "b"), trunk)
     assert slow_s is not None and slow_s > 100 * together_s
-    assert (
-        federated_s(base, JOB, profiles, ("a", "c")) is None and split_s(base, JOB, profiles, ("a", "b"), "c") is None
+    unknown = (Cut("t", 0, 1), Cut("c", 1, blocks))
+    assert federated_s(base, JOB, profiles, ("a", "c")) is None
+    assert split_s(base, JOB, profiles, ("a", "b"), unknown) is None
+    rates.update(b=(2e9, 1e12), u=(4e9, 1e12))
+    halves = (Cut("t", 0, blocks // 2), Cut("u", blocks // 2, blocks))
+    many = ("a", "b") * 20
+    whole_s, halves_s = (
+        split_s(base, JOB, profiles, many, trunk),
+        split_s(base, JOB, {**profiles, "u": "u"}, many, halves),
     )
+    assert whole_s is not None and halves_s is not None
+    assert halves_s == pytest.approx(whole_s / 2, rel=0.05), "both work at the same time"
 
 
 def test_rates_are_those_of_profiles() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from coordinator.rounds.cutting import Cut
 from coordinator.rounds.job import Adapter, Job, Rounds
-from coordinator.rounds.trunks import ends_of, keeps_all, product_rate, trunk_of
+from coordinator.rounds.trunks import ends_of, keeps_all, product_rate, trunk_of, where_text
 from hwprofiles.samples import Ceilings, Rate, Samples
+from models.families.config import LlamaConfig
 from tests.hwprofiles.test_ceilings import weighed
 from wire.messages import DeviceInfo, EngineInfo
 
@@ -21,8 +23,13 @@ GB = 1 << 30
 class Base:
     """1 GB for the blocks, and half as much for each board beside if all is kept; half for the ends."""
 
-    def trunk_bytes(self, _job: Job, ends: int, remember: bool) -> int:
-        return GB + (ends * GB // 2 if remember else 0)
+    config = LlamaConfig(
+        family="llama", hidden=64, blocks=4, heads=4, kv_heads=4, head_dim=16, ffn=96, vocabulary=100,
+        rope_base=1e4, rope_interleaved=False, rms_eps=1e-5,
+    )  # fmt: skip
+
+    def trunk_bytes(self, _job: Job, ends: int, remember: bool, blocks: int = 4) -> int:
+        return blocks * GB // 4 + (ends * GB // 2 if remember else 0)
 
     def ends_bytes(self, _job: Job) -> int:
         return GB // 2
@@ -42,7 +49,7 @@ def profile_of(gflops: float) -> Any:
     amounts = {"f32": int(gflops * 1e9), "int4": 10**15}
     rates = tuple(Rate(what=what, amount=amount, samples=samples) for what, amount in amounts.items())
     ceilings = Ceilings(threads=1, memory=(), array_bytes=1, cache_bytes=0, products=rates, engine="e")
-    return SimpleNamespace(ceilings=ceilings, modules=())
+    return SimpleNamespace(ceilings=ceilings, modules=(), link=None)
 
 
 class Coordinator:
@@ -69,9 +76,9 @@ def test_the_fastest_that_can_hold_the_blocks_gets_them() -> None:
     rates = {"pi": 900.0, "nuc": 40.0, "orin": 90.5, "gone": 500.0}
     chosen = found(Coordinator(infos, rates, offline=("gone",)))
     because = "multiplies fastest of 3 that can hold the blocks: 90.5 GFLOP/s"
-    assert (chosen.device, chosen.because) == ("orin", because)
+    assert (chosen.cuts, chosen.because) == ((Cut("orin", 0, 4),), because)
+    assert where_text(chosen.cuts, because) == f"the blocks are on orin: {because}"
     assert chosen.unable == {
-        "pi": "would take 1.5 GB of its 1.0 GB of memory",
         "bare": "no torch: not looked for",
         "gone": "offline",
         "past": "its software, 0.1.0, knows no split models",
@@ -80,23 +87,50 @@ def test_the_fastest_that_can_hold_the_blocks_gets_them() -> None:
 
 def test_where_nothing_was_measured_it_says_so() -> None:
     chosen = found(Coordinator([info_of("b"), info_of("a")], {}))
-    assert chosen.device == "a" and "none has measured" in chosen.because
+    assert chosen.cuts == (Cut("a", 0, 4),) and "none has measured" in chosen.because
 
 
 def test_a_board_that_the_job_names_is_it_or_nobody() -> None:
     coordinator = Coordinator([info_of("a"), info_of("b", GB // 2)], {"a": 5.0})
     assert found(coordinator, msgspec.structs.replace(JOB, trunk="a")).because == "the job names it"
-    for name, why in (("b", "would take"), ("c", "not heard of")):
+    for name, why in (("b", "has memory for 2 of 4 blocks"), ("c", "not heard of")):
         chosen = found(coordinator, msgspec.structs.replace(JOB, trunk=name))
-        assert chosen.device == "" and list(chosen.unable) == [name] and why in chosen.unable[name]
+        assert not chosen.cuts and list(chosen.unable) == [name] and why in chosen.unable[name]
+
+
+def test_what_no_board_can_hold_is_cut_among_as_few_as_can() -> None:
+    infos = [info_of("a", 3 * GB // 4), info_of("b", GB // 2), info_of("c", GB // 2), info_of("d", GB // 5)]
+    chosen = found(Coordinator(infos, {"b": 9.0, "a": 2.0, "c": 1.0, "d": 99.0}))
+    assert chosen.cuts == (Cut("a", 0, 2), Cut("b", 2, 4))
+    assert chosen.because == "of 3 that can have some; GFLOP/s: 2, 9"
+    assert chosen.unable == {"d": "would take 256.0 MB of its 204.8 MB of memory for one block"}
+    assert not found(Coordinator(infos[1:2], {})).cuts
+
+
+def test_a_pipeline_has_two_boards_at_least_and_more_if_that_is_faster() -> None:
+    pipeline = msgspec.structs.replace(JOB, mode="pipeline")
+    coordinator = Coordinator([info_of(name) for name in ("a", "b", "c")], {"a": 9.0, "b": 9.0, "c": 8.0})
+    assert [one.device for one in found(coordinator, pipeline).cuts] == ["a", "b"], "one board sends: nothing overlaps"
+    many = found(coordinator, pipeline, ("w", "x", "y", "z"))
+    assert [(one.device, one.blocks) for one in many.cuts] == [("a", 2), ("b", 2)], "four blocks: two at a time"
+    named = found(coordinator, msgspec.structs.replace(pipeline, trunk=("c", "a")))
+    assert (named.cuts, named.because) == ((Cut("c", 0, 2), Cut("a", 2, 4)), "the job names them")
+    assert not found(Coordinator([info_of("a")], {}), pipeline).cuts
+
+
+def test_who_was_passed_over_has_blocks_only_where_others_can_t() -> None:
+    coordinator: Any = Coordinator([info_of("a"), info_of("b")], {"a": 9.0, "b": 1.0})
+    base: Any = Base()
+    assert trunk_of(coordinator, JOB, base, (), ("a",)).cuts[0].device == "b"
+    assert trunk_of(coordinator, JOB, base, (), ("a", "b")).cuts[0].device == "a"
 
 
 def test_who_has_ample_memory_keeps_what_gradients_need() -> None:
     coordinator: Any = Coordinator([info_of("a")], {})
     base: Any = Base()
-    assert keeps_all(coordinator, JOB, base, "a", ("x", "y", "z"))
-    assert not keeps_all(coordinator, JOB, base, "a", ("a", "x", "y", "z"))
-    assert not keeps_all(coordinator, JOB, base, "nobody", ("x",))
+    assert keeps_all(coordinator, JOB, base, Cut("a", 0, 4), ("x", "y", "z"))
+    assert not keeps_all(coordinator, JOB, base, Cut("a", 0, 4), ("a", "x", "y", "z"))
+    assert not keeps_all(coordinator, JOB, base, Cut("nobody", 0, 4), ("x",))
     few = msgspec.structs.replace(JOB, rounds=Rounds(who="random", devices=2))
     assert ends_of(few, ("a", "b", "c")) == 2 and ends_of(JOB, ("a", "b", "c")) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,13 @@ from models.build.pack import Packed
 from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.formats.bert import BertFile, read_bert_config
-from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, flat, named, shapes
+from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, flat, named, shapes, within
 from models.training.encoder import TrainedEncoder
 from models.training.llama import TrainedStage
 from models.training.rounds import BETAS
 from models.training.samples import Batch, Row, Split, drawn
-from models.training.split import EndsRound, TrunkRound
+from models.training.split import EndsRound
+from models.training.trunk import Place, TrunkRound
 from tests.models.stages import spec_of, stage_files
 from wire.messages import ArtifactRef, InboxAddress, RoundMeta, TrainingTask
 
@@ -27,13 +29,24 @@ NUMBER = 2
 
 
 class Halves(NamedTuple):
-    """A model whole, as a trunk, and as ends (each device its own)."""
+    """A model whole, its blocks cut into segments, and its ends (each device its own)."""
 
     config: Config
     spec: AdapterSpec
     whole: Any
-    trunk: Any
+    segments: tuple[Any, ...]
+    cuts: tuple[int, ...]
+    """First block of each segment, and the end of the last."""
     ends: dict[str, Any]
+
+    @property
+    def trunk(self) -> Any:
+        [only] = self.segments
+        return only
+
+    def shaped_of(self, segment: int) -> dict[str, tuple[int, int]]:
+        blocks = range(*self.cuts[segment : segment + 2])
+        return within(self.shaped, blocks, segment == len(self.segments) - 1)
 
     @property
     def shaped(self) -> dict[str, tuple[int, int]]:
@@ -41,12 +54,19 @@ class Halves(NamedTuple):
 
 
 def llama(
-    packed: Packed, folder: Path, spec: AdapterSpec, devices: tuple[str, ...], start: Mapping[str, Any]
+    packed: Packed,
+    folder: Path,
+    spec: AdapterSpec,
+    devices: tuple[str, ...],
+    start: Mapping[str, Any],
+    cuts: tuple[int, ...] = (),
 ) -> Halves:
+    """`cuts`: blocks before which the trunk is cut."""
     blocks = packed.graph.blocks
+    edges = (0, *cuts, blocks)
 
-    def part(factors: Mapping[str, Any], end: int, ends: bool) -> TrainedStage:
-        wanted = spec_of(packed, 0, end, embedding=ends, head=ends)
+    def part(factors: Mapping[str, Any], first: int, end: int, ends: bool) -> TrainedStage:
+        wanted = spec_of(packed, first, end, embedding=ends, head=ends)
         path, files = stage_files(packed, folder, wanted)
         _, manifest = load_graph(path, wanted)
         return TrainedStage(
@@ -54,18 +74,28 @@ def llama(
         )
 
     return Halves(
-        packed.config, spec, part(start, blocks, True), part(start, blocks, False),
-        {device: part({}, 0, True) for device in devices},
+        packed.config, spec, part(start, 0, blocks, True),
+        tuple(part(start, first, end, False) for first, end in itertools.pairwise(edges)), edges,
+        {device: part({}, 0, 0, True) for device in devices},
     )  # fmt: skip
 
 
-def bert(folder: Path, spec: AdapterSpec, devices: tuple[str, ...], start: Mapping[str, Any]) -> Halves:
+def bert(
+    folder: Path, spec: AdapterSpec, devices: tuple[str, ...], start: Mapping[str, Any], cuts: tuple[int, ...] = ()
+) -> Halves:
+    """`cuts` as for `llama`."""
     config = read_bert_config(folder)
+    edges = (0, *cuts, config.blocks)
     file = BertFile.open(config, folder / "model.safetensors")
-    head = {HEAD: start[HEAD]}
+
+    def segment(first: int, end: int) -> TrainedEncoder:
+        blocks = range(first, end)
+        shaped = within(shapes(config, spec), blocks, end == config.blocks)
+        return TrainedEncoder(file, spec, {name: start[name] for name in shaped}, blocks)
+
     return Halves(
-        config, spec, TrainedEncoder(file, spec, start), TrainedEncoder(file, spec, start),
-        {device: TrainedEncoder(file, spec, head) for device in devices},
+        config, spec, TrainedEncoder(file, spec, start), tuple(itertools.starmap(segment, itertools.pairwise(edges))),
+        edges, {device: TrainedEncoder(file, spec, {HEAD: start[HEAD]}, range(0)) for device in devices},
     )  # fmt: skip
 
 
@@ -90,22 +120,38 @@ class Together:
     ) -> None:
         shaped = halves.shaped
         self.rows = rows
-        self.trunk = TrunkRound(halves.trunk, shaped, task, asked(parts), start, rows)
+        factors, last = named(start, shaped), len(halves.segments) - 1
+        self.segments = []
+        for number, stage in enumerate(halves.segments):
+            own, place = halves.shaped_of(number), Place(number == 0, number == last)
+            self.segments.append(TrunkRound(stage, own, task, asked(parts), flat(factors, own), rows, place))
         self.ends = {
             device: EndsRound(halves.ends[device], shaped, held, task, seed, asked(parts))
             for seed, (device, held) in enumerate(rows.items())
         }
 
+    @property
+    def trunk(self) -> TrunkRound:
+        [only] = self.segments
+        return only
+
+    def vector(self) -> Floats:
+        return np.concatenate([segment.vector() for segment in self.segments])
+
     def gradients(self) -> dict[str, Floats]:
         """Those that the last step was made with, as they were clipped."""
-        return {name: leaf.grad.numpy() for name, leaf in self.trunk._leaves.items() if leaf.grad is not None}
+        leaves = {name: leaf for segment in self.segments for name, leaf in segment._leaves.items()}
+        return {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
 
     def judge(self) -> None:
         for device, end in self.ends.items():
             for _ in end._held_out:
                 question = end.question()
                 assert question is not None and question.judged
-                assert end.answered(self.trunk.judged(device, question)) is None
+                for segment in self.segments:
+                    made = segment.judged(device, question)
+                    question = question._replace(states=made)
+                assert end.answered(made) is None
 
     def step(self, order: tuple[str, ...] | None = None) -> float:
         """Make one step, boards in this order; gives the weighted loss."""
@@ -113,13 +159,23 @@ class Together:
         for device in order or tuple(self.ends):
             question = self.ends[device].question()
             assert question is not None and not question.judged
-            features = self.trunk.features(device, question, len(self.rows[device].trained))
-            assert features is not None
-            gradients = self.ends[device].answered(features)
+            for segment in self.segments:
+                made = segment.forwards(device, question, len(self.rows[device].trained))
+                assert made is not None
+                question = question._replace(states=made)
+            gradients = self.ends[device].answered(made)
             assert gradients is not None
-            assert self.trunk.take(device, question.step, gradients)
-        while not self.trunk.advance():
-            pass
+            assert self.segments[-1].take(device, question.step, gradients)
+        square = 0.0
+        for number in reversed(range(len(self.segments))):
+            segment, step = self.segments[number], self.segments[number].step
+            while segment.addable:
+                device, gradient = segment.backwards()
+                if gradient is not None:
+                    assert self.segments[number - 1].take(device, step, gradient.reshape(-1))
+            square = segment.square(square)
+        for segment in self.segments:
+            segment.make_step(square)
         losses = {device: end._loss - before[device] for device, end in self.ends.items()}
         return weighted(self.rows, losses)
 

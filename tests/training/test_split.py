@@ -42,15 +42,15 @@ def begun(config: Any, spec: AdapterSpec) -> dict[str, Any]:
     }
 
 
-def halves_of(kind: str, folder: Path) -> Any:
+def halves_of(kind: str, folder: Path, cuts: tuple[int, ...] = ()) -> Any:
     if kind == "bert":
         write_bert(folder)
         from models.formats.bert import read_bert_config
 
         spec = AdapterSpec(rank=3, alpha=6.0, matrices=("q", "v", "down"), seed=4, labels=3)
-        return bert(folder, spec, DEVICES, factors(read_bert_config(folder), spec))
+        return bert(folder, spec, DEVICES, factors(read_bert_config(folder), spec), cuts)
     packed = packed_tiny(folder, "llama", kind, "f32")
-    return llama(packed, folder, SPEC, DEVICES, factors(packed.config, SPEC))
+    return llama(packed, folder, SPEC, DEVICES, factors(packed.config, SPEC), cuts)
 
 
 def rows_for(halves: Any) -> dict[str, Split]:
@@ -72,12 +72,13 @@ def parts_of(halves: Any) -> tuple[str, ...]:
     return ("a", "b", "c") if halves.spec.labels else ("a", "b")
 
 
+@pytest.mark.parametrize("cuts", [(), (1,)])
 @pytest.mark.parametrize("remember", [True, False])
 @pytest.mark.parametrize("kind", ["f32", "int4", "bert"])
 def test_gradients_losses_and_factors_are_those_of_training_in_one_place(
-    kind: str, remember: bool, tmp_path: Path
+    kind: str, remember: bool, cuts: tuple[int, ...], tmp_path: Path
 ) -> None:
-    halves = halves_of(kind, tmp_path)
+    halves = halves_of(kind, tmp_path, cuts)
     rows, task, start, parts = (
         rows_for(halves),
         task_of(halves.spec, STEPS, remember=remember),
@@ -94,8 +95,8 @@ def test_gradients_losses_and_factors_are_those_of_training_in_one_place(
         assert found.keys() == one.gradients().keys()
         for name, gradient in one.gradients().items():
             assert np.abs(found[name] - gradient).max() < 1e-5, (step, name)
-    assert split.trunk.over
-    assert np.abs(split.trunk.vector() - one.vector()).max() < 1e-4
+    assert all(segment.over for segment in split.segments)
+    assert np.abs(split.vector() - one.vector()).max() < 1e-4
     assert np.abs(one.vector() - start[: len(one.vector())]).max() > 0.01, "it has learnt something"
 
 
@@ -141,7 +142,7 @@ def question_of(split: Together) -> tuple[Any, Any]:
     """A step of one device, and its gradients."""
     split.judge()
     question = split.ends["a"].question()
-    features = split.trunk.features("a", question, 5)
+    features = split.trunk.forwards("a", question, 5)
     return question, split.ends["a"].answered(features)
 
 
@@ -162,9 +163,9 @@ def test_gradients_that_can_t_be_are_refused_and_change_nothing(tmp_path: Path) 
             split.trunk.take("a", question.step, values)
     assert split.trunk.waits_for == DEVICES
     assert split.trunk.take("a", question.step, gradients)
-    assert split.trunk.waits_for == ("b", "c") and not split.trunk.complete
+    assert split.trunk.waits_for == ("b", "c") and not split.trunk.addable
     assert not split.trunk.take("a", question.step, gradients), "what comes twice counts once"
-    assert split.trunk.features("a", question, 5) is None
+    assert split.trunk.forwards("a", question, 5) is None
     assert split.trunk.step == 0
 
 
