@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower, footprint, killed, policies, private, sections, served
+from benchmarks.parts import flower, footprint, killed, policies, private, sections, served, together
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import MODEL, await_links, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
@@ -82,6 +82,7 @@ PARTS = (
     "private",
     "killed",
     "footprint",
+    "together",
 )
 PEAKS = (
     "int4 1 64 8 q,v keep",
@@ -319,6 +320,8 @@ def main() -> int:
             figures += killed.measure(given.trials, mode)
     if "footprint" in given.parts:
         figures += footprint.measure()
+    if "together" in given.parts:
+        figures += together.measure()
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

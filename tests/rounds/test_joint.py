@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from coordinator.rounds.joint import JointState
 from coordinator.rounds.machine import Look
-from coordinator.rounds.orders import TRUNK
+from coordinator.rounds.orders import TRUNK, trunk_names
 
 ENDS = ("a", "b", "c")
 ALL = dict.fromkeys((*ENDS, TRUNK), "w1")
@@ -28,6 +28,24 @@ def test_it_begins_when_all_are_ready_and_anew_when_one_is_another() -> None:
     assert state.look(2.0, without) == Look((), "waits")
     assert state.look(3.0, {**ALL, "b": "w2"}) == Look((TRUNK, *ENDS), "waits") and state.attempt == 2
     assert state.missing == (*ENDS, TRUNK), "what came of the first attempt counts no more"
+
+
+def test_a_trunk_of_several_is_waited_for_as_a_whole() -> None:
+    trunk = trunk_names(2)
+    assert trunk == ("the trunk, part 1", "the trunk, part 2")
+    state = JointState(3, ENDS, 1, TIMEOUT_S, 0.0, trunk)
+    ready = dict.fromkeys((*ENDS, *trunk), "w1")
+    lacking = {name: worker for name, worker in ready.items() if name != trunk[1]}
+    assert state.look(0.0, lacking) == Look((), "waits") and state.lacks_blocks
+    assert state.look(1.0, ready).ask == (*trunk, *ENDS) and not state.lacks_blocks
+    for name in (*ENDS, trunk[0]):
+        state.count(name)
+        assert state.look(2.0, ready).verdict == "waits"
+    assert state.missing == (trunk[1],)
+    state.count(trunk[1])
+    assert state.look(3.0, ready).verdict == "over"
+    state.refuse(trunk[0], "out of memory")
+    assert state.look(4.0, ready).verdict == "failed"
 
 
 def test_it_is_over_when_the_trunk_and_all_others_have_answered() -> None:

@@ -127,6 +127,19 @@ def test_what_is_held_out_is_judged_as_by_the_whole_model(kind: str, tmp_path: P
         assert (end.held_out_count, end.held_out_right) == (found.counted, found.right)
 
 
+@pytest.mark.parametrize("kind", ["f32", "bert"])
+def test_where_the_trunk_is_cut_changes_no_bit(kind: str, tmp_path: Path) -> None:
+    made = []
+    for number, cuts in enumerate(((), (2,), (1, 2, 3))):
+        (tmp_path / str(number)).mkdir()
+        halves = halves_of(kind, tmp_path / str(number), cuts)
+        split = Together(halves, rows_for(halves), task_of(halves.spec, 3), start_of(halves), parts_of(halves))
+        split.judge()
+        losses = [split.step() for _ in range(3)]
+        made.append(np.concatenate([split.vector(), losses]))
+    assert np.array_equal(made[0], made[1]) and np.array_equal(made[0], made[2])
+
+
 def test_only_the_parts_of_the_rule_are_trained(tmp_path: Path) -> None:
     halves = halves_of("bert", tmp_path)
     split = Together(halves, rows_for(halves), task_of(halves.spec, 1), start_of(halves), ("b", "c"))
@@ -184,9 +197,10 @@ def test_features_that_can_t_be_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.slow
+@pytest.mark.parametrize("cuts", [(), (2, 4)])
 @pytest.mark.parametrize("model", ["smollm2", "minilm"])
-def test_real_models_learn_as_in_one_place(model: str, tmp_path: Path) -> None:
-    """Three devices, twenty steps, SmolLM2 and MiniLM with float32 weights. Their words
+def test_real_models_learn_as_in_one_place(model: str, cuts: tuple[int, ...], tmp_path: Path) -> None:
+    """Three devices, a trunk on one or three, twenty steps, SmolLM2 and MiniLM with float32 weights. Their words
     make no sense, so that gradients are large: a learning rate that suits them."""
     from models.build.pack import pack
     from models.formats.bert import read_bert_config
@@ -201,11 +215,11 @@ def test_real_models_learn_as_in_one_place(model: str, tmp_path: Path) -> None:
         folder = folder if folder.is_dir() else folder.parent
         spec = AdapterSpec(rank=8, alpha=16.0, matrices=("q", "v"), seed=4, labels=30)
         config = read_bert_config(folder)
-        halves = bert(folder, spec, DEVICES, begun(config, spec))
+        halves = bert(folder, spec, DEVICES, begun(config, spec), cuts)
     else:
         spec = AdapterSpec(rank=8, alpha=16.0, matrices=("q", "v"), seed=4)
         packed = pack(open_checkpoint(entry.path(cache_dir()), cache_dir()), "f32", "f32", cache_dir())
-        halves = llama(packed, tmp_path, spec, DEVICES, begun(packed.config, spec))
+        halves = llama(packed, tmp_path, spec, DEVICES, begun(packed.config, spec), cuts)
     start = flat(begun(halves.config, halves.spec), halves.shaped)
     rng = np.random.default_rng(5)
     rows = {
