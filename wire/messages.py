@@ -182,6 +182,8 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     """Which of these a text has is learnt, by an encoder with a task module; none: to say the text itself. The graph of
     such an order is the encoder's configuration, and the task module travels behind the factors."""
     role: Role = "whole"
+    blocks: bool = False
+    """All weights of all blocks are trained instead of factors, of an encoder."""
     refuse_bad_rows: bool = False
     """Data with a row that is no sample are not trained on at all; else it is left out and counted."""
 
@@ -471,8 +473,9 @@ class RoundMeta(Struct, frozen=True, kw_only=True):
 
     reply: InboxAddress
     round: Count
-    parts: Annotated[tuple[Literal["a", "b", "c"], ...], Meta(min_length=1, max_length=3)]
-    """Which factors are trained and sent back, 'c' for the task module; the others stay as they came."""
+    parts: Annotated[tuple[Literal["a", "b", "w", "c"], ...], Meta(min_length=1, max_length=4)]
+    """Which factors are trained and sent back, 'w' for weights and 'c' for the task module; the others stay as they
+    came."""
     train: bool = True
     """False: only the loss on what is held out is asked for."""
     bytes_per_s: Annotated[float, Meta(gt=0, le=1e12)] | None = None

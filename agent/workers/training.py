@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import numpy as np
 import torch
 from msgspec import Struct
 
@@ -117,8 +118,9 @@ def _rows(assignment: Assignment, task: TrainingTask, samples: Sequence[Sample])
 
 def _spec(task: TrainingTask) -> AdapterSpec:
     return AdapterSpec(
-        rank=task.rank, alpha=task.alpha, matrices=task.matrices, seed=task.seed, labels=len(task.labels)
-    )
+        rank=task.rank, alpha=task.alpha, matrices=task.matrices, seed=task.seed, labels=len(task.labels),
+        blocks=task.blocks,
+    )  # fmt: skip
 
 
 def _language_model(assignment: Assignment, task: TrainingTask) -> tuple[TrainedStage, Shapes]:
@@ -137,9 +139,10 @@ def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[TrainedEncoder
         [path] = assignment.weight_paths
         spec = _spec(task)
         shaped = _own(config, spec, assignment.order, task)
-        begun, blocks = initial(config, spec), range(assignment.order.first_block, assignment.order.end_block)
-        held = (HEAD,) if task.role == "ends" else tuple(shaped)
-        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, {name: begun[name] for name in held}, blocks)
+        blocks = range(assignment.order.first_block, assignment.order.end_block)
+        held = {HEAD: shaped[HEAD]} if task.role == "ends" else shaped
+        zeros = {name: np.zeros(size, np.float32) for name, size in held.items()}  # what they are comes with each round
+        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, zeros, blocks)
     except (msgspec.DecodeError, ValueError, KeyError) as error:
         raise EngineFailed(f"an order that says nothing of an encoder: {error}") from error
     return stage, shaped

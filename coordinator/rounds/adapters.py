@@ -25,7 +25,8 @@ from models.lora.adapter import (
     to_peft,
 )
 from models.lora.aggregate import Factors, Update, aggregated, mixed, sent, shortened_to, taken
-from models.lora.serving import CONFIG, PROVENANCE, TENSORS
+from models.lora.serving import BLOCKS, CONFIG, PROVENANCE, TENSORS
+from models.lora.whole import to_file
 from wire.messages import UpdateMeta
 from wire.version import VERSION
 
@@ -37,7 +38,10 @@ def spec_of(job: Job, device: str = "") -> AdapterSpec:
     adapter: Adapter = job.adapter
     rank = adapter.rank_of(device)
     alpha = adapter.scale_alpha * rank / adapter.rank
-    return AdapterSpec(rank=rank, alpha=alpha, matrices=adapter.matrices, seed=job.seed, labels=len(job.labels))
+    return AdapterSpec(
+        rank=rank, alpha=alpha, matrices=adapter.matrices, seed=job.seed, labels=len(job.labels),
+        blocks=job.train == "blocks",
+    )  # fmt: skip
 
 
 def taken_by(config: Config, job: Job, device: str, factors: Floats) -> Floats:
@@ -58,7 +62,8 @@ def taken_by(config: Config, job: Job, device: str, factors: Floats) -> Floats:
 
 def parts_of(job: Job, round_number: int) -> tuple[str, ...]:
     """Which factors devices train and send in a round; a task module goes with them in all of them."""
-    return (*sent(job.rounds.aggregation, round_number), *(("c",) if job.labels else ()))
+    trained = ("w",) if job.train == "blocks" else sent(job.rounds.aggregation, round_number)
+    return (*trained, *(("c",) if job.labels else ()))
 
 
 def aggregate(
@@ -77,7 +82,7 @@ def aggregate(
     sent_in = [(meta, named(vector, shapes(config, spec_of(job, meta.device)), parts)) for meta, vector in updates]
     found: dict[str, Floats] = {}
     for name in shaped:
-        if name == HEAD:
+        if name == HEAD or name.endswith(".w"):
             in_order = sorted(sent_in, key=lambda one: one[0].device)
             samples = [meta.samples for meta, _ in in_order]
             found[name] = mixed([factors[name] for _, factors in in_order], samples, job.rounds.middle)
@@ -132,13 +137,9 @@ def privacy_of(job: Job, rounds: Sequence[RoundRecord]) -> Any:
     return {**msgspec.to_builtins(job.privacy), "spent": spent_by(rounds)}
 
 
-def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]) -> dict[str, bytes]:
-    """PEFT's two files, a task module if there is one, and where the adapter comes from."""
-    job = record.job
-    spec = spec_of(job)
-    by_name = named(factors, shapes(config, spec))
-    tensors = dict(to_peft(config, by_name))
-    peft: dict[str, Any] = {
+def _peft(config: Config, job: Job, spec: AdapterSpec) -> dict[str, Any]:
+    """adapter_config.json."""
+    return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION" if isinstance(config, BertConfig) else "CAUSAL_LM",
         "base_model_name_or_path": job.model,
@@ -150,6 +151,19 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
         "inference_mode": True,
         "target_modules": peft_modules(config, spec.matrices),
     }
+
+
+def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]) -> dict[str, bytes]:
+    """PEFT's two files, a task module if there is one, and where the adapter comes from. Weights that were trained
+    themselves are in a file of the same name, by the names of a checkpoint."""
+    job = record.job
+    spec = spec_of(job)
+    by_name = named(factors, shapes(config, spec))
+    if spec.blocks:
+        assert isinstance(config, BertConfig)
+        tensors, told = to_file(config, by_name), {"peft_type": BLOCKS, "r": 1, "lora_alpha": 1.0}
+    else:
+        tensors, told = dict(to_peft(config, by_name)), _peft(config, job, spec)
     samples = {device: found.samples for done in rounds for device, found in done.devices.items() if found.samples}
     provenance: dict[str, Any] = {
         "schema": "edgelam.adapter/1",
@@ -170,6 +184,6 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     return {
         **head,
         TENSORS: to_bytes(tensors, {"format": "pt"}),
-        CONFIG: msgspec.json.format(msgspec.json.encode(peft)),
+        CONFIG: msgspec.json.format(msgspec.json.encode(told)),
         PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance)),
     }

@@ -15,8 +15,9 @@ from coordinator.shelf import ItemSource, Prepared
 from models.build.pack import Packed
 from models.build.stage import build_stage_graph
 from models.families.bert import BertConfig
-from models.formats.bert import is_bert, read_bert_config
-from models.lora.adapter import Config, sizes
+from models.formats.bert import BertFile, is_bert, read_bert_config
+from models.lora.adapter import Config, Floats, flat, initial, shapes, sizes
+from models.lora.whole import weights_of
 from models.training.memory import encoder_peak_bytes, ends_peak_bytes, peak_bytes, trunk_peak_bytes
 from wire.errors import Refused, UsageError
 from wire.messages import Role
@@ -71,6 +72,15 @@ class Base(Struct, frozen=True, kw_only=True):
         """The same of one that has all blocks, or so many, for so many of those."""
         tokens, weights = job.rounds.batch_rows * job.rounds.row_tokens, self.parts["trunk"].weight_bytes
         return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks)
+
+    def initial(self, job: Job) -> Floats:
+        """What the first round begins with; raises CorruptData. Takes a moment: for a thread."""
+        spec = spec_of(job)
+        begun = initial(self.config, spec)
+        if spec.blocks and isinstance(self.config, BertConfig):
+            [path] = self.parts["whole"].files.values()
+            begun.update(weights_of(BertFile.open(self.config, path)))
+        return flat(begun, shapes(self.config, spec))
 
     def segment(self, first_block: int, end_block: int) -> Part:
         """What of the trunk a device with these blocks is handed."""

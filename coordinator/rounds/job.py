@@ -113,6 +113,8 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trunk: str | tuple[str, ...] = ()
     """Of a split model: the board that has the blocks, or those among which they are divided, in this order; none:
     those that multiply fastest."""
+    train: Literal["factors", "blocks"] = "factors"
+    """'blocks': all weights of all blocks instead of factors beside some, of a sentence encoder."""
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
     """Which of these a text has is learnt, by a sentence encoder; none: to say the text, by a language model."""
     precision: Literal["int4", "int8", "f32"] = "int4"
@@ -250,6 +252,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             found.append(f"rounds.devices: {rounds.devices} of {len(devices)} devices")
     if rounds.at_least > most:
         found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
+    if values.get("train") == "blocks":
+        found += _about_blocks(values)
     privacy = values.get("privacy")
     if privacy is not None and values.get("bad_rows") == "refuse":
         found.append("bad_rows: 'refuse' would tell whether there are any, which no private job tells")
@@ -275,6 +279,20 @@ def _about_split(values: Mapping[str, Any], mode: str) -> list[str]:
         found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = {mode!r} at most {MAX_SPLIT_ROWS}")
     if values.get("privacy") is not None:
         found.append(f"privacy: not with mode = {mode!r}: states and gradients would have to be covered, and are not")
+    return found
+
+
+def _about_blocks(values: Mapping[str, Any]) -> list[str]:
+    """What means nothing where weights are trained themselves."""
+    found, rounds = [], values.get("rounds", Rounds())
+    if not values.get("labels"):
+        found.append("train: 'blocks' is for sentence encoders, which learn labels")
+    if values.get("adapter", Adapter()) != Adapter():
+        found.append("adapter: there is none with train = 'blocks'")
+    if rounds.aggregation != "fedavg":
+        found.append(f"rounds.aggregation: {rounds.aggregation} is of factors, and train = 'blocks' has none")
+    if values.get("privacy") is not None:
+        found.append("privacy: not with train = 'blocks': noise on so many numbers leaves nothing")
     return found
 
 

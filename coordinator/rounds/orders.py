@@ -132,6 +132,7 @@ def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTas
         privacy=job.privacy,
         labels=job.labels,
         refuse_bad_rows=job.bad_rows == "refuse",
+        blocks=job.train == "blocks",
     )
 
 

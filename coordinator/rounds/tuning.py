@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import spec_of, spent_by
+from coordinator.rounds.adapters import spent_by
 from coordinator.rounds.bases import base_of
 from coordinator.rounds.job import Job
 from coordinator.rounds.modes import settled_mode
@@ -25,7 +25,6 @@ from coordinator.rounds.store import FILES, JobRecord, JobStore, now_unix, topic
 from coordinator.rounds.trunks import trunk_of, where_text
 from coordinator.service import Coordinator
 from coordinator.shelf import canonical
-from models.lora.adapter import flat, initial, shapes
 from wire.errors import EdgelamError, Refused, UsageError
 from wire.frames import Parcel
 from wire.ids import is_name
@@ -110,7 +109,7 @@ class Tuning:
                 raise Refused(f"no boards can have the blocks: {why}", try_="a smaller rounds.batch_rows or row_tokens")
         if job.name in self._running:
             raise UsageError(f"job {job.name} is under way", try_=f"edgelam tune stop {job.name}, or another name")
-        factors = initial(base.config, spec_of(job))
+        factors = await asyncio.to_thread(base.initial, job)
         record = JobRecord(
             job=job,
             state="running",
@@ -119,7 +118,7 @@ class Tuning:
             mode_because=mode_because,
             began_unix=now_unix(),
         )
-        self._start(self._store.begin(record, flat(factors, shapes(base.config, spec_of(job)))))
+        self._start(self._store.begin(record, factors))
 
     async def follow(self, name: str) -> AsyncGenerator[dict[str, Any], None]:
         """What happens in a job from now on, the rounds that are over first; ends with the job."""

@@ -22,13 +22,14 @@ from msgspec import Meta, Struct
 
 from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig, matrix_size
+from models.lora.whole import shapes_of
 from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS
 from wire.messages import Matrix
 
 Floats = npt.NDArray[np.float32]
 
 MATRICES: Final[tuple[Matrix, ...]] = get_args(Matrix)
-PARTS: Final = ("a", "b", "c")
+PARTS: Final = ("a", "b", "w", "c")
 HEAD: Final = "head.c"
 """The task module of a model that learns labels: [labels, hidden + 1], the last column its bias."""
 HEAD_FILE: Final = "head.safetensors"
@@ -68,6 +69,8 @@ class AdapterSpec(Struct, frozen=True, kw_only=True):
     seed: int = 0
     labels: Annotated[int, Meta(ge=0, le=MAX_LABELS)] = 0
     """That a task module tells apart; 0: there is none."""
+    blocks: bool = False
+    """All weights of all blocks are trained instead of factors (models.lora.whole), of an encoder."""
 
     @property
     def scale(self) -> float:
@@ -83,9 +86,14 @@ def sizes(config: Config, matrix: Matrix) -> tuple[int, int]:
 
 
 def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
-    """Name -> shape of all factors, blocks in order, the task module last."""
+    """Name -> shape of all factors, blocks in order, the task module last. ValueError for weights of a model whose
+    weights can't be trained."""
     found: dict[str, tuple[int, int]] = {}
-    for block in range(config.blocks):
+    if spec.blocks:
+        if not isinstance(config, BertConfig):
+            raise ValueError("weights are trained of encoders alone")
+        found.update(shapes_of(config))
+    for block in range(0 if spec.blocks else config.blocks):
         for matrix in spec.matrices:
             out, columns = sizes(config, matrix)
             found[f"block.{block}.{matrix}.a"] = (spec.rank, columns)
@@ -105,8 +113,8 @@ def within(shaped: Mapping[str, tuple[int, int]], blocks: range, head: bool) -> 
 
 def initial(config: Config, spec: AdapterSpec) -> dict[str, Floats]:
     """A of normal numbers with variance 1 / rank, B of zeros: the adapter changes nothing yet, and a task module of
-    zeros knows nothing. The same on all
-    devices; A of a smaller rank is the beginning of that of a larger one, but for its size."""
+    zeros knows nothing. The same on all devices; A of a smaller rank is the beginning of that of a larger one, but for
+    its size. Where weights are trained they are zeros here, too: a checkpoint has them (models.lora.whole)."""
     factors: dict[str, Floats] = {}
     for number, (name, shape) in enumerate(shapes(config, spec).items()):
         if not name.endswith(".a"):

@@ -23,7 +23,7 @@ from models.formats import safetensors
 from models.formats.bert import HEAD_BIAS, HEAD_WEIGHT, BertFile, matrix_name, read_bert_config
 from models.items.pack import pack_folder
 from models.lora.adapter import HEAD_FILE
-from models.lora.serving import check_base, kept_at, load
+from models.lora.serving import check_base, kept_at, load, weights_in
 from wire.errors import CorruptData, Refused
 from wire.limits import MAX_LABELS
 from wire.messages import Label
@@ -44,17 +44,20 @@ def merged(adapter_id: str, model: str, source: Path, digest: str, cache: Path) 
         return folder
     check_base(kept, digest)
     config = read_bert_config(source)
-    adapter = load(adapter_id, config, cache)
+    weights = weights_in(adapter_id, config, cache)
     labels, weight, bias = _task_module(kept, config)
     file = safetensors.open_safetensors(source / WEIGHTS_FILE)
     tensors: dict[str, Any] = {name: file.view(name) for name in file.tensors}
     bert = BertFile(config, file)
-    for name in adapter.factors:
-        if name.endswith(".a"):
-            _, block, matrix, _ = name.split(".")
-            long = f"{bert.prefix}{matrix_name(int(block), matrix)}.weight"
-            added = adapter.scale * adapter.factors[f"{name[:-1]}b"] @ adapter.factors[name]
-            tensors[long] = bert.linear(int(block), matrix)[0] + added
+    tensors.update({f"{bert.prefix}{name}": values for name, values in weights.items()})
+    if not weights:
+        adapter = load(adapter_id, config, cache)
+        for name in adapter.factors:
+            if name.endswith(".a"):
+                _, block, matrix, _ = name.split(".")
+                long = f"{bert.prefix}{matrix_name(int(block), matrix)}.weight"
+                added = adapter.scale * adapter.factors[f"{name[:-1]}b"] @ adapter.factors[name]
+                tensors[long] = bert.linear(int(block), matrix)[0] + added
     tensors[f"{bert.prefix}{HEAD_WEIGHT}"], tensors[f"{bert.prefix}{HEAD_BIAS}"] = weight, bias
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.write(folder / WEIGHTS_FILE, tensors)

@@ -25,9 +25,11 @@ from msgspec import Meta, Struct
 from models.build.pack import Packed
 from models.cache import write_atomic
 from models.engine.manifest import Adapters, Product
+from models.families.bert import BertConfig
 from models.families.config import LlamaConfig, matrix_size
 from models.formats import safetensors
 from models.lora.adapter import HEAD_FILE, MATRICES, Config, from_peft, sizes
+from models.lora.whole import tensors_of
 from models.packed import finish, known_files, write_file
 from wire.errors import CorruptData, Refused, UsageError
 from wire.limits import MAX_ADAPTER_RANK, MAX_ADAPTERS
@@ -37,6 +39,8 @@ Floats = npt.NDArray[np.float32]
 
 CONFIG: Final = "adapter_config.json"
 TENSORS: Final = "adapter_model.safetensors"
+BLOCKS: Final = "EDGELAM_BLOCKS"
+"""`peft_type` where it is no adapter: the file has weights that were trained themselves, by a checkpoint's names."""
 PROVENANCE: Final = "provenance.json"
 """Beside adapters that were trained here."""
 
@@ -153,6 +157,27 @@ def _content(path: Path, most: int) -> bytes:
         ) from None
 
 
+def weights_in(adapter_id: str, config: BertConfig, cache: Path) -> dict[str, Floats]:
+    """The weights of all blocks by a checkpoint's names, where a kept one has these and no factors; else none. Raises
+    what `load` raises."""
+    folder = kept_at(adapter_id, cache)
+    if _config_of(folder / CONFIG).peft_type != BLOCKS:
+        return {}
+    path = folder / TENSORS
+    file, wanted = safetensors.open_safetensors(path), dict(tensors_of(config)).values()
+    if set(file.tensors) != {tensor.file_name for tensor in wanted}:
+        raise Refused(f"{path}: has not the weights of this model's blocks", try_="the model that was trained")
+    found = {tensor.file_name: np.array(file.float32(tensor.file_name), np.float32) for tensor in wanted}
+    for tensor in wanted:
+        values = found[tensor.file_name]
+        if values.shape != tensor.shape or not np.isfinite(values).all():
+            raise CorruptData(
+                f"{path}: {tensor.file_name} is {list(values.shape)}, finite numbers {list(tensor.shape)} are due",
+                try_="the weights as they were written",
+            )
+    return found
+
+
 def load(adapter_id: str, config: Config, cache: Path) -> Adapter:
     """A kept adapter, checked against a model. Raises UsageError (not kept any more), CorruptData (damaged), Refused
     (of another model, or of a kind that is not known here)."""
@@ -171,11 +196,15 @@ def load(adapter_id: str, config: Config, cache: Path) -> Adapter:
     return Adapter(id=adapter_id, rank=settings.r, scale=scale, factors=factors)
 
 
-def _settings(path: Path) -> _Config:
+def _config_of(path: Path) -> _Config:
     try:
-        found = msgspec.json.decode(_content(path, MOST_CONFIG_BYTES), type=_Config)
+        return msgspec.json.decode(_content(path, MOST_CONFIG_BYTES), type=_Config)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptData(f"{path}: {error}", try_="an adapter in PEFT's layout") from None
+
+
+def _settings(path: Path) -> _Config:
+    found = _config_of(path)
     strange = [f"peft_type {found.peft_type}"] if found.peft_type != "LORA" else []
     strange += [f"bias {found.bias}"] if found.bias != "none" else []
     strange += [name for name in UNKNOWN if getattr(found, name)]

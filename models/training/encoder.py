@@ -36,8 +36,8 @@ class TrainedEncoder(Factored):
         for block in self._blocks:
             for matrix in MATRICES:
                 self._linear[f"block.{block}.{matrix}"] = _pair(file.linear(block, matrix))
-            for norm in BLOCK_NORMS:
-                self._norms[f"block.{block}.{norm}"] = _pair(file.norm(f"encoder.layer.{block}.{norm}"))
+            for number, norm in enumerate(BLOCK_NORMS):
+                self._norms[f"block.{block}.norm{number}"] = _pair(file.norm(f"encoder.layer.{block}.{norm}"))
         self.factors = {name: trained(values) for name, values in factors.items()}
 
     def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
@@ -101,11 +101,14 @@ class TrainedEncoder(Factored):
         )
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         attended = self._through(f"{at}o", mixed.transpose(1, 2).flatten(2))
-        states = self._normed(f"{at}{BLOCK_NORMS[0]}", attended + states)
+        states = self._normed(f"{at}norm0", attended + states)
         wide = functional.gelu(self._through(f"{at}up", states))
-        return self._normed(f"{at}{BLOCK_NORMS[1]}", self._through(f"{at}down", wide) + states)
+        return self._normed(f"{at}norm1", self._through(f"{at}down", wide) + states)
 
     def _through(self, name: str, given: Tensor) -> Tensor:
+        weight = self.factors.get(f"{name}.weight.w")
+        if weight is not None:
+            return functional.linear(given, weight, self.factors[f"{name}.bias.w"][0])
         made = functional.linear(given, *self._linear[name])
         a = self.factors.get(f"{name}.a")
         if a is None:
@@ -114,6 +117,9 @@ class TrainedEncoder(Factored):
 
     def _normed(self, name: str, rows: Tensor) -> Tensor:
         weight, bias = self._norms[name]
+        trained_weight = self.factors.get(f"{name}.weight.w")
+        if trained_weight is not None:
+            weight, bias = trained_weight[0], self.factors[f"{name}.bias.w"][0]
         return functional.layer_norm(rows, weight.shape, weight, bias, self._config.layer_norm_eps)
 
 

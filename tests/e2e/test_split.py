@@ -13,11 +13,12 @@ pytest.importorskip("torch")
 
 from agent.workers.roundwork import device_seed
 from coordinator.rounds.adapters import parts_of, spec_of
-from coordinator.rounds.job import Job
+from coordinator.rounds.job import Adapter, Job
 from coordinator.rounds.orders import task_of
 from models.formats import safetensors
-from models.formats.bert import read_bert_config
+from models.formats.bert import BertFile, read_bert_config
 from models.lora.adapter import HEAD, flat, initial, named, shapes, to_peft
+from models.lora.whole import to_file, weights_of
 from models.training.data import read
 from models.training.samples import Split, encoder_of, labelled_rows, split
 from tests.e2e.site import Site
@@ -55,6 +56,8 @@ def in_one_place(folder: Path, wanted: Job, data: Path) -> tuple[dict[str, Any],
     spec = spec_of(wanted)
     shaped = shapes(config, spec)
     begun = initial(config, spec)
+    if spec.blocks:
+        begun.update(weights_of(BertFile.open(config, folder / "model.safetensors")))
     halves = bert(folder, spec, (), begun)
     encode = encoder_of((folder / "tokenizer.json").read_text())
     task = task_of(wanted, ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), None)
@@ -100,6 +103,32 @@ def test_it_learns_what_it_learns_in_one_place(tuning_site: Site, tmp_path: Path
     assert set(provenance["samples"]) == set(TRAINED) and provenance["job"]["mode"] == "split"
     shown = site.cli("tune", "report", "halves")
     assert shown.returncode == 0 and "split; the blocks are on idle: the job names it" in shown.stdout, shown.stdout
+
+
+@pytest.mark.parametrize("mode", ["federated", "pipeline"])
+def test_all_weights_of_an_encoder_are_trained_and_tell_labels(mode: Any, tuning_site: Site, tmp_path: Path) -> None:
+    site, folder = tuning_site, write_bert(tmp_path / "bert")
+    wanted = split_job(
+        str(folder), f"whole-{mode}", labels=LABELS, train="blocks", trunk=("idle", "board1"),
+        adapter=Adapter(), rounds={"count": 3, "learning_rate": 0.002},
+    )  # fmt: skip
+    wanted = msgspec.structs.replace(wanted, mode=mode, trunk=wanted.trunk if mode == "pipeline" else ())
+    rounds = rounds_of(site, wanted)
+    assert rounds[-1]["held_out_loss"] < rounds[0]["held_out_loss"]
+    if mode == "pipeline":
+        expected, losses = in_one_place(folder, wanted, site.folder / "notes")
+        assert [one["loss"] for one in rounds[:-1]] == pytest.approx(losses, rel=1e-4)
+        found = adapter_of(site, wanted.name)
+        weights = to_file(read_bert_config(folder), expected)
+        assert found.keys() == weights.keys()
+        before = safetensors.read(folder / "model.safetensors")
+        for name, values in weights.items():
+            if not name.endswith("key.bias"):  # its gradient is zero, but for rounding
+                np.testing.assert_allclose(found[name], values, atol=1e-3, err_msg=name)
+                assert not np.array_equal(found[name], np.asarray(before[name])), name
+    told = site.cli("label", str(folder), "board 0 says hello world 3 times on the mat", "--adapter", wanted.name)
+    assert told.returncode == 0, told.stderr
+    assert any(label in told.stdout for label in LABELS), told.stdout
 
 
 @pytest.fixture(scope="module")
