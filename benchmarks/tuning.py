@@ -94,11 +94,13 @@ PEAKS = (
     "encoder 16 32 8 q,v keep",
     "encoder 32 128 8 q,k,v,o,up,down keep",
     "encoder 32 128 8 q,v again",
+    "encoder 16 64 8 blocks keep",
     "int4 4 64 8 q,v keep ends",
     "int4 2 64 8 q,v keep trunk",
     "int4 4 64 8 q,v again trunk",
     "encoder 16 128 8 q,v keep ends",
     "encoder 16 64 8 q,v keep trunk",
+    "encoder 16 64 8 blocks keep trunk",
 )
 """benchmarks.parts.peak."""
 WAYS = ("keep", "again")

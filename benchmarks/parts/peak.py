@@ -27,17 +27,20 @@ from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.families.bert import BertConfig
 from models.formats.bert import BertFile, read_bert_config
-from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, flat, initial, length_of, shapes
+from models.lora.adapter import HEAD, PARTS, AdapterSpec, Config, Floats, flat, initial, length_of, shapes
 from models.training.encoder import TrainedEncoder
 from models.training.llama import TrainedStage
 from models.training.memory import encoder_peak_bytes, ends_peak_bytes, peak_bytes, trunk_peak_bytes
 from models.training.rounds import Round
 from models.training.samples import Row, Split
-from models.training.split import EndsRound, Question, TrunkRound
+from models.training.split import EndsRound, Question
+from models.training.trunk import TrunkRound
 from wire.messages import ArtifactRef, InboxAddress, Role, RoundMeta, TrainingTask
 
 STEPS = 3
 ENDS = 4
+WHOLE = "blocks"
+"""Instead of matrices: all weights of the blocks are trained."""
 LABELS = tuple(f"label {number}" for number in range(30))
 
 
@@ -64,7 +67,7 @@ def language_model(precision: str, spec: AdapterSpec, rows: int, tokens: int, re
     graph, config = packed.graph, packed.config
     part = part_of(packed, role)
     stage_spec = StageSpec(
-        embedding=part.ends, head=part.ends, first_block=0, end_block=part.blocks, hidden=graph.hidden,
+        embedding=part.ends, head=part.ends, first_block=0, end_block=part.end_block, hidden=graph.hidden,
         vocabulary=graph.vocabulary, wire_dtype=graph.wire_dtype, context_tokens=tokens, slots=1, threads=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -104,13 +107,14 @@ def run_trunk(stage: Any, shaped: Any, task: TrainingTask, asked: RoundMeta, sta
         step, sent = made.step, {}
         for name in names:
             states = rng.standard_normal((task.batch_rows, task.row_tokens, hidden)).astype(np.float32)
-            features = made.features(name, Question(step, False, states, lengths), 1)
+            features = made.forwards(name, Question(step, False, states, lengths), 1)
             assert features is not None
             sent[name] = np.zeros_like(features)
         for name, gradients in sent.items():
             made.take(name, step, gradients)
-        while not made.advance():
-            pass
+        while made.addable:
+            made.backwards()
+        made.make_step(made.square(0.0))
     made.vector()
 
 
@@ -118,8 +122,10 @@ def main(precision: str, rows: str, tokens: str, rank: str, matrices: str, keep:
     torch.set_num_threads(1)
     assert worker.Trainee is not None  # a worker's imports are among what it takes
     labels, remember, count, length = LABELS if precision == "encoder" else (), keep == "keep", int(rows), int(tokens)
-    named: Any = tuple(matrices.split(","))
-    spec = AdapterSpec(rank=int(rank), alpha=2.0 * int(rank), matrices=named, labels=len(labels))
+    named: Any = ("q", "v") if matrices == WHOLE else tuple(matrices.split(","))
+    spec = AdapterSpec(
+        rank=int(rank), alpha=2.0 * int(rank), matrices=named, labels=len(labels), blocks=matrices == WHOLE
+    )
     if labels:
         stage, config, foretold = encoder(spec, count, length, remember, part)
     else:
@@ -132,7 +138,7 @@ def main(precision: str, rows: str, tokens: str, rank: str, matrices: str, keep:
         matrices=spec.matrices, row_tokens=length, batch_rows=count, steps=STEPS, learning_rate=1e-4,
         most_norm=1.0, held_out=0.0, seed=1, remember=remember, labels=labels,
     )  # fmt: skip
-    asked = RoundMeta(reply=InboxAddress(topic="t"), round=0, parts=("a", "b", "c") if labels else ("a", "b"))
+    asked = RoundMeta(reply=InboxAddress(topic="t"), round=0, parts=PARTS if labels else ("a", "b"))
     shaped = shapes(config, spec)
     start = flat(initial(config, spec), shaped)
     if part == "ends":

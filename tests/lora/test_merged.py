@@ -20,7 +20,8 @@ from models.items.manifest import bundle, views
 from models.items.pack import pack_items
 from models.lora.adapter import HEAD, flat, shapes
 from models.lora.merged import forget, merged, merged_at
-from models.lora.serving import is_kept, keep
+from models.lora.serving import is_kept, keep, load
+from models.lora.whole import to_file
 from tests.models.tiny_bert import mean_of, random_bert, write_bert
 from wire.errors import CorruptData, Refused
 
@@ -47,6 +48,9 @@ class Trained:
         for name, data in files_of(config, record, flat(self.factors, shaped), []).items():
             (self.adapter / name).write_bytes(data)
 
+    def weights(self) -> dict[str, Any]:
+        return to_file(read_bert_config(self.source), self.factors)
+
     def merged(self) -> Path:
         return merged(keep(self.adapter, self.cache), "tiny", self.source, self.digest, self.cache)
 
@@ -58,14 +62,17 @@ class Trained:
                 _, block, matrix, _ = name.split(".")
                 b = self.factors[f"{name[:-1]}b"].astype(np.float64)
                 tensors[f"encoder.layer.{block}.{MATRICES[matrix]}.weight"] += spec_of(JOB).scale * b @ a
+        if not any(name.endswith(".a") for name in self.factors):
+            tensors.update({name: values.astype(np.float64) for name, values in self.weights().items()})
         head = self.factors[HEAD].astype(np.float64)
         scores = head[:, :-1] @ mean_of(tokens, tensors, 4) + head[:, -1]
         found = np.exp(scores - scores.max())
         return found / found.sum()
 
 
-def test_it_tells_labels_as_the_formulas_do_however_it_is_cut(tmp_path: Path) -> None:
-    trained = Trained(tmp_path / "t")
+@pytest.mark.parametrize("train", ["factors", "blocks"])
+def test_it_tells_labels_as_the_formulas_do_however_it_is_cut(train: Any, tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "t", msgspec.structs.replace(JOB, train=train))
     folder = trained.merged()
     packed = pack_items(folder, "tiny-n", trained.cache)
     assert packed.config.labels == LABELS
@@ -83,6 +90,24 @@ def test_it_tells_labels_as_the_formulas_do_however_it_is_cut(tmp_path: Path) ->
         np.testing.assert_allclose(found, trained.shares(tokens), atol=1e-5)
     assert trained.merged() == folder, "it is made once"
     assert (folder / "tokenizer.json").read_bytes() == (trained.source / "tokenizer.json").read_bytes()
+
+
+def test_weights_that_are_not_those_of_the_model_s_blocks_are_refused(tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "t", msgspec.structs.replace(JOB, train="blocks"))
+    path, good = trained.adapter / "adapter_model.safetensors", trained.weights()
+    first = next(iter(good))
+    for tensors, kind, words in (
+        ({name: good[name] for name in list(good)[1:]}, Refused, "has not the weights"),
+        ({**good, "embeddings.LayerNorm.weight": np.zeros(32, np.float32)}, Refused, "has not the weights"),
+        ({**good, first: good[first][:-1]}, CorruptData, "are due"),
+        ({**good, first: np.full_like(good[first], np.nan)}, CorruptData, "finite numbers"),
+    ):
+        safetensors.write(path, tensors)
+        with pytest.raises(kind, match=words):
+            trained.merged()
+    adapter_id = keep(trained.adapter, trained.cache)
+    with pytest.raises(Refused, match="peft_type EDGELAM_BLOCKS"):
+        load(adapter_id, read_bert_config(trained.source), trained.cache)
 
 
 def test_the_source_stays_as_it_was(tmp_path: Path) -> None:

@@ -143,6 +143,15 @@ def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path
         ("mode = 'split'\n[rounds]\nrows_at_once = 2", "rounds.rows_at_once"),
         ("mode = 'split'\n[rounds]\nbatch_rows = 2000", "rounds.batch_rows"),
         ("mode = 'split'\n[privacy]\nepsilon = 1", "privacy"),
+        ("mode = 'pipeline'\ntrunk = 'nuc'", "trunk"),
+        ("mode = 'pipeline'\ntrunk = ['nuc', 'nuc']", "trunk"),
+        ("mode = 'pipeline'\ntrunk = ['nuc', 'My NUC']", "trunk"),
+        ("mode = 'pipeline'\n[rounds]\nmiddle = 'median'", "rounds.middle"),
+        ("train = 'head'", "train"),
+        ("train = 'blocks'", "train"),
+        ("train = 'blocks'\nlabels = ['a', 'b']\n[adapter]\nrank = 2", "adapter"),
+        ("train = 'blocks'\nlabels = ['a', 'b']\n[rounds]\naggregation = 'ffa'", "rounds.aggregation"),
+        ("train = 'blocks'\nlabels = ['a', 'b']\n[privacy]\nepsilon = 1", "privacy"),
     ],
 )
 def test_what_contradicts_itself_is_refused(more: str, key: str, tmp_path: Path) -> None:
