@@ -107,6 +107,9 @@ class Kind(IntEnum):
     """What the trunk makes of them, the task module behind it, float32 [m]; meta is a SplitMeta."""
     GRADIENT = 15
     """Of the loss by these, float32 [m]; meta is a SplitMeta."""
+    SECURE = 24
+    """A step of a sum of which nobody learns a part: asked for, and answered; meta is a SecureMeta, which says what the
+    tensor is."""
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}
