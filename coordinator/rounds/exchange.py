@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.rounds.adapters import parts_of, spec_of, taken_by
+from coordinator.rounds.adapters import aggregate, parts_of, spec_of, taken_by
 from coordinator.rounds.machine import Progress, RoundState
 from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord, now_unix
 from coordinator.rounds.updates import checked, farthest_of
@@ -133,6 +133,11 @@ class Exchange:
 
     def _order_of(self, name: str) -> StageOrder:
         return self._record.order_of(name)
+
+    def aggregated(self) -> Floats:
+        """What the factors become by the updates. Any thread. Raises Refused."""
+        vectors = [(meta, vector) for _, (meta, vector) in sorted(self.updates.items()) if vector is not None]
+        return aggregate(self._config, self._record.job, self.number, self.start, vectors)
 
     @property
     def running_s(self) -> float:

@@ -1,5 +1,6 @@
 """One sum of many vectors, of which the coordinator learns the sum alone (Bonawitz et al., Practical secure aggregation
-for privacy-preserving machine learning, CCS 2017, against a coordinator that is curious and keeps to the protocol). Pure.
+for privacy-preserving machine learning, CCS 2017, against a coordinator that is curious and keeps to the protocol).
+Pure.
 
     keys      each member makes two pairs of keys, one to seal with, one for masks
     shares    each draws a seed for a mask of its own, cuts this seed and its private key for masks into shares, one for
@@ -9,7 +10,8 @@ for privacy-preserving machine learning, CCS 2017, against a coordinator that is
     reveal    of each member whose integers came the others give their shares of its seed, so that its own mask can be
               taken off; of each that was lost, their shares of its private key, so that its masks of pairs can
 
-Never both of one: that would bare its integers. `Party` is a member's side and refuses it; `unmasked` the coordinator's.
+Never both of one: that would bare its integers. `Party` is a member's side, and refuses it; `unmasked` is the
+coordinator's.
 
 So many shares give a secret that two groups can't each have enough of them without a common member (`threshold_of`): to
 be told by some that a member was lost, and by others that it was not, takes members that say both.
@@ -195,12 +197,12 @@ def unmasked(
     revealed: Mapping[str, Rows],
 ) -> Integers:
     """[m] the sum of the survivors' integers, from `total`, that of what they sent. `among` are the members that made
-    masks for one another; `revealed`: survivor -> what it gave, from at least a threshold of them. Raises ValueError for
-    shares that don't fit."""
+    masks for one another; `revealed`: survivor -> what it gave, from at least a threshold of them. Raises ValueError
+    for shares that don't fit."""
     givers = sorted(revealed)[: roster.threshold]
     if len(givers) < roster.threshold:
         raise ValueError(f"shares of {len(givers)} members, {roster.threshold} are needed")
-    found = total.copy()
+    found: Integers = total.copy()
     for name in roster.known(survivors, among):
         secret = secret_of({roster.places[giver] + 1: _share(revealed[giver], roster, name) for giver in givers})
         found -= numbers(roster.own_key(secret, name), len(found))
@@ -214,7 +216,8 @@ def unmasked(
 
 
 def _share(rows: Rows, roster: Roster, name: str) -> bytes:
-    return rows[roster.places[name]].tobytes()
+    share: bytes = rows[roster.places[name]].tobytes()
+    return share
 
 
 def _add_pair(total: Integers, roster: Roster, private: bytes, mine: str, other: str) -> None:

@@ -29,8 +29,8 @@ def shares_of(secret: bytes, threshold: int, count: int, random_bytes: RandomByt
 
 
 def secret_of(shares: Mapping[int, bytes]) -> bytes:
-    """The secret that enough shares, by their numbers, come from. Raises ValueError for what can be none. Of too few, or
-    of one that belongs to another secret, comes another secret: who needs to know has to compare."""
+    """The secret that enough shares, by their numbers, come from. Raises ValueError for what can be none. Of too few,
+    or of one that belongs to another secret, comes another secret: who needs to know has to compare."""
     if not shares or min(shares) < 1:
         raise ValueError("no shares, or one without a number")
     values = {x: int.from_bytes(share, "little") for x, share in shares.items()}

@@ -41,6 +41,8 @@ ALLOWED_ELSEWHERE = {
     "agent/workers/splitwork.py": {"torch"},
     "agent/workers/endswork.py": {"torch"},
     "agent/workers/trunkwork.py": {"torch"},
+    "agent/workers/securework.py": {"torch", "cryptography"},
+    "agent/workers/summed.py": {"cryptography"},
 }
 """Files that are imported only where their extra is installed, and by no one at import time (checked below)."""
 
