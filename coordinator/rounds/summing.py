@@ -138,7 +138,7 @@ class SumState:
             return
         here = tuple(name for name in self.devices if name in self._trained and name in ready)
         here = tuple(name for name in here if name not in self.refused)
-        all_are = len(here) + len(self.refused) == len(self.devices)
+        all_are = all(name in here or name in self.refused for name in self.devices)
         late = now_s >= self._deadline_s and not self._fixed
         if len(here) >= self._at_least and (all_are or late):
             self.attempt += 1
