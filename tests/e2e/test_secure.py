@@ -45,12 +45,6 @@ def secure(model: str, name: str, **changes: Any) -> Job:
 
 
 @pytest.fixture(scope="module")
-def plain(site: Site, tiny_model: str) -> dict[str, Any]:
-    rounds_of(site, secure(tiny_model, "plain", secure=False))
-    return adapter_of(site, "plain")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(site: Site, tiny_model: str) -> dict[str, Any]:
     rounds = rounds_of(site, secure(tiny_model, "calm"))
     for one in rounds[:2]:
@@ -60,15 +54,19 @@ def undisturbed(site: Site, tiny_model: str) -> dict[str, Any]:
     return adapter_of(site, "calm")
 
 
-def test_masked_it_comes_to_the_same_but_for_rounding(
-    site: Site, plain: dict[str, Any], undisturbed: dict[str, Any]
-) -> None:
-    assert plain.keys() == undisturbed.keys()
-    # A round's rounding, 4^2 * 0.24 * 8 / (2^32 * sum of weights); the second round begins with it, and trains.
-    apart = max(float(np.abs(plain[name] - undisturbed[name]).max()) for name in plain)
-    assert 0 < apart < 1e-4, apart
-    moved = max(float(np.abs(plain[name]).max()) for name in plain if "lora_B" in name)
-    assert apart < moved / 500
+def test_masked_it_comes_to_the_same_but_for_rounding(site: Site, tiny_model: str) -> None:
+    rounds_of(site, secure(tiny_model, "plain", secure=False, rounds={"count": 1}))
+    rounds_of(site, secure(tiny_model, "once", rounds={"count": 1}))
+    plain, masked = adapter_of(site, "plain"), adapter_of(site, "once")
+    assert plain.keys() == masked.keys()
+    for name in plain:
+        # 4^2 * 0.24 * 8 / (2^32 * the sum of weights) is 3e-9; and float32: a step of what A holds is 2e-7.
+        most = 2e-8 if "lora_B" in name else 5e-7
+        assert float(np.abs(plain[name] - masked[name]).max()) < most, name
+    assert max(float(np.abs(plain[name]).max()) for name in plain if "lora_B" in name) > 0.01, "it has moved"
+
+
+def test_it_is_told_that_updates_were_masked(site: Site, undisturbed: dict[str, Any]) -> None:
     with site.client() as there:
         provenance = msgspec.json.decode(there.file("/v1/jobs/calm/provenance.json"))
     assert provenance["updates"].startswith("masked")
@@ -109,6 +107,7 @@ def test_what_needs_single_updates_is_refused_before_anything_starts(site: Site,
         follow(site, secure(tiny_model, "none", rounds={"middle": "median"}))
 
 
+@pytest.mark.slow
 def test_a_board_that_is_lost_in_a_round_is_left_out_of_its_sum(site: Site, tiny_model: str) -> None:
     """Last: the board is stopped while the second round is made, and stays away."""
     stopped: list[psutil.Process] = []
