@@ -110,6 +110,9 @@ class Kind(IntEnum):
     """Of the loss by these, float32 [m], or by the states that a segment was sent; meta is a SplitMeta."""
     STEP = 16
     """The trunk's first segment tells the others how long the gradient is as a whole; meta is a SplitMeta."""
+    SECURE = 17
+    """A step of a sum of which nobody learns a part: asked for, and answered; meta is a SecureMeta, which says what the
+    tensor is."""
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}

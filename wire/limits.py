@@ -65,6 +65,10 @@ MAX_SEGMENTS: Final = 32
 """Devices that have the blocks of one trunk."""
 MAX_SPLIT_ROWS: Final = 1024
 """Samples of a batch whose states travel."""
+LEAST_SUMMED: Final = 3
+"""Members of a sum that is all that is learnt of their updates: of two each could tell the other's."""
+MAX_SUMMED: Final = 48
+"""The same: each makes a mask with each other, and their names fit into a message."""
 MAX_LABELS: Final = 1024
 """That a text may have one of."""
 

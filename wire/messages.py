@@ -82,6 +82,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     them."""
     knows_privacy: bool = False
     """Whether it does what `TrainingTask.privacy` asks for: older software overlooks it."""
+    knows_secure: bool = False
+    """Whether it can do what `TrainingTask.secure` asks for."""
 
 
 class ArtifactRef(Struct, frozen=True, kw_only=True):
@@ -186,6 +188,9 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     """All weights of all blocks are trained instead of factors, of an encoder."""
     refuse_bad_rows: bool = False
     """Data with a row that is no sample are not trained on at all; else it is left out and counted."""
+    secure: bool = False
+    """Updates never leave the device but masked, for a sum with others (SecureMeta). Its UPDATE says that there is
+    one, and holds none."""
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):

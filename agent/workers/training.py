@@ -171,10 +171,24 @@ class TrainingWorker(StageWorker[Trainee]):
     def _make_work(self, order: StageOrder) -> Work:
         assignment = self._assignment
         role = order.training.role if order.training is not None else "whole"
+        if order.training is not None and order.training.secure:
+            return self._secure_work(order)
         kinds: dict[str, type[RoundWork | EndsWork | TrunkWork]] = {"ends": EndsWork, "trunk": TrunkWork}
         return kinds.get(role, RoundWork)(
             order, self._engine, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits
         )
+
+    def _secure_work(self, order: StageOrder) -> Work:
+        # Here, since a board without `cryptography` can do all other jobs.
+        from agent.workers.securework import SecureWork
+        from agent.workers.summed import Sums
+
+        assignment = self._assignment
+        sums = Sums(Path(assignment.ledger_path))
+        return SecureWork(
+            order, self._engine, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits,
+            sums=sums,
+        )  # fmt: skip
 
     def _fits(self) -> None:
         check_memory(self._assignment)

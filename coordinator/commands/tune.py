@@ -104,7 +104,7 @@ def _status(there: Client, name: str, json: bool) -> None:
     elif not rows:
         write_text("no jobs; edgelam tune JOB.toml begins one")
     else:
-        head = ("job", "model", "state", "round", "held out", "epsilon", "sent", "waits for")
+        head = ("job", "model", "state", "round", "held out", "epsilon", "updates", "sent", "waits for")
         lines = [
             (
                 row["job"],
@@ -113,6 +113,7 @@ def _status(there: Client, name: str, json: bool) -> None:
                 f"{row['round']} of {row['rounds']}",
                 _losses(row),
                 _spent(row) or "-",
+                "masked" if row.get("secure") else "plain",
                 bytes_text(row["sent_bytes"]),
                 row["waits_for"] or row["because"] or "-",
             )
@@ -220,6 +221,7 @@ def _row_text(row: dict[str, Any]) -> str:
     return (
         f"job {row['job']} {row['state']}{because}; {row['round']} of {row['rounds']} rounds, held out {_losses(row)}"
         + (f", epsilon {spent}" if spent else "")
+        + (", updates masked" if row.get("secure") else "")
     )
 
 

@@ -31,6 +31,7 @@ from wire.messages import UpdateMeta
 from wire.version import VERSION
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 
 def spec_of(job: Job, device: str = "") -> AdapterSpec:
@@ -102,6 +103,15 @@ def aggregate(
         found[name] = np.concatenate([made.a, before[name][made.rank :]])
         found[other] = np.concatenate([made.b, before[other][:, made.rank :]], axis=1)
     return flat(found, shaped)
+
+
+def moved(config: Config, job: Job, round_number: int, start: Floats, mean: Doubles) -> Floats:
+    """What the factors become where the mean of all changes of the parts that were sent is known alone."""
+    shaped = shapes(config, spec_of(job))
+    before = named(start, shaped)
+    parts = parts_of(job, round_number)
+    after = (flat(before, shaped, parts).astype(np.float64) + mean).astype(np.float32)
+    return flat({**before, **named(after, shaped, parts)}, shaped)
 
 
 def _shortened(
@@ -176,6 +186,7 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
         "held_out_loss": [done.held_out_loss for done in rounds],
         "held_out_accuracy": [done.held_out_accuracy for done in rounds] if job.labels else None,
         "privacy": privacy_of(job, rounds),
+        "updates": "masked: of each round the coordinator knew their sum alone" if job.secure else "known one by one",
     }
     head: dict[str, bytes] = {}
     if HEAD in by_name:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.rounds.adapters import parts_of, spec_of, taken_by
+from coordinator.rounds.adapters import aggregate, parts_of, spec_of, taken_by
 from coordinator.rounds.machine import Progress, RoundState
 from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord, now_unix
 from coordinator.rounds.updates import checked, farthest_of
@@ -134,12 +134,16 @@ class Exchange:
     def _order_of(self, name: str) -> StageOrder:
         return self._record.order_of(name)
 
+    def aggregated(self) -> Floats:
+        """What the factors become by the updates. Any thread. Raises Refused."""
+        return aggregate(self._config, self._record.job, self.number, self.start, self._vectors())
+
     @property
     def running_s(self) -> float:
         """Since the last of its boards was ready and asked for the first time."""
         return time.monotonic() - max(self._asked_s.values(), default=time.monotonic())
 
-    def vectors(self) -> list[tuple[UpdateMeta, Floats]]:
+    def _vectors(self) -> list[tuple[UpdateMeta, Floats]]:
         """What the factors are made of, in the order of names."""
         found = [self.updates[device] for device in sorted(self.updates)]
         return [(meta, vector) for meta, vector in found if vector is not None]

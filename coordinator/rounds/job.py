@@ -27,7 +27,7 @@ from models.lora.aggregate import ANY_RANKS, Middle
 from models.privacy.accountant import noise_for
 from wire.errors import UsageError
 from wire.ids import is_name
-from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_SPLIT_ROWS
+from wire.limits import LEAST_SUMMED, MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_SPLIT_ROWS, MAX_SUMMED
 from wire.messages import Label, Matrix, Privacy
 
 if sys.version_info >= (3, 11):
@@ -127,6 +127,8 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adapter: Adapter = Adapter()
     rounds: Rounds = Rounds()
     privacy: Privacy | None = None
+    secure: bool = False
+    """Whether boards mask their updates, so that of each round their sum alone is learnt."""
 
     @property
     def is_split(self) -> bool:
@@ -257,6 +259,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     privacy = values.get("privacy")
     if privacy is not None and values.get("bad_rows") == "refuse":
         found.append("bad_rows: 'refuse' would tell whether there are any, which no private job tells")
+    if values.get("secure"):
+        found += _about_secure(values)
     return found + ([] if privacy is None else _impossible(privacy, rounds))
 
 
@@ -279,6 +283,10 @@ def _about_split(values: Mapping[str, Any], mode: str) -> list[str]:
         found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = {mode!r} at most {MAX_SPLIT_ROWS}")
     if values.get("privacy") is not None:
         found.append(f"privacy: not with mode = {mode!r}: states and gradients would have to be covered, and are not")
+    if values.get("secure"):
+        found.append(
+            f"secure: not with mode = {mode!r}: states and gradients can't be masked, each is needed by itself"
+        )
     return found
 
 
@@ -293,6 +301,36 @@ def _about_blocks(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} is of factors, and train = 'blocks' has none")
     if values.get("privacy") is not None:
         found.append("privacy: not with train = 'blocks': noise on so many numbers leaves nothing")
+    return found
+
+
+def _about_secure(values: Mapping[str, Any]) -> list[str]:
+    """What needs more than the sum of updates, or times that boards take by themselves."""
+    rounds, privacy, found = values.get("rounds", Rounds()), values.get("privacy"), []
+    plain = {
+        "middle": ("mean", "looks at each update"),
+        "most_change": (None, "looks at each update"),
+        "medium": ("own", "needs to know how long each board sends, and boards wait for one another"),
+    }
+    found += [
+        f"rounds.{key}: {getattr(rounds, key)!r} {why}; not with secure"
+        for key, (left_out, why) in plain.items()
+        if getattr(rounds, key) != left_out
+    ]
+    if rounds.aggregation not in ONE_SET:
+        found.append(f"rounds.aggregation: {rounds.aggregation} is no sum of updates; with secure {', '.join(ONE_SET)}")
+    if rounds.who in ("fastest", "scheduled"):
+        found.append(f"rounds.who: {rounds.who!r} needs to know how long each board takes; not with secure")
+    if values.get("adapter", Adapter()).ranks:
+        found.append("adapter.ranks: not with secure: updates of several lengths make no sum")
+    if rounds.at_least < LEAST_SUMMED:
+        found.append(
+            f"rounds.at_least: {rounds.at_least}; with secure at least {LEAST_SUMMED}, sums of fewer tell much"
+        )
+    if max(rounds.at_least, rounds.devices) > MAX_SUMMED:
+        found.append(f"rounds: more than {MAX_SUMMED} boards in a sum; not with secure")
+    if privacy is not None and privacy.unit == "device" and privacy.channel is not None:
+        found.append("privacy.channel: noise without a bound, with unit 'device'; not with secure")
     return found
 
 

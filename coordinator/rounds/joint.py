@@ -237,7 +237,7 @@ class JointExchange(Exchange):
             done, devices=devices, up_bytes=sent_bytes - got_bytes, down_bytes=done.down_bytes + got_bytes
         )
 
-    def vectors(self) -> list[tuple[UpdateMeta, Floats]]:
+    def _vectors(self) -> list[tuple[UpdateMeta, Floats]]:
         """The factors of all segments as one update."""
         parts = [self.updates[name] for name in self._trunk]
         found = [vector for _, vector in parts if vector is not None]

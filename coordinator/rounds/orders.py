@@ -133,6 +133,7 @@ def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTas
         labels=job.labels,
         refuse_bad_rows=job.bad_rows == "refuse",
         blocks=job.train == "blocks",
+        secure=job.secure,
     )
 
 
@@ -155,6 +156,10 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = f"its software, {info.software}, knows no split models"
         elif job.privacy is not None and not info.knows_privacy:
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
+        elif job.secure and not info.knows_secure:
+            unable[device.name] = (
+                f"its software, {info.software}, can't mask updates; pip install 'edgelam[train]' there may help"
+            )
         elif because := without_torch(info):
             unable[device.name] = because
         elif (least := least_bytes(base, job, device.name)) > info.memory_bytes:

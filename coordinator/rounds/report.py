@@ -51,6 +51,8 @@ def part_of(report: JobReport) -> Part:
     if report.job.privacy is None:
         sent = "states and gradients" if report.job.is_split else "updates"
         notes.append(f"Privacy: none, {sent} were sent without noise")
+    if report.job.secure:
+        notes.append("Updates were masked: of each round the coordinator learnt their sum alone")
     return Part(
         title=f"Fine-tuning {report.job.name}: {clean(report.job.model)}, {report.state}",
         notes=tuple(notes),

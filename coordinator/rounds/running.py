@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import aggregate, files_of, parts_of, spec_of
+from coordinator.rounds.adapters import files_of, parts_of, spec_of
 from coordinator.rounds.airtime import Offer
 from coordinator.rounds.bases import Base, Part, base_of
 from coordinator.rounds.exchange import Exchange
@@ -30,6 +30,7 @@ from coordinator.rounds.orders import (
     ways_of,
 )
 from coordinator.rounds.schedule import after
+from coordinator.rounds.secure import SECURE_TEXT, SecureExchange
 from coordinator.rounds.settling import knobs_of, settled
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
 from coordinator.rounds.trunks import Found, keeps_all, trunk_of, where_text
@@ -37,7 +38,7 @@ from coordinator.service import Coordinator
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
-from wire.limits import MAX_DEVICES
+from wire.limits import MAX_DEVICES, MAX_SUMMED
 from wire.messages import Applied, Privacy, StageReport, TrainingTask
 
 RETURN_S: Final = 5.0
@@ -97,6 +98,8 @@ class Running:
         task = task_of(job, artifacts.add_bytes(base.tokenizer, "tokenizer.json"), base.end_id)
         if job.privacy is not None:
             self._say(private_text(job.privacy))
+        if job.secure:
+            self._say(SECURE_TEXT)
         await self._await_return()
         while self.record.state == "running":
             number = self.record.round
@@ -107,7 +110,7 @@ class Running:
             self._place(base, task)
             await self._choose(base, number, last)
             start = self._store.factors(self.record)
-            kind = JointExchange if job.is_split else Exchange
+            kind = JointExchange if job.is_split else SecureExchange if job.secure and not last else Exchange
             round_ = self._round = kind(
                 self._coordinator, self._store, self.record, base.config, start, self.tell, train=not last
             )
@@ -146,9 +149,7 @@ class Running:
 
     async def _finish(self, base: Base, round_: Exchange, wall_s: float, took_s: float) -> None:
         number, job = round_.number, self.job
-        factors = round_.start
-        if round_.train:
-            factors = await asyncio.to_thread(aggregate, base.config, job, number, round_.start, round_.vectors())
+        factors = await asyncio.to_thread(round_.aggregated) if round_.train else round_.start
         done = round_.record(wall_s)
         # What came out is judged in a last round, unless boards may not tell losses.
         judged = job.privacy is None or job.privacy.losses
@@ -236,6 +237,8 @@ class Running:
             able = self._able()
             if self.job.is_split:
                 able = able[: most_ends(base, self.job)]
+            if self.job.secure:
+                able = able[:MAX_SUMMED]
             offers = [] if last else self._offers(base, able, number)
             fields = await asyncio.to_thread(settled, self.record, able, offers, last)
             self.record = msgspec.structs.replace(self.record, **fields)

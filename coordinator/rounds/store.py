@@ -40,6 +40,9 @@ State = Literal["running", "stopped", "done", "failed"]
 FILES: Final = (TENSORS, CONFIG, PROVENANCE, HEAD_FILE)
 """Of an adapter; the last where labels are learnt alone."""
 
+SUMMED: Final = "*"
+"""Among devices whose updates count: of whom the one sum is, in a secure job."""
+
 
 class TrunkAt(Struct, frozen=True, kw_only=True):
     """Where blocks [first_block, end_block) of a split model are."""
@@ -205,6 +208,16 @@ class JobStore:
                 LOG.error("job %s, round %d: the update of %s is lost: %s", name, number, device, error)
                 self._journal.forget_update(name, number, device)
         return found
+
+    def save_summed(self, name: str, number: int, survivors: tuple[str, ...]) -> None:
+        """Of whom the sum of a round is, in a secure job: what is revealed from now on is of these."""
+        if not self.summed(name, number):
+            self._journal.save_update(name, number, SUMMED, msgspec.json.encode(survivors))
+
+    def summed(self, name: str, number: int) -> tuple[str, ...]:
+        """None, while nothing was revealed."""
+        data = self._journal.updates(name, number).get(SUMMED)
+        return () if data is None else msgspec.json.decode(data, type=tuple[str, ...])
 
     def write_next(self, record: JobRecord, factors: Floats) -> str:
         """Put what the next round begins with on disk, and give its digest. Any thread."""

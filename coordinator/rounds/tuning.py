@@ -246,6 +246,7 @@ class Tuning:
             "held_out_accuracy": right[-1] if right else None,
             "epsilon": None if record.job.privacy is None else max(spent_by(rounds).values(), default=0.0),
             "most_epsilon": None if record.job.privacy is None else record.job.privacy.epsilon,
+            "secure": record.job.secure,
             "sent_bytes": sum(done.down_bytes + done.up_bytes for done in rounds),
             "files": [file for file in FILES if (self._store.folder_of(record.name) / file).is_file()],
             "folder": str(self._store.folder_of(record.name)),

@@ -7,7 +7,8 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,16 @@ LABELS = ("alone", "on a mat")
 @pytest.fixture(scope="module")
 def tuning_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Two boards with notes, one without."""
-    folder = tmp_path_factory.mktemp("tuning")
+    with site_of(tmp_path_factory.mktemp("tuning"), BOARDS, TRAINED) as site:
+        yield site
+
+
+@contextlib.contextmanager
+def site_of(folder: Path, boards: Sequence[str], trained: Sequence[str]) -> Iterator[Site]:
+    """Boards of which some have notes."""
     notes = folder / "notes"
     notes.mkdir()
-    for number, board in enumerate(TRAINED):
+    for number, board in enumerate(trained):
         lines = [
             {
                 "text": f"board {number} says hello world {line} times" + line % 2 * " on the mat",
@@ -48,10 +55,10 @@ def tuning_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     coordinator = CoordinatorProcess(folder, name)
     site = Site(folder, coordinator, coordinator.start())
     try:
-        specs = with_data(tuple(BoardSpec(name=board, memory_bytes=2 << 30) for board in BOARDS), "notes", notes)
+        specs = with_data(tuple(BoardSpec(name=board, memory_bytes=2 << 30) for board in boards), "notes", notes)
         site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
         site.testbed.await_connected(print)
-        site.await_states(dict.fromkeys(BOARDS, "online"))
+        site.await_states(dict.fromkeys(boards, "online"))
         yield site
     except BaseException:
         print(coordinator.log_end(60))
@@ -92,7 +99,7 @@ def jobs(site: Site) -> dict[str, dict[str, Any]]:
     return {row["job"]: row for row in site.get("/v1/jobs")["jobs"]}
 
 
-def kill_the_coordinator_of(site: Site, wanted: Job) -> None:
+def kill_the_coordinator_of(site: Site, wanted: Job, boards: Sequence[str] = BOARDS) -> None:
     """Behind the first round of a job, and wait until another coordinator has brought it to its end."""
     began = threading.Event()
 
@@ -107,7 +114,7 @@ def kill_the_coordinator_of(site: Site, wanted: Job) -> None:
     watching.join(30)
     site.await_broker_gone()
     site.restart_coordinator()
-    site.await_states(dict.fromkeys(BOARDS, "online"))
+    site.await_states(dict.fromkeys(boards, "online"))
     deadline_s = time.monotonic() + 120
     while (row := jobs(site)[wanted.name])["state"] == "running":
         assert time.monotonic() < deadline_s, row

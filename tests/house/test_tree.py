@@ -34,6 +34,7 @@ ALLOWED_ELSEWHERE = {
     "models/training/private.py": {"torch"},
     "models/training/rounds.py": {"torch"},
     "models/training/split.py": {"torch"},
+    "models/training/trunk.py": {"torch"},
     "models/training/samples.py": {"tokenizers"},
     "agent/workers/training.py": {"torch"},
     "agent/workers/roundwork.py": {"torch"},
@@ -41,6 +42,8 @@ ALLOWED_ELSEWHERE = {
     "agent/workers/splitwork.py": {"torch"},
     "agent/workers/endswork.py": {"torch"},
     "agent/workers/trunkwork.py": {"torch"},
+    "agent/workers/securework.py": {"torch", "cryptography"},
+    "agent/workers/summed.py": {"cryptography"},
 }
 """Files that are imported only where their extra is installed, and by no one at import time (checked below)."""
 

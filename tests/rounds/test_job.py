@@ -170,3 +170,50 @@ def test_a_job_that_came_as_json_is_checked_too() -> None:
     job = Job(name="n", model="m", data="d", rounds=Rounds(at_least=3), devices=("a",))
     with pytest.raises(UsageError, match=r"rounds\.at_least"):
         checked(msgspec.json.decode(msgspec.json.encode(job), type=Job))
+
+
+def test_secure_is_refused_with_all_that_needs_single_updates(tmp_path: Path) -> None:
+    assert not load(tmp_path, SMALL).secure
+    for rule in ("fedavg", "ffa", "rolora"):
+        text = SMALL + f'secure = true\n[rounds]\nat_least = 3\naggregation = "{rule}"\n[privacy]\nepsilon = 4\n'
+        assert load(tmp_path, text).secure
+    said = problems(
+        tmp_path,
+        SMALL
+        + """
+        secure = true
+        devices = ["a", "b"]
+        [adapter]
+        ranks = { a = 2 }
+        [rounds]
+        aggregation = "svd"
+        most_change = 3
+        who = "scheduled"
+        delay_s = 3
+        medium = "shared"
+        [privacy]
+        epsilon = 4
+        unit = "device"
+        [privacy.channel]
+        """,
+    )
+    for start in (
+        "rounds.most_change: 3.0 looks at each update",
+        "rounds.medium: 'shared'",
+        "rounds.aggregation: svd is no sum",
+        "rounds.who: 'scheduled'",
+        "adapter.ranks: not with secure",
+        "rounds.at_least: 1; with secure at least 3",
+        "privacy.channel: noise without a bound",
+    ):
+        assert any(one.startswith(start) for one in said), (start, said)
+    assert problems(tmp_path, SMALL + "secure = 2\n")[0].startswith("secure:")
+    both = SMALL + 'mode = "split"\nsecure = true\n[rounds]\nat_least = 3\n'
+    assert problems(tmp_path, both) == [
+        "secure: not with mode = 'split': states and gradients can't be masked, each is needed by itself"
+    ]
+    for key in ("middle = 'trimmed'", "at_least = 49"):
+        text = SMALL + f"secure = true\n[rounds]\nat_least = 3\n{key}\n".replace("at_least = 3\nat", "at")
+        assert len(problems(tmp_path, text)) == 1
+    few = SMALL + 'secure = true\ndevices = ["a", "b"]\n[rounds]\nat_least = 3\n'
+    assert problems(tmp_path, few) == ["rounds.at_least: 3 updates from 2 devices"]

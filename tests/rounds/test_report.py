@@ -117,6 +117,12 @@ def test_the_page_fetches_nothing_and_shows_what_boards_say_as_text() -> None:
     assert shown.count("<svg") == 4
 
 
+def test_it_says_that_updates_were_masked() -> None:
+    secure = msgspec.structs.replace(PLAIN, job=msgspec.structs.replace(PLAIN.job, secure=True))
+    assert "updates were masked" in plain_of(part_of(secure), 200).lower()
+    assert "masked" not in plain_of(part_of(PLAIN), 200)
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_it_fits_the_terminal(width: int) -> None:
     assert max(map(len, plain_of(part_of(private()), width).splitlines())) <= width

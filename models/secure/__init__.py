@@ -1,0 +1,1 @@
+"""Sums of which nobody learns a part (secure aggregation)."""

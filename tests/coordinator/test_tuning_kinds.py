@@ -1,0 +1,84 @@
+"""Jobs that not all boards know: masked updates, and blocks on boards of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.coordinator.memory_site import until
+from tests.coordinator.test_tuning import JOB, Trainer, operations, play, update
+from wire import topics
+from wire.errors import Refused
+from wire.frames import Kind, Parcel
+from wire.messages import RoundMeta, StageError, UpdateMeta
+
+__all__ = ["operations", "play"]
+
+
+def test_a_board_that_can_not_mask_its_update_is_not_asked_in_a_secure_job(play: Any) -> None:
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            await made.with_trainers(a=update, b=update, c=update)
+            rounds = msgspec.structs.replace(JOB.rounds, at_least=3)
+            wanted = msgspec.structs.replace(JOB, secure=True, rounds=rounds)
+            for trainer in made.trainers[1:]:
+                info = next(one.info for one in made.lab.coordinator.devices() if one.name == trainer.name)
+                trainer.say(topics.INFO, msgspec.structs.replace(info, knows_secure=True), trainer.name)
+            await until(lambda: sum(one.info.knows_secure for one in made.lab.coordinator.devices()) == 2, "updated")
+            with pytest.raises(Refused, match=r"2 of 3 boards .*a: its software, 0\.1\.0, can't mask updates"):
+                await made.tuning.begin(wanted, lambda _: None)
+            trainer = made.trainers[0]
+            trainer.say(
+                topics.INFO, msgspec.structs.replace(info, device="a", boot=trainer.boot, knows_secure=True), "a"
+            )
+            await until(lambda: all(one.info.knows_secure for one in made.lab.coordinator.devices()), "updated, too")
+            end = await made.through(wanted)
+            assert end["state"] == "failed" and "holds an update without a mask" in end["because"], "they lied"
+            assert end["secure"] and all(trainer.held.secure for trainer in made.trainers)
+
+    play(scenario)
+
+
+def ends_update(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
+    """Of a board that has the ends of a split model."""
+    assert parcel.tensor is None and meta.split is not None
+    told = UpdateMeta(round=meta.round, device=board.name, samples=4, held_out_loss=2.0, held_out_count=3, loss=1.0)
+    return Parcel(Kind.UPDATE, parcel.epoch, parcel.request, 0, 0, None, msgspec.json.encode(told))
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_blocks_leave_a_board_that_could_not_have_them_if_there_is_another(another: bool, play: Any) -> None:
+    failed: list[int] = []
+
+    def fails_once(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
+        if failed:
+            return update(board, parcel, meta)
+        failed.append(meta.round)
+        error = StageError(stage=255, device=board.name, code="engine", text="out of memory")
+        return Parcel(Kind.ERROR, parcel.epoch, parcel.request, 0, 0, None, msgspec.json.encode(error))
+
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            answers = {"t": fails_once, "z": ends_update, **({"u": update} if another else {})}
+            await made.with_trainers(**answers)
+            for trainer in made.trainers:
+                info = next(one.info for one in made.lab.coordinator.devices() if one.name == trainer.name)
+                data = info.data if trainer.name == "z" else ()
+                memory = 2**32 if trainer.name != "z" else made.ends_bytes(JOB)
+                told = msgspec.structs.replace(info, knows_split=True, data=data, memory_bytes=memory)
+                trainer.say(topics.INFO, told, trainer.name)
+            await until(lambda: all(one.info.knows_split for one in made.lab.coordinator.devices()), "infos")
+            end = await made.through(msgspec.structs.replace(JOB, mode="split"))
+            assert end["state"] == "failed" and "out of memory" in end["because"]
+            assert made.store.records()["n"].passed_over == ("t",)
+            made.tuning.resume("n")
+            assert (await made.follow("n"))["state"] == "done"
+            record = made.store.records()["n"]
+            [trunk] = record.trunk
+            assert (trunk.device, trunk.stage) == (("u", 254) if another else ("t", 255))
+            assert record.passed_over == (("t",) if another else ())
+            assert set(made.rounds()[-1]["devices"]) == {"z", trunk.device}
+
+    play(scenario)
