@@ -24,6 +24,8 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 HEADROOM: Final = 8
+PIECE: Final = 1 << 18
+"""Elements at a time, since they take four times their room meanwhile."""
 
 
 def weights_of(samples: Sequence[int]) -> tuple[float, ...]:
@@ -41,8 +43,10 @@ def integers_of(change: Floats, weight: float, scale: float, farthest: float) ->
     what are no numbers."""
     if not np.isfinite(change).all():
         raise ValueError("a change that is no number")
-    cut = np.clip(change.astype(np.float64), -farthest, farthest)
-    steps: Integers = np.rint(cut * (weight * scale)).astype(np.int64).astype(np.uint32)
+    steps: Integers = np.empty(len(change), np.uint32)
+    for begin in range(0, len(change), PIECE):
+        cut = np.clip(change[begin : begin + PIECE].astype(np.float64), -farthest, farthest)
+        steps[begin : begin + PIECE] = np.rint(cut * (weight * scale)).astype(np.int64).astype(np.uint32)
     return steps
 
 

@@ -189,6 +189,19 @@ def test_once_something_may_have_been_revealed_the_sum_is_of_the_same_boards_or_
     assert table.exchange._sum.attempt == 2 and table.exchange._sum.devices == ("a", "b", "d")
 
 
+def test_a_restarted_coordinator_sums_whom_it_had_settled_on_though_another_is_back(laid: Any) -> None:
+    table = laid()
+    until_step(table, "masked")
+    table.away.add("c")
+    while table.exchange._sum.step != "reveal":
+        wait(table)
+    table.turn()
+    table.restart_coordinator()
+    table.away.clear()
+    assert np.abs(table.go() - table.plain(("a", "b", "d"))).max() <= 2e-7
+    assert table.exchange.record(1.0).devices["c"].refused
+
+
 def test_a_coordinator_that_forgets_of_whom_the_sum_was_is_refused_another_one(laid: Any) -> None:
     """As one would do that wants the difference of two sums; boards remember, also in another worker."""
     table = laid()

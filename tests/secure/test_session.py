@@ -186,6 +186,13 @@ def test_what_is_too_far_is_cut_and_what_is_no_number_is_refused() -> None:
         integers_of(np.array([np.nan], np.float32), 1.0, scale, FARTHEST)
 
 
+def test_a_long_change_in_pieces_is_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    change = np.linspace(-FARTHEST, FARTHEST, 1000, dtype=np.float32)
+    whole = integers_of(change, 0.7, scale_of(3, FARTHEST), FARTHEST)
+    monkeypatch.setattr("models.secure.fixed.PIECE", 7)
+    assert np.array_equal(integers_of(change, 0.7, scale_of(3, FARTHEST), FARTHEST), whole)
+
+
 def test_shares_that_do_not_fit_are_told() -> None:
     meeting = Meeting(4)
     sent = meeting.masked(meeting.names)
