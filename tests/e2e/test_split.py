@@ -175,7 +175,8 @@ def calm_pipeline(tuning_site: Site, tiny_model: str) -> dict[str, Any]:
     assert any(where in event.get("text", "") for event in events)
     for one in (event for event in events if event["event"] == "round"):
         assert set(one["devices"]) == set(BOARDS)
-        assert one["devices"]["idle"]["compute_s"] > 0 and one["devices"]["idle"]["held_out_loss"] is None
+        assert one["devices"]["idle"]["compute_s"] > 0 or not one["trained"]
+        assert one["devices"]["idle"]["held_out_loss"] is None
         assert one["devices"]["board1"]["held_out_loss"] is not None
     return adapter_of(tuning_site, "calm-pipeline")
 
