@@ -7,7 +7,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 import torch
@@ -25,14 +25,19 @@ from models.engine.base import EngineFailed
 from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.families.bert import BertConfig
+from models.families.features import FeatureConfig
 from models.formats.bert import BertFile
-from models.lora.adapter import HEAD, AdapterSpec, initial, shapes
-from models.training.data import Sample, read
+from models.lora.adapter import HEAD, AdapterSpec, Floats, initial, shapes
+from models.training.data import BadRow, Sample, read
 from models.training.encoder import TrainedEncoder
+from models.training.features import series_features
+from models.training.heads import TrainedHead
 from models.training.llama import TrainedStage
 from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_of, split
+from models.training.split import Learner
 from wire.errors import CorruptData
 from wire.messages import ArtifactRef, StageOrder, TrainingTask
+from wire.samples import Series
 from wire.version import VERSION
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -43,7 +48,7 @@ MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     """A model with factors, and the rows of this device."""
 
-    stage: TrainedStage | TrainedEncoder
+    stage: Learner
     shaped: Shapes
     rows: Split
     bad_rows: int
@@ -76,12 +81,12 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         check_memory(assignment)
         return Trainee(stage=stage, shaped=shaped, rows=Split((), ()), bad_rows=0, fingerprint="", ledger=ledger)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
+    if task.series is not None:
+        return _on_features(assignment, task, task.series, ledger, say)
     data = read(Path(assignment.data_path))
     rows = _rows(assignment, task, data.samples)
     bad_rows = data.bad_rows + len(data.samples) - len(rows)
-    if bad_rows and task.refuse_bad_rows:
-        first = data.said[0] if data.said else "too short a text, or without one of the labels"
-        raise CorruptData(f"data {task.data}: {bad_rows} rows are no samples: {first}", try_="bad_rows = 'leave-out'")
+    _check_bad_rows(task, bad_rows, data.said, "too short a text, or without one of the labels")
     stage, shaped = (_encoder if task.labels else _language_model)(assignment, task)
     private = task.privacy is not None
     trainee = Trainee(
@@ -94,6 +99,36 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
     )
     check_memory(assignment)
     return trainee
+
+
+def _on_features(assignment: Assignment, task: TrainingTask, series: Series, ledger: Ledger, say: Say) -> Trainee:
+    """Of samples whose features are computed here, once."""
+    order, private = assignment.order, task.privacy is not None
+
+    def told(detail: str) -> None:
+        say(Status(phase="loading", epoch=order.epoch, detail=detail))
+
+    made = series_features(Path(assignment.data_path), series, task.labels, task.seed, private, told)
+    _check_bad_rows(task, made.bad_rows, made.said, "not of the job's columns")
+    spec, config = _spec(task), FeatureConfig(hidden=made.values.shape[1])
+    trainee = Trainee(
+        # It has no parts; the coordinator gives nobody a part of one.
+        stage=cast(Learner, TrainedHead(made.values, initial(config, spec)[HEAD])),
+        shaped=shapes(config, spec),
+        rows=made.split(task.held_out, task.seed),
+        bad_rows=0 if private else made.bad_rows,
+        fingerprint=fingerprint_of(made.rows, assignment.threads, [order.graph, *order.weights], made.values),
+        ledger=ledger,
+    )
+    check_memory(assignment)
+    return trainee
+
+
+def _check_bad_rows(task: TrainingTask, count: int, said: Sequence[BadRow], otherwise: str) -> None:
+    """Raise CorruptData where there are some, and the job says that there may be none."""
+    if count and task.refuse_bad_rows:
+        first = said[0] if said else otherwise
+        raise CorruptData(f"data {task.data}: {count} rows are no samples: {first}", try_="bad_rows = 'leave-out'")
 
 
 def _rows(assignment: Assignment, task: TrainingTask, samples: Sequence[Sample]) -> list[Row]:
@@ -145,12 +180,16 @@ def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[TrainedEncoder
     return stage, shapes(config, spec)
 
 
-def fingerprint_of(rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef]) -> str:
-    """Of all that a round comes from and its question does not say."""
+def fingerprint_of(
+    rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef], features: Floats | None = None
+) -> str:
+    """Of all that a round comes from and its question does not say; `features`: the table that rows are numbers of."""
     words = [str(threads), torch.__version__, VERSION, *(ref.digest for ref in files)]
     made = hashlib.sha256("/".join(words).encode())
     for row in rows:
         made.update(f"/{row.learnt_from}/{row.label}/{len(row.ids)}/".encode() + row.ids.tobytes())
+    if features is not None:
+        made.update(features.data)
     return made.hexdigest()
 
 

@@ -26,6 +26,7 @@ from models.lora.adapter import (
 )
 from models.lora.aggregate import Factors, Update, aggregated, mixed, sent, shortened_to, taken
 from models.lora.serving import CONFIG, PROVENANCE, TENSORS
+from models.training.kernels import VERSION as VERSION_OF_KERNELS
 from wire.messages import UpdateMeta
 from wire.version import VERSION
 
@@ -57,7 +58,9 @@ def taken_by(config: Config, job: Job, device: str, factors: Floats) -> Floats:
 
 
 def parts_of(job: Job, round_number: int) -> tuple[str, ...]:
-    """Which factors devices train and send in a round; a task module goes with them in all of them."""
+    """Which factors devices train and send in a round; a task module goes with them in all of them, or alone."""
+    if job.on_features:
+        return ("c",)
     return (*sent(job.rounds.aggregation, round_number), *(("c",) if job.labels else ()))
 
 
@@ -133,7 +136,7 @@ def privacy_of(job: Job, rounds: Sequence[RoundRecord]) -> Any:
 
 
 def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]) -> dict[str, bytes]:
-    """PEFT's two files, a task module if there is one, and where the adapter comes from."""
+    """PEFT's two files if there are factors, a task module if there is one, and where they come from."""
     job = record.job
     spec = spec_of(job)
     by_name = named(factors, shapes(config, spec))
@@ -166,10 +169,24 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     head: dict[str, bytes] = {}
     if HEAD in by_name:
         parts = {"weight": by_name[HEAD][:, :-1].copy(), "bias": by_name[HEAD][:, -1].copy()}
-        head[HEAD_FILE] = to_bytes(parts, {"format": "pt", "labels": msgspec.json.encode(job.labels).decode()})
+        told = {"format": "pt", "labels": msgspec.json.encode(job.labels).decode(), **_samples_of(job)}
+        head[HEAD_FILE] = to_bytes(parts, told)
+    found = {**head, PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
+    if job.on_features:
+        return found
     return {
-        **head,
+        **found,
         TENSORS: to_bytes(tensors, {"format": "pt"}),
         CONFIG: msgspec.json.format(msgspec.json.encode(peft)),
-        PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance)),
+    }
+
+
+def _samples_of(job: Job) -> dict[str, str]:
+    """How features were made for a task module, so that others can make them."""
+    if job.series is None:
+        return {}
+    return {
+        "series": msgspec.json.encode(job.series).decode(),
+        "seed": str(job.seed),
+        "kernels": str(VERSION_OF_KERNELS),
     }

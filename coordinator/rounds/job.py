@@ -27,8 +27,9 @@ from models.lora.aggregate import ANY_RANKS, Middle
 from models.privacy.accountant import noise_for
 from wire.errors import UsageError
 from wire.ids import is_name
-from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_SPLIT_ROWS
+from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_SPLIT_ROWS, MAX_WINDOW_READINGS
 from wire.messages import Label, Matrix, Privacy
+from wire.samples import Series
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +40,8 @@ COUNTED: Final = ("random", "round-robin", "fastest")
 """Of `who`: so many as `devices` says."""
 ONE_SET: Final = ("fedavg", "ffa", "rolora")
 """Rules that say which factors are trained, where there is one set of them."""
+SERIES: Final = "series"
+"""The model of windows of readings, made of the job's seed (models.training.kernels): there is no file of it."""
 MAX_FILE_BYTES: Final = 1024 * 1024
 MOST_NAME: Final = 27
 """Letters: 'tune-' goes before it in topics, which have 32."""
@@ -122,6 +125,13 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adapter: Adapter = Adapter()
     rounds: Rounds = Rounds()
     privacy: Privacy | None = None
+    series: Series | None = None
+    """Samples are windows of readings, of which the task module alone learns the labels."""
+
+    @property
+    def on_features(self) -> bool:
+        """Whether the task module is all that is trained."""
+        return self.series is not None
 
 
 def load_job(path: Path) -> Job:
@@ -226,6 +236,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} needs one rank for all, not adapter.ranks")
     if len(set(adapter.matrices)) != len(adapter.matrices):
         found.append("adapter.matrices: one is listed twice")
+    found += _about_features(values)
     found += _about_rounds(rounds)
     most = len(devices) or 256
     if rounds.who in COUNTED:
@@ -259,6 +270,44 @@ def _about_split(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = 'split' at most {MAX_SPLIT_ROWS}")
     if values.get("privacy") is not None:
         found.append("privacy: not with mode = 'split': states and gradients would have to be covered, and are not")
+    return found
+
+
+def _about_features(values: Mapping[str, Any]) -> list[str]:
+    """What samples that are no texts ask for, and what means nothing with them."""
+    series: Series | None = values.get("series")
+    if series is None:
+        return ["series: missing; it says which columns are readings"] if values.get("model") == SERIES else []
+    found = []
+    if values.get("model", SERIES) != SERIES:
+        found.append(f"model: {values['model']!r} takes no readings; with series it is {SERIES!r}")
+    if not values.get("labels"):
+        found.append("labels: missing; which of these a window has is what is learnt")
+    if values.get("mode", "federated") != "federated":
+        found.append(f"mode: {values['mode']!r}; there is nothing to split below a task module on features")
+    if values.get("adapter", Adapter()) != Adapter():
+        found.append("adapter: means nothing where the task module alone is trained")
+    rounds, plain = values.get("rounds", Rounds()), Rounds()
+    if rounds.aggregation != "fedavg":
+        found.append(f"rounds.aggregation: {rounds.aggregation} is for low-rank factors, and there are none")
+    if rounds.row_tokens != plain.row_tokens:
+        found.append("rounds.row_tokens: samples are no texts")
+    return found + _about_series(series)
+
+
+def _about_series(series: Series) -> list[str]:
+    found = []
+    named = [*series.columns, series.label, *filter(None, (series.id, series.time))]
+    if len(set(named)) != len(named):
+        found.append("series.columns: one is named twice, or is label, id or time as well")
+    if series.most_gap is not None and not series.time:
+        found.append("series.most_gap: means something beside series.time alone")
+    for name in ("centre", "scale"):
+        given = len(getattr(series, name))
+        if given not in (0, len(series.columns)):
+            found.append(f"series.{name}: {given} numbers for {len(series.columns)} columns")
+    if series.window * len(series.columns) > MAX_WINDOW_READINGS:
+        found.append(f"series.window: at most {MAX_WINDOW_READINGS} readings, of all columns together")
     return found
 
 

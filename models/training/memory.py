@@ -11,6 +11,7 @@ from typing import Final
 
 from models.families.bert import BertConfig
 from models.families.config import LlamaConfig
+from models.families.features import FeatureConfig
 from models.lora.adapter import AdapterSpec, length_of, shapes, sizes
 
 FLOAT: Final = 4
@@ -42,6 +43,12 @@ TRUNK_WORKING: Final = 6
 HEAD_COPIES: Final = 4
 """Of a task module: as it is, as it comes, its gradient, and as that goes out."""
 PAGE: Final = 4096
+HEAD_BYTES: Final = 320 << 20
+"""ENCODER_BYTES where a task module is all there is."""
+HEAD_ALONE_COPIES: Final = 12
+"""ADAPTER_COPIES of it: what an optimiser makes on the way is no small part any more."""
+ROW_BYTES: Final = 600
+"""Of one sample beside its features: its number and label as rounds draw them."""
 
 
 def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
@@ -94,6 +101,15 @@ def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec,
     words = row * config.vocabulary - max(row, PAGE) * min(tokens, config.vocabulary)
     by_token = tokens * (kept + (ENCODER_WORKING - int(remember)) * block)
     return round(ENCODER_BYTES + weight_bytes - max(0, words) + ADAPTER_COPIES * adapter + by_token)
+
+
+def head_peak_bytes(config: FeatureConfig, spec: AdapterSpec, rows: int, kept: int, working_bytes: int) -> int:
+    """The same of a task module alone, over a table of the features of so many samples, which took `working_bytes` to
+    compute; `rows` of a step."""
+    table = kept * (FLOAT * config.hidden + ROW_BYTES)
+    adapter = FLOAT * length_of(shapes(config, spec))
+    by_row = FLOAT * rows * (config.hidden + LOGITS_COPIES * spec.labels)
+    return HEAD_BYTES + table + HEAD_ALONE_COPIES * adapter + by_row + working_bytes
 
 
 def _encoder_block(config: BertConfig, spec: AdapterSpec) -> int:
