@@ -158,6 +158,7 @@ def job_of(raw: Mapping[str, Any], where: str) -> Job:
     values = _fields(Job, raw, "", problems)
     if {"name", "data"} <= values.keys():
         said = {problem.split(":")[0] for problem in problems}
+        said |= {key.partition(".")[0] for key in said}  # a table with a wrong value is not missing
         problems += [problem for problem in _contradictions(values) if problem.split(":")[0] not in said]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
