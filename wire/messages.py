@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 
 from wire import limits
 from wire.errors import PeerError
-from wire.samples import Series
+from wire.samples import Images, Series
 from wire.version import PROTOCOL
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
@@ -186,6 +186,8 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     such an order is the encoder's configuration, and the task module travels behind the factors."""
     series: Series | None = None
     """Samples are windows of readings, and the task module alone is trained, on features of these."""
+    images: Images | None = None
+    """The same of pictures; the graph and its weights then are of the net that makes features of them."""
     role: Role = "whole"
     refuse_bad_rows: bool = False
     """Data with a row that is no sample are not trained on at all; else it is left out and counted."""

@@ -14,6 +14,7 @@ import torch
 from msgspec import Struct
 
 from agent.workers.endswork import EndsWork
+from agent.workers.frozen import FrozenNet
 from agent.workers.inference import Say, StageWorker, check_memory, done, hold_stage, spec_of
 from agent.workers.ledger import Ledger
 from agent.workers.pipe import Assignment, Status
@@ -30,14 +31,13 @@ from models.formats.bert import BertFile
 from models.lora.adapter import HEAD, AdapterSpec, Floats, initial, shapes
 from models.training.data import BadRow, Sample, read
 from models.training.encoder import TrainedEncoder
-from models.training.features import series_features
+from models.training.features import image_features, series_features
 from models.training.heads import TrainedHead
 from models.training.llama import TrainedStage
 from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_of, split
 from models.training.split import Learner
 from wire.errors import CorruptData
 from wire.messages import ArtifactRef, StageOrder, TrainingTask
-from wire.samples import Series
 from wire.version import VERSION
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -81,8 +81,8 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         check_memory(assignment)
         return Trainee(stage=stage, shaped=shaped, rows=Split((), ()), bad_rows=0, fingerprint="", ledger=ledger)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
-    if task.series is not None:
-        return _on_features(assignment, task, task.series, ledger, say)
+    if task.series is not None or task.images is not None:
+        return _on_features(assignment, task, ledger, say)
     data = read(Path(assignment.data_path))
     rows = _rows(assignment, task, data.samples)
     bad_rows = data.bad_rows + len(data.samples) - len(rows)
@@ -101,15 +101,21 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
     return trainee
 
 
-def _on_features(assignment: Assignment, task: TrainingTask, series: Series, ledger: Ledger, say: Say) -> Trainee:
+def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, say: Say) -> Trainee:
     """Of samples whose features are computed here, once."""
     order, private = assignment.order, task.privacy is not None
 
     def told(detail: str) -> None:
         say(Status(phase="loading", epoch=order.epoch, detail=detail))
 
-    made = series_features(Path(assignment.data_path), series, task.labels, task.seed, private, told)
-    _check_bad_rows(task, made.bad_rows, made.said, "not of the job's columns")
+    path = Path(assignment.data_path)
+    if task.images is not None:
+        made = image_features(path, task.images, task.labels, task.seed, FrozenNet.load(assignment), private, told)
+    elif task.series is not None:
+        made = series_features(path, task.series, task.labels, task.seed, private, told)
+    else:
+        raise EngineFailed("an order that says nothing of its samples")
+    _check_bad_rows(task, made.bad_rows, made.said, "none of the job's labels")
     spec, config = _spec(task), FeatureConfig(hidden=made.values.shape[1])
     trainee = Trainee(
         # It has no parts; the coordinator gives nobody a part of one.

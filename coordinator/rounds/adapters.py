@@ -183,6 +183,8 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
 
 def _samples_of(job: Job) -> dict[str, str]:
     """How features were made for a task module, so that others can make them."""
+    if job.images is not None:
+        return {"images": msgspec.json.encode(job.images).decode(), "model": job.model}
     if job.series is None:
         return {}
     return {

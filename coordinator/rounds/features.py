@@ -11,10 +11,16 @@ import msgspec
 from coordinator.operations import Operations
 from coordinator.rounds.bases import Base, Part, base_of
 from coordinator.rounds.job import Job
+from coordinator.shelf import Prepared
+from models.catalog import find
 from models.families.features import FeatureConfig
+from models.items.features import features_part
+from models.items.pack import PackedItems
 from models.training.features import AT_ONCE
 from models.training.kernels import FLOAT, VERSION, WORKING_BYTES, working_bytes
-from wire.samples import Series
+from models.training.memory import NET_BYTES, NET_COPIES, PIXEL_BYTES, TENSOR_COPIES
+from wire.errors import UsageError
+from wire.samples import Images, Series
 
 
 async def base_for(operations: Operations, job: Job, say: Callable[[str], None]) -> Base:
@@ -22,7 +28,35 @@ async def base_for(operations: Operations, job: Job, say: Callable[[str], None])
     if job.series is not None:
         return series_base(job.series, job.seed)
     prepared = await operations.preparing.prepare(job.model, job.precision, say)
+    if job.images is not None:
+        return await asyncio.to_thread(images_base, prepared, job, job.images)
     return await asyncio.to_thread(base_of, prepared, job)
+
+
+def images_base(prepared: Prepared, job: Job, images: Images) -> Base:
+    """The net as far as the features. Raises UsageError for one that takes no pictures, or has no such tensor."""
+    packed, entry = prepared.packed, find(job.model)
+    try:
+        if not isinstance(packed, PackedItems):
+            raise ValueError(f"model: {job.model} takes no pictures")
+        found = features_part(packed, images.features or (entry.features if entry is not None else ""))
+    except ValueError as error:
+        raise UsageError(f"job {job.name}: {error}", try_="docs/tuning.md, labels of pictures") from None
+    made = hashlib.sha256(found.graph)
+    for digest in sorted(found.files):
+        made.update(digest.encode())
+    part = Part(graph=found.graph, files=found.files, ends=True, blocks=0)
+    pixels = PIXEL_BYTES * images.most_pixels
+    return Base(
+        config=FeatureConfig(hidden=found.hidden),
+        parts={"whole": part},
+        tokenizer=b"",
+        digest=f"sha256:{made.hexdigest()}",
+        end_id=None,
+        wire_dtype="f32",
+        most_samples=images.most_images,
+        working_bytes=NET_BYTES + NET_COPIES * part.weight_bytes + TENSOR_COPIES * found.widest_bytes + pixels,
+    )
 
 
 def series_base(series: Series, seed: int) -> Base:

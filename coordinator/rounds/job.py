@@ -29,7 +29,7 @@ from wire.errors import UsageError
 from wire.ids import is_name
 from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_SPLIT_ROWS, MAX_WINDOW_READINGS
 from wire.messages import Label, Matrix, Privacy
-from wire.samples import Series
+from wire.samples import Images, Series
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -127,11 +127,13 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     privacy: Privacy | None = None
     series: Series | None = None
     """Samples are windows of readings, of which the task module alone learns the labels."""
+    images: Images | None = None
+    """Samples are pictures, of whose features the task module alone learns the labels."""
 
     @property
     def on_features(self) -> bool:
         """Whether the task module is all that is trained."""
-        return self.series is not None
+        return self.series is not None or self.images is not None
 
 
 def load_job(path: Path) -> Job:
@@ -276,14 +278,18 @@ def _about_split(values: Mapping[str, Any]) -> list[str]:
 
 def _about_features(values: Mapping[str, Any]) -> list[str]:
     """What samples that are no texts ask for, and what means nothing with them."""
-    series: Series | None = values.get("series")
-    if series is None:
-        return ["series: missing; it says which columns are readings"] if values.get("model") == SERIES else []
+    series, images = values.get("series"), values.get("images")
     found = []
-    if values.get("model", SERIES) != SERIES:
+    if series is None and values.get("model") == SERIES:
+        found.append("series: missing; it says which columns are readings")
+    if series is None and images is None:
+        return found
+    if series is not None and images is not None:
+        found.append("images: not beside series; a job has samples of one kind")
+    if series is not None and values.get("model", SERIES) != SERIES:
         found.append(f"model: {values['model']!r} takes no readings; with series it is {SERIES!r}")
     if not values.get("labels"):
-        found.append("labels: missing; which of these a window has is what is learnt")
+        found.append("labels: missing; which of these a sample has is what is learnt")
     if values.get("mode", "federated") != "federated":
         found.append(f"mode: {values['mode']!r}; there is nothing to split below a task module on features")
     if values.get("adapter", Adapter()) != Adapter():
@@ -293,7 +299,7 @@ def _about_features(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} is for low-rank factors, and there are none")
     if rounds.row_tokens != plain.row_tokens:
         found.append("rounds.row_tokens: samples are no texts")
-    return found + _about_series(series)
+    return found + ([] if series is None else _about_series(series))
 
 
 def _about_series(series: Series) -> list[str]:

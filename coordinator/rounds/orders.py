@@ -122,6 +122,7 @@ def task_of(job: Job, tokenizer: ArtifactRef | None, end_id: int | None) -> Trai
         privacy=job.privacy,
         labels=job.labels,
         series=job.series,
+        images=job.images,
         refuse_bad_rows=job.bad_rows == "refuse",
     )
 

@@ -9,20 +9,23 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from models.training.data import MAX_SAID, BadRow
+from models.training.images import Picture, pictures, pixels_of
 from models.training.kernels import Kernels
 from models.training.samples import Row, Split
 from models.training.series import Window, windows
 from wire.errors import CorruptData
-from wire.samples import Series
+from wire.samples import Images, Series
 
 Floats = npt.NDArray[np.float32]
 
+LEAST: Final = 1e-6
+"""What is divided by at least."""
 AT_ONCE: Final = 64
 """Windows that are read before their features are computed."""
 
@@ -100,6 +103,56 @@ def series_features(
         stretches += [window.stretch for window in batch]
         say(f"features of {len(places)} of {len(kept)} windows")
     return Features(values[: len(places)], numbered(places), stretches, bad, tuple(said))
+
+
+class Net(Protocol):
+    """That makes features of pictures: agent.workers.frozen.FrozenNet."""
+
+    height: int
+    width: int
+    hidden: int
+
+    def features(self, picture: Floats) -> Floats:
+        """[3, height, width] -> [hidden]."""
+
+
+def image_features(
+    path: Path,
+    images: Images,
+    labels: Sequence[str],
+    seed: int,
+    net: Net,
+    keep_all: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Features:
+    """Of all pictures under a path, or of so many as are kept, drawn by the seed; each brought to a mean square of 1.
+    Raises what models.training.images raises, and CorruptData where no picture is left."""
+    bad, said, found = 0, list[BadRow](), list[Picture]()
+    for one in pictures(path, labels, keep_all):
+        if isinstance(one, Picture):
+            found.append(one)
+            continue
+        bad += 1
+        if len(said) < MAX_SAID:
+            said.append(one)
+    kept = drawn_of(len(found), images.most_images, seed)
+    chosen = [picture for number, picture in enumerate(found) if number in kept]
+    values, places = np.empty((len(chosen), net.hidden), np.float32), list[int]()
+    for picture in chosen:
+        pixels = pixels_of(picture, images, net.width, net.height)
+        if isinstance(pixels, BadRow):
+            bad += 1
+            if len(said) < MAX_SAID:
+                said.append(pixels)
+            continue
+        made = net.features(pixels)
+        values[len(places)] = made / max(float(np.sqrt(np.square(made).mean())), LEAST)
+        places.append(picture.label)
+        say(f"features of {len(places)} of {len(chosen)} pictures")
+    if not places:
+        why = f"; {said[0]}" if said else ""
+        raise CorruptData(f"data {path.name}: no picture with one of the labels{why}", try_="a folder for each label")
+    return Features(values[: len(places)], numbered(places), list(range(len(places))), bad, tuple(said))
 
 
 def drawn_of(count: int, most: int, seed: int) -> range | frozenset[int]:

@@ -47,6 +47,14 @@ HEAD_BYTES: Final = 320 << 20
 """ENCODER_BYTES where a task module is all there is."""
 HEAD_ALONE_COPIES: Final = 12
 """ADAPTER_COPIES of it: what an optimiser makes on the way is no small part any more."""
+NET_BYTES: Final = 60 << 20
+"""onnxruntime, where it makes features of pictures."""
+NET_COPIES: Final = 2
+"""Of the weights of such a net: mapped, and as onnxruntime packs them."""
+TENSOR_COPIES: Final = 16
+"""Of its widest tensor, and of others as wide, while it runs."""
+PIXEL_BYTES: Final = 8
+"""Of a picture: as it is decoded, in three colours, and turned upright."""
 ROW_BYTES: Final = 600
 """Of one sample beside its features: its number and label as rounds draw them."""
 
