@@ -14,7 +14,7 @@ from coordinator.rounds.job import Job
 from coordinator.shelf import Prepared
 from models.catalog import find
 from models.families.features import FeatureConfig
-from models.items.features import features_part
+from models.items.features import FeaturesPart, features_part
 from models.items.pack import PackedItems
 from models.training.features import AT_ONCE
 from models.training.kernels import FLOAT, VERSION, WORKING_BYTES, working_bytes
@@ -46,7 +46,6 @@ def images_base(prepared: Prepared, job: Job, images: Images) -> Base:
     for digest in sorted(found.files):
         made.update(digest.encode())
     part = Part(graph=found.graph, files=found.files, ends=True, blocks=0)
-    pixels = PIXEL_BYTES * images.most_pixels
     return Base(
         config=FeatureConfig(hidden=found.hidden),
         parts={"whole": part},
@@ -55,8 +54,15 @@ def images_base(prepared: Prepared, job: Job, images: Images) -> Base:
         end_id=None,
         wire_dtype="f32",
         most_samples=images.most_images,
-        working_bytes=NET_BYTES + NET_COPIES * part.weight_bytes + TENSOR_COPIES * found.widest_bytes + pixels,
+        working_bytes=net_working_bytes(found, images),
     )
+
+
+def net_working_bytes(part: FeaturesPart, images: Images) -> int:
+    """What it takes to make features of pictures."""
+    weights = sum(path.stat().st_size for path in part.files.values())
+    net = NET_BYTES + NET_COPIES * weights + TENSOR_COPIES * part.widest_bytes
+    return net + PIXEL_BYTES * images.most_pixels
 
 
 def series_base(series: Series, seed: int) -> Base:

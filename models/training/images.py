@@ -28,6 +28,8 @@ KINDS: Final = (".png", ".jpg", ".jpeg")
 FORMATS: Final = ("PNG", "JPEG")
 MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Of Pillow, with 8 bits for a colour: of others a conversion would cut the light off."""
+INDEXED: Final = ("1", "P", "PA")
+"""Of these, whose numbers are no amounts of light."""
 MAX_FILE_BYTES: Final = 256 << 20
 
 
@@ -86,9 +88,11 @@ def pixels_of(picture: Picture, images: Images, width: int, height: int) -> Floa
                 return BadRow(picture.where, f"{image.width} x {image.height}, at most {images.most_pixels} pixels")
             if image.mode not in MODES:
                 return BadRow(picture.where, f"has colours as {image.mode}, with more than 8 bits")
-            upright = ImageOps.exif_transpose(image.convert("RGB"))
-            fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BILINEAR)
-            values = np.asarray(fitted, np.float32) / 255
+            image.draft("RGB", (width, height))  # a JPEG of more than twice that is decoded at half its size, or less
+            ImageOps.exif_transpose(image, in_place=True)
+            mixable = image.convert("RGB") if image.mode in INDEXED else image
+            fitted = ImageOps.fit(mixable, (width, height), method=Image.Resampling.BILINEAR)
+            values = np.asarray(fitted.convert("RGB"), np.float32) / 255
     except Image.DecompressionBombError as error:
         return BadRow(picture.where, str(error))
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, MemoryError) as error:

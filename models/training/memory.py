@@ -54,7 +54,7 @@ NET_COPIES: Final = 2
 TENSOR_COPIES: Final = 16
 """Of its widest tensor, and of others as wide, while it runs."""
 PIXEL_BYTES: Final = 8
-"""Of a picture: as it is decoded, in three colours, and turned upright."""
+"""Of a picture, whose pixels have four: as it is decoded, and turned upright."""
 ROW_BYTES: Final = 600
 """Of one sample beside its features: its number and label as rounds draw them."""
 

@@ -10,7 +10,7 @@ import pytest
 from coordinator.rounds.job import Adapter, Job, Rounds, checked, load_job
 from wire.errors import UsageError
 from wire.messages import Channel, Privacy
-from wire.samples import Series
+from wire.samples import Images, Series
 
 SMALL = 'model = "smollm2"\ndata = "notes"\n'
 
@@ -212,3 +212,15 @@ def test_what_means_nothing_with_readings_is_said_at_once(tmp_path: Path) -> Non
     assert none == ["series: missing; it says which columns are readings"]
     wrong = problems(tmp_path, WATCH + "window = 8\nstrides = 3\nscale = [1, 0]\n")
     assert sorted(line.split(":")[0] for line in wrong) == ["series.scale", "series.strides", "series.window"]
+
+
+def test_pictures_are_a_kind_of_samples_of_their_own(tmp_path: Path) -> None:
+    text = 'model = "vit"\ndata = "photos"\nlabels = ["cat", "dog"]\n[images]\nmost_images = 100\n'
+    wanted = load(tmp_path, text)
+    assert wanted.images == Images(most_images=100) and wanted.on_features and checked(wanted) == wanted
+    found = problems(
+        tmp_path, text.replace("labels", "#") + 'pool = "last"\nmean = [0, 0]\n[series]\ncolumns = ["a"]\n'
+    )
+    assert sorted(line.split(":")[0] for line in found) == ["images.mean", "images.pool", "labels", "model"], found
+    both = problems(tmp_path, WATCH + "[images]\n")
+    assert [line.split(":")[0] for line in both] == ["images"]

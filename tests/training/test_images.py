@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,17 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from agent.workers.frozen import FrozenNet
+from coordinator.rounds.features import net_working_bytes
 from models.engine.base import EngineFailed
 from models.engine.items import ItemStage
+from models.families.features import FeatureConfig
 from models.items.features import features_part
 from models.items.pack import PackedItems, pack_items
+from models.lora.adapter import AdapterSpec
 from models.training.data import BadRow
 from models.training.features import image_features
 from models.training.images import Picture, pictures, pixels_of
+from models.training.memory import head_peak_bytes
 from models.training.samples import IGNORED
 from tests.models.tiny_bert import write_bert
 from tests.models.tiny_vit import SIZE, WIDTH, vit_model
@@ -94,6 +101,18 @@ def test_pixels_are_those_of_the_picture_as_the_net_wants_them(tmp_path: Path) -
     wide = np.concatenate([np.zeros((8, 4, 3)), values, np.zeros((8, 4, 3))], axis=1)
     middle = pixels(save(tmp_path / "cat" / "wide.png", wide), plain(), 8, 8)
     np.testing.assert_allclose(middle, values.transpose(2, 0, 1) / 255, atol=1e-6)
+    few = Image.fromarray(values).quantize(8)
+    few.save(tmp_path / "cat" / "few.png")
+    indexed = pixels(tmp_path / "cat" / "few.png", plain(), 8, 8)
+    np.testing.assert_allclose(indexed, np.asarray(few.convert("RGB")).transpose(2, 0, 1) / 255, atol=1e-6)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(values).save(tmp_path / "cat" / "turned.png", exif=turned)
+    upright = pixels(tmp_path / "cat" / "turned.png", plain(), 8, 8)
+    np.testing.assert_allclose(upright, np.rot90(values, -1).transpose(2, 0, 1) / 255, atol=1e-6)
+    soft = np.full((640, 960, 3), (250, 130, 10), np.uint8)
+    large = pixels(save(tmp_path / "cat" / "large.jpg", soft, quality=95), plain(), 8, 8)
+    np.testing.assert_allclose(large, np.tile(soft[:8, :8].transpose(2, 0, 1) / 255, 1), atol=0.02)
     grey = pixels(save(tmp_path / "cat" / "grey.png", values[:, :, 0]), plain(), 8, 8)
     np.testing.assert_allclose(grey, np.repeat(values[None, :, :, 0] / 255, 3, axis=0), atol=1e-6)
 
@@ -124,6 +143,7 @@ def test_what_is_no_picture_is_a_bad_row_and_nothing_large_is_decoded(
         raise AssertionError("decoded")
 
     monkeypatch.setattr(Image.Image, "convert", never)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
     huge = pixels(huge_png(tmp_path / "cat" / "huge.png"), plain(), 8, 8)
     assert isinstance(huge, BadRow) and ("pixels" in huge.because), huge
 
@@ -210,3 +230,60 @@ def test_each_picture_has_features_of_one_size_and_bad_ones_are_counted(packed: 
     assert len(parts.held_out) == 3 and len(parts.trained) == 3
     with pytest.raises(CorruptData, match="no picture with one of the labels"):
         image_features(data, Images(), ("fish", "frog"), 1, net)
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import torch
+from agent.workers import training
+from agent.workers.frozen import FrozenNet
+from models.engine.items import ItemStage
+from models.families.features import FeatureConfig
+from models.lora.adapter import HEAD, AdapterSpec, initial, shapes
+from models.training.features import image_features
+from models.training.heads import TrainedHead
+from models.training.rounds import Round
+from tests.training.test_heads import asked, task
+from wire.samples import Images
+torch.set_num_threads(1)
+folder, files = Path(sys.argv[1]), [Path(one) for one in json.loads(sys.argv[2])]
+net = FrozenNet(ItemStage.load(folder / "part.onnx", files, 1), "first")
+made = image_features(folder / "photos", Images(), ("cat", "dog"), 1, net)
+config, spec = FeatureConfig(hidden=net.hidden), AdapterSpec(rank=1, alpha=1.0, labels=2)
+stage, start = TrainedHead(made.values, initial(config, spec)[HEAD]), np.zeros(2 * (net.hidden + 1), np.float32)
+given = Round(stage, shapes(config, spec), made.split(0.0, 1), task(labels=("cat", "dog")), 1, asked(), start)
+while given.step():
+    pass
+given.vector()
+assert len(made.rows) == 4 and not made.bad_rows
+# Not getrusage: to it a process took what its parent took when it was begun.
+print(json.dumps(1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])))
+"""
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_what_pictures_take_is_foretold(packed: PackedItems, tmp_path: Path) -> None:
+    """The largest that are decoded, one of them to be turned."""
+    pytest.importorskip("torch")
+    images = Images()
+    large = Image.fromarray(noise(1, 50, 100)).resize((7_000, images.most_pixels // 7_000))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for label in LABELS:
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        large.save(tmp_path / "photos" / label / "1.png", exif=turned, compress_level=1)
+        large.convert("RGBA").save(tmp_path / "photos" / label / "2.png", compress_level=1)
+    part = features_part(packed, "pooled")
+    (tmp_path / "part.onnx").write_bytes(part.graph)
+    files = json.dumps([str(path) for path in part.files.values()])
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
+    config, spec = FeatureConfig(hidden=part.hidden), AdapterSpec(rank=1, alpha=1.0, labels=2)
+    foretold = head_peak_bytes(config, spec, 8, 4, net_working_bytes(part, images))
+    print(measured / 1e6, foretold / 1e6)
+    assert measured <= foretold <= 1.5 * measured
