@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, cast
@@ -42,6 +43,8 @@ from wire.version import VERSION
 
 Shapes = Mapping[str, tuple[int, int]]
 
+SAID_EVERY_S: Final = 1.0
+"""How far features are."""
 MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 
 
@@ -104,9 +107,13 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
 def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, say: Say) -> Trainee:
     """Of samples whose features are computed here, once."""
     order, private = assignment.order, task.privacy is not None
+    said_s = time.monotonic()
 
     def told(detail: str) -> None:
-        say(Status(phase="loading", epoch=order.epoch, detail=detail))
+        nonlocal said_s
+        if time.monotonic() - said_s > SAID_EVERY_S:
+            said_s = time.monotonic()
+            say(Status(phase="loading", epoch=order.epoch, detail=detail))
 
     path = Path(assignment.data_path)
     if task.images is not None:

