@@ -101,8 +101,9 @@ def light(order: StageOrder) -> StageOrder:
 def files_of(order: StageOrder) -> tuple[ArtifactRef, ...]:
     """Graphs, weights and tokenizer, each digest once."""
     graphs = (order.graph,) if order.standard_graph is None else (order.graph, order.standard_graph)
-    tokenizer = () if order.training is None else (order.training.tokenizer,)
-    return tuple({ref.digest: ref for ref in (*graphs, *order.weights, *tokenizer)}.values())
+    tokenizer = order.training.tokenizer if order.training is not None else None
+    refs = (*graphs, *order.weights, *(() if tokenizer is None else (tokenizer,)))
+    return tuple({ref.digest: ref for ref in refs}.values())
 
 
 def actions(

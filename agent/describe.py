@@ -34,6 +34,7 @@ def device_info(survey: Survey, config: AgentConfig, boot: str) -> DeviceInfo:
         cache_bytes=config.cache_limit_bytes,
         emulated=config.emulation,
         data=tuple(name for name, _ in config.data),
+        knows_features=True,
         knows_privacy=True,
         knows_split=True,
         knows_secure=importlib.util.find_spec("cryptography") is not None,

@@ -267,7 +267,7 @@ class Stages:
             graph_path=str(self._store.path_of(order.graph.digest)),
             weight_paths=tuple(str(self._store.path_of(ref.digest)) for ref in order.weights),
             standard_graph_path=str(self._store.path_of(standard.digest)) if standard else "",
-            tokenizer_path=str(self._store.path_of(task.tokenizer.digest)) if task is not None else "",
+            tokenizer_path=str(self._store.path_of(task.tokenizer.digest)) if task and task.tokenizer else "",
             data_path=bench.data[data] if data else "",
             ledger_path=bench.ledger_path,
             most_epsilon=bench.epsilons.get(task.data) if task is not None else None,

@@ -19,6 +19,8 @@ Sections: MiniLM learns to tell the section of a Debian package from its descrip
 the packages of other maintainers (benchmarks/parts/sections), in modes federated and split, beside the same training in
 one place with all of them.
 
+Series: which exercise somebody makes, by the watch at their wrist: a board per person (benchmarks/parts/series).
+
 Policies: what each way of choosing who takes part comes to in the same time (benchmarks/parts/policies).
 
 Killed: jobs in which somebody is killed at a random moment, in modes federated and split (benchmarks/parts/killed).
@@ -50,7 +52,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower, footprint, killed, policies, private, sections, served, together
+from benchmarks.parts import flower, footprint, killed, policies, private, sections, series, served, together
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import MODEL, await_links, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
@@ -78,6 +80,7 @@ PARTS = (
     "memory",
     "served",
     "sections",
+    "series",
     "policies",
     "private",
     "killed",
@@ -313,6 +316,8 @@ def main() -> int:
         figures += served.measure(given.precision)
     if "sections" in given.parts:
         figures += sections.measure(given.rounds)
+    if "series" in given.parts:
+        figures += series.measure()
     if "policies" in given.parts:
         figures += policies.measure()
     if "private" in given.parts:

@@ -50,6 +50,8 @@ class Entry(Struct, frozen=True, kw_only=True):
     kind: Literal["language", "encoder", "image"] = "language"
     """What it does: continues text, turns texts into vectors, or takes pictures."""
     beside: tuple[Beside, ...] = ()
+    features: str = ""
+    """Of a net that takes pictures: the tensor of its graph that jobs on pictures learn from."""
 
     @property
     def source(self) -> str:
@@ -115,6 +117,7 @@ CATALOG: Final = (
         licence="MIT",
         package_licence="MIT",
         kind="image",
+        features="/backbone/layernorm/Add_1_output_0",
     ),
 )
 

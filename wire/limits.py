@@ -72,6 +72,20 @@ MAX_SUMMED: Final = 48
 MAX_LABELS: Final = 1024
 """That a text may have one of."""
 
+MAX_SERIES_COLUMNS: Final = 64
+"""Of sensor readings that are looked at together."""
+LEAST_SERIES_WINDOW: Final = 9
+"""Rows: what one kernel spans (models.training.kernels)."""
+MAX_SERIES_WINDOW: Final = 16_384
+MAX_WINDOW_READINGS: Final = 1 << 17
+"""Of all columns of a window: 0.5 MB, and twenty times that while its features are computed."""
+MAX_FEATURES: Final = 16_384
+"""That a task module without an encoder of its own looks at."""
+MAX_PIXELS: Final = 100_000_000
+"""Of a picture that is decoded: 300 MB, and twice that on the way."""
+MAX_SAMPLES_KEPT: Final = 1_000_000
+"""Whose features a board keeps in memory."""
+
 MAX_ADAPTERS: Final = 8
 """That one deployment serves: each costs every step a little."""
 

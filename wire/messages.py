@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from wire import limits
 from wire.errors import PeerError
+from wire.samples import Images, Series
 from wire.version import PROTOCOL
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
@@ -80,6 +81,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     knows_split: bool = False
     """Whether it can have a part of a model that is trained: older software refuses such orders, and all others with
     them."""
+    knows_features: bool = False
+    """Whether it can train a task module on other samples than texts: older software refuses such orders."""
     knows_privacy: bool = False
     """Whether it does what `TrainingTask.privacy` asks for: older software overlooks it."""
     knows_secure: bool = False
@@ -155,8 +158,8 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
 
     data: Name
     """Name of a data set in the device's own settings."""
-    tokenizer: ArtifactRef
-    """tokenizer.json of the model."""
+    tokenizer: ArtifactRef | None
+    """tokenizer.json of the model; None where samples are no texts."""
     end_id: Annotated[int, Meta(ge=0, lt=limits.MAX_DIM)] | None = None
     """The token that ends a text."""
     rank: Annotated[int, Meta(ge=1, le=limits.MAX_ADAPTER_RANK)]
@@ -183,6 +186,10 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     labels: Annotated[tuple[Label, ...], Meta(max_length=limits.MAX_LABELS)] = ()
     """Which of these a text has is learnt, by an encoder with a task module; none: to say the text itself. The graph of
     such an order is the encoder's configuration, and the task module travels behind the factors."""
+    series: Series | None = None
+    """Samples are windows of readings, and the task module alone is trained, on features of these."""
+    images: Images | None = None
+    """The same of pictures; the graph and its weights then are of the net that makes features of them."""
     role: Role = "whole"
     blocks: bool = False
     """All weights of all blocks are trained instead of factors, of an encoder."""

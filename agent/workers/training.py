@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from msgspec import Struct
 
 from agent.workers.endswork import EndsWork
+from agent.workers.frozen import FrozenNet
 from agent.workers.inference import Say, StageWorker, check_memory, done, hold_stage, spec_of
 from agent.workers.ledger import Ledger
 from agent.workers.pipe import Assignment, Status
@@ -26,25 +28,31 @@ from models.engine.base import EngineFailed
 from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.families.bert import BertConfig
+from models.families.features import FeatureConfig
 from models.formats.bert import BertFile
-from models.lora.adapter import HEAD, AdapterSpec, Config, initial, shapes, within
-from models.training.data import Sample, read
+from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, initial, shapes, within
+from models.training.data import BadRow, Sample, read
 from models.training.encoder import TrainedEncoder
+from models.training.features import image_features, series_features
+from models.training.heads import TrainedHead
 from models.training.llama import TrainedStage
 from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_of, split
+from models.training.trunk import Learner
 from wire.errors import CorruptData
 from wire.messages import ArtifactRef, StageOrder, TrainingTask
 from wire.version import VERSION
 
 Shapes = Mapping[str, tuple[int, int]]
 
+SAID_EVERY_S: Final = 1.0
+"""How far features are."""
 MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 
 
 class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     """A model with factors, and the rows of this device."""
 
-    stage: TrainedStage | TrainedEncoder
+    stage: Learner
     shaped: Shapes
     rows: Split
     bad_rows: int
@@ -77,12 +85,12 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         check_memory(assignment)
         return Trainee(stage=stage, shaped=shaped, rows=Split((), ()), bad_rows=0, fingerprint="", ledger=ledger)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
+    if task.series is not None or task.images is not None:
+        return _on_features(assignment, task, ledger, say)
     data = read(Path(assignment.data_path))
     rows = _rows(assignment, task, data.samples)
     bad_rows = data.bad_rows + len(data.samples) - len(rows)
-    if bad_rows and task.refuse_bad_rows:
-        first = data.said[0] if data.said else "too short a text, or without one of the labels"
-        raise CorruptData(f"data {task.data}: {bad_rows} rows are no samples: {first}", try_="bad_rows = 'leave-out'")
+    _check_bad_rows(task, bad_rows, data.said, "too short a text, or without one of the labels")
     stage, shaped = (_encoder if task.labels else _language_model)(assignment, task)
     private = task.privacy is not None
     trainee = Trainee(
@@ -95,6 +103,46 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
     )
     check_memory(assignment)
     return trainee
+
+
+def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, say: Say) -> Trainee:
+    """Of samples whose features are computed here, once."""
+    order, private = assignment.order, task.privacy is not None
+    said_s = time.monotonic()
+
+    def told(detail: str) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s > SAID_EVERY_S:
+            said_s = time.monotonic()
+            say(Status(phase="loading", epoch=order.epoch, detail=detail))
+
+    path = Path(assignment.data_path)
+    if task.images is not None:
+        made = image_features(path, task.images, task.labels, task.seed, FrozenNet.load(assignment), private, told)
+    elif task.series is not None:
+        made = series_features(path, task.series, task.labels, task.seed, private, told)
+    else:
+        raise EngineFailed("an order that says nothing of its samples")
+    _check_bad_rows(task, made.bad_rows, made.said, "none of the job's labels")
+    spec, config = _spec(task), FeatureConfig(hidden=made.values.shape[1])
+    trainee = Trainee(
+        # It has no parts; the coordinator gives nobody a part of one.
+        stage=cast(Learner, TrainedHead(made.values, initial(config, spec)[HEAD])),
+        shaped=shapes(config, spec),
+        rows=made.split(task.held_out, task.seed),
+        bad_rows=0 if private else made.bad_rows,
+        fingerprint=fingerprint_of(made.rows, assignment.threads, [order.graph, *order.weights], made.values),
+        ledger=ledger,
+    )
+    check_memory(assignment)
+    return trainee
+
+
+def _check_bad_rows(task: TrainingTask, count: int, said: Sequence[BadRow], otherwise: str) -> None:
+    """Raise CorruptData where there are some, and the job says that there may be none."""
+    if count and task.refuse_bad_rows:
+        first = said[0] if said else otherwise
+        raise CorruptData(f"data {task.data}: {count} rows are no samples: {first}", try_="bad_rows = 'leave-out'")
 
 
 def _rows(assignment: Assignment, task: TrainingTask, samples: Sequence[Sample]) -> list[Row]:
@@ -156,12 +204,16 @@ def _own(config: Config, spec: AdapterSpec, order: StageOrder, task: TrainingTas
     return within(shaped, range(order.first_block, order.end_block), order.end_block == config.blocks)
 
 
-def fingerprint_of(rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef]) -> str:
-    """Of all that a round comes from and its question does not say."""
+def fingerprint_of(
+    rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef], features: Floats | None = None
+) -> str:
+    """Of all that a round comes from and its question does not say; `features`: the table that rows are numbers of."""
     words = [str(threads), torch.__version__, VERSION, *(ref.digest for ref in files)]
     made = hashlib.sha256("/".join(words).encode())
     for row in rows:
         made.update(f"/{row.learnt_from}/{row.label}/{len(row.ids)}/".encode() + row.ids.tobytes())
+    if features is not None:
+        made.update(features.data)
     return made.hexdigest()
 
 

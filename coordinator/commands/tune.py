@@ -24,7 +24,7 @@ from coordinator.commands.common import (
     write_file,
     write_text,
 )
-from coordinator.rounds.job import load_job
+from coordinator.rounds.jobfile import load_job
 from coordinator.rounds.report import JobReport, csv_of, part_of, plots_of
 from coordinator.rounds.store import FILES
 from coordinator.screens.table import table

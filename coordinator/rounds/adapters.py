@@ -27,6 +27,7 @@ from models.lora.adapter import (
 from models.lora.aggregate import Factors, Update, aggregated, mixed, sent, shortened_to, taken
 from models.lora.serving import BLOCKS, CONFIG, PROVENANCE, TENSORS
 from models.lora.whole import to_file
+from models.training.kernels import VERSION as VERSION_OF_KERNELS
 from wire.messages import UpdateMeta
 from wire.version import VERSION
 
@@ -62,7 +63,9 @@ def taken_by(config: Config, job: Job, device: str, factors: Floats) -> Floats:
 
 
 def parts_of(job: Job, round_number: int) -> tuple[str, ...]:
-    """Which factors devices train and send in a round; a task module goes with them in all of them."""
+    """Which factors devices train and send in a round; a task module goes with them in all of them, or alone."""
+    if job.on_features:
+        return ("c",)
     trained = ("w",) if job.train == "blocks" else sent(job.rounds.aggregation, round_number)
     return (*trained, *(("c",) if job.labels else ()))
 
@@ -171,9 +174,9 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     by_name = named(factors, shapes(config, spec))
     if spec.blocks:
         assert isinstance(config, BertConfig)
-        tensors, told = to_file(config, by_name), {"peft_type": BLOCKS, "r": 1, "lora_alpha": 1.0}
+        tensors, settings = to_file(config, by_name), {"peft_type": BLOCKS, "r": 1, "lora_alpha": 1.0}
     else:
-        tensors, told = dict(to_peft(config, by_name)), _peft(config, job, spec)
+        tensors, settings = dict(to_peft(config, by_name)), _peft(config, job, spec)
     samples = {device: found.samples for done in rounds for device, found in done.devices.items() if found.samples}
     provenance: dict[str, Any] = {
         "schema": "edgelam.adapter/1",
@@ -191,10 +194,26 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     head: dict[str, bytes] = {}
     if HEAD in by_name:
         parts = {"weight": by_name[HEAD][:, :-1].copy(), "bias": by_name[HEAD][:, -1].copy()}
-        head[HEAD_FILE] = to_bytes(parts, {"format": "pt", "labels": msgspec.json.encode(job.labels).decode()})
+        told = {"format": "pt", "labels": msgspec.json.encode(job.labels).decode(), **_samples_of(job)}
+        head[HEAD_FILE] = to_bytes(parts, told)
+    found = {**head, PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
+    if job.on_features:
+        return found
     return {
-        **head,
+        **found,
         TENSORS: to_bytes(tensors, {"format": "pt"}),
-        CONFIG: msgspec.json.format(msgspec.json.encode(told)),
-        PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance)),
+        CONFIG: msgspec.json.format(msgspec.json.encode(settings)),
+    }
+
+
+def _samples_of(job: Job) -> dict[str, str]:
+    """How features were made for a task module, so that others can make them."""
+    if job.images is not None:
+        return {"images": msgspec.json.encode(job.images).decode(), "model": job.model}
+    if job.series is None:
+        return {}
+    return {
+        "series": msgspec.json.encode(job.series).decode(),
+        "seed": str(job.seed),
+        "kernels": str(VERSION_OF_KERNELS),
     }

@@ -15,10 +15,11 @@ from coordinator.shelf import ItemSource, Prepared
 from models.build.pack import Packed
 from models.build.stage import build_stage_graph
 from models.families.bert import BertConfig
+from models.families.features import FeatureConfig
 from models.formats.bert import BertFile, is_bert, read_bert_config
 from models.lora.adapter import Config, Floats, flat, initial, shapes, sizes
 from models.lora.whole import weights_of
-from models.training.memory import encoder_peak_bytes, ends_peak_bytes, peak_bytes, trunk_peak_bytes
+from models.training.memory import encoder_peak_bytes, ends_peak_bytes, head_peak_bytes, peak_bytes, trunk_peak_bytes
 from wire.errors import Refused, UsageError
 from wire.messages import Role
 
@@ -54,11 +55,17 @@ class Base(Struct, frozen=True, kw_only=True):
     wire_dtype: str
     packed: Packed | None = None
     """Of a language model."""
+    most_samples: int = 0
+    """Whose features a board keeps, where a task module alone is trained."""
+    working_bytes: int = 0
+    """What it takes to compute them."""
 
     def peak_bytes(self, job: Job, device: str, rows: int, remember: bool) -> int:
         """What a worker that has the whole model takes at most, as foretold, with so many samples at once."""
         weights = self.parts["whole"].weight_bytes
         spec, row_tokens = spec_of(job, device), job.rounds.row_tokens
+        if isinstance(self.config, FeatureConfig):
+            return head_peak_bytes(self.config, spec, rows, self.most_samples, self.working_bytes)
         if isinstance(self.config, BertConfig):
             return encoder_peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
         return peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
@@ -66,11 +73,13 @@ class Base(Struct, frozen=True, kw_only=True):
     def ends_bytes(self, job: Job) -> int:
         """The same of one that has the ends of a split model."""
         tokens = job.rounds.batch_rows * job.rounds.row_tokens
+        assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
         return ends_peak_bytes(self.config, self.parts["ends"].weight_bytes, spec_of(job), tokens)
 
     def trunk_bytes(self, job: Job, ends: int, remember: bool, blocks: int | None = None) -> int:
         """The same of one that has all blocks, or so many, for so many of those."""
         tokens, weights = job.rounds.batch_rows * job.rounds.row_tokens, self.parts["trunk"].weight_bytes
+        assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
         return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks)
 
     def initial(self, job: Job) -> Floats:

@@ -25,7 +25,8 @@ from starlette.routing import Route
 from coordinator.bodies import body_of
 from coordinator.lines import Lines, guarded, with_progress
 from coordinator.replies import json_reply
-from coordinator.rounds.job import Job, checked
+from coordinator.rounds.job import Job
+from coordinator.rounds.jobfile import checked
 from coordinator.rounds.tuning import Tuning
 
 

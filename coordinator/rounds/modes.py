@@ -14,8 +14,9 @@ import msgspec
 
 from coordinator.rounds.adapters import spec_of
 from coordinator.rounds.bases import Base
+from coordinator.rounds.contradictions import against_split
 from coordinator.rounds.cutting import Cut, step_s
-from coordinator.rounds.job import Job, against_split
+from coordinator.rounds.job import Job
 from coordinator.rounds.offers import link_rate
 from coordinator.rounds.orders import able_devices, states_bytes
 from coordinator.rounds.trunks import operations_of, product_rate, trunk_of

@@ -111,7 +111,7 @@ def _order(site: str, record: JobRecord, base: Base, placed: Placed, stage: int,
     )
 
 
-def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTask:
+def task_of(job: Job, tokenizer: ArtifactRef | None, end_id: int | None) -> TrainingTask:
     """What a board of the adapter's rank does in each round."""
     rounds = job.rounds
     return TrainingTask(
@@ -131,6 +131,8 @@ def task_of(job: Job, tokenizer: ArtifactRef, end_id: int | None) -> TrainingTas
         rounds=rounds.count,
         privacy=job.privacy,
         labels=job.labels,
+        series=job.series,
+        images=job.images,
         refuse_bad_rows=job.bad_rows == "refuse",
         blocks=job.train == "blocks",
         secure=job.secure,
@@ -154,6 +156,8 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = "its data are for private jobs alone, without losses"
         elif job.is_split and not info.knows_split:
             unable[device.name] = f"its software, {info.software}, knows no split models"
+        elif job.on_features and not info.knows_features:
+            unable[device.name] = f"its software, {info.software}, knows samples that are texts alone"
         elif job.privacy is not None and not info.knows_privacy:
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
         elif job.secure and not info.knows_secure:

@@ -12,8 +12,9 @@ import msgspec
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import files_of, parts_of, spec_of
 from coordinator.rounds.airtime import Offer
-from coordinator.rounds.bases import Base, Part, base_of
+from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.exchange import Exchange
+from coordinator.rounds.features import base_for
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.offers import Timing, Took, learnt, link_rate, offer_of, weights_of
@@ -89,13 +90,13 @@ class Running:
     async def run(self) -> None:
         """All rounds that are left, and a last look at what came of them. Raises EdgelamError."""
         job = self.job
-        prepared = await self._operations.preparing.prepare(job.model, job.precision, self._say)
-        base = self._base = await asyncio.to_thread(base_of, prepared, job)
+        base = self._base = await base_for(self._operations, job, self._say)
         if base.digest != self.record.base:
             raise Refused(f"{job.model} is another file than when the job began", try_="begin the job anew")
         await self._operations.preparing.await_broker()
         artifacts = self._coordinator.artifacts
-        task = task_of(job, artifacts.add_bytes(base.tokenizer, "tokenizer.json"), base.end_id)
+        tokenizer = artifacts.add_bytes(base.tokenizer, "tokenizer.json") if base.tokenizer else None
+        task = task_of(job, tokenizer, base.end_id)
         if job.privacy is not None:
             self._say(private_text(job.privacy))
         if job.secure:

@@ -15,7 +15,7 @@ import msgspec
 
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import spent_by
-from coordinator.rounds.bases import base_of
+from coordinator.rounds.features import base_for
 from coordinator.rounds.job import Job
 from coordinator.rounds.modes import settled_mode
 from coordinator.rounds.orders import able_devices, check_messages
@@ -88,8 +88,7 @@ class Tuning:
         if len(self._running) >= MOST_JOBS:
             raise Refused(f"{MOST_JOBS} jobs are under way", try_="edgelam tune status")
         job = msgspec.structs.replace(job, model=canonical(job.model))
-        prepared = await self._operations.preparing.prepare(job.model, job.precision, say)
-        base = await asyncio.to_thread(base_of, prepared, job)
+        base = await base_for(self._operations, job, say)
         await self._operations.preparing.await_broker()
         job, mode_because = settled_mode(self._coordinator, job, base)
         if mode_because:

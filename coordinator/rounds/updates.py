@@ -58,6 +58,6 @@ def farthest_of(job: Job) -> float:
         return steps  # noise on a gradient makes no step longer
     if privacy.channel is not None:
         return math.inf  # over a bad channel there is as much noise as there is
-    norm = norm_of(privacy, 3 if job.labels else 2)
+    norm = norm_of(privacy, 1 if job.on_features else 3 if job.labels else 2)
     noise = noise_for(privacy.epsilon, privacy.delta, rounds.count)
     return steps + MOST_DEVIATIONS * noise * 2 * norm

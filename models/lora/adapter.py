@@ -22,6 +22,7 @@ from msgspec import Meta, Struct
 
 from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig, matrix_size
+from models.families.features import FeatureConfig
 from models.lora.whole import shapes_of
 from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS
 from wire.messages import Matrix
@@ -35,7 +36,7 @@ HEAD: Final = "head.c"
 HEAD_FILE: Final = "head.safetensors"
 """In it, beside PEFT's two files, with `weight` [labels, hidden], `bias` [labels], and the labels as JSON."""
 
-Config = LlamaConfig | BertConfig
+Config = LlamaConfig | BertConfig | FeatureConfig
 
 _PEFT: Final[Mapping[str, str]] = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
@@ -81,13 +82,15 @@ def sizes(config: Config, matrix: Matrix) -> tuple[int, int]:
     """(out, in) of a matrix; KeyError for one that such a model has not."""
     if isinstance(config, BertConfig):
         return matrix_sizes(config)[matrix]
+    if isinstance(config, FeatureConfig):
+        raise KeyError(matrix)
     rows_of_qkv = {"q": config.q_width, "k": config.kv_width, "v": config.kv_width}
     return (rows_of_qkv[matrix], config.hidden) if matrix in rows_of_qkv else matrix_size(config, matrix)
 
 
 def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
-    """Name -> shape of all factors, blocks in order, the task module last. ValueError for weights of a model whose
-    weights can't be trained."""
+    """Name -> shape of all factors, blocks in order, the task module last. On features there is nothing else.
+    ValueError for weights of a model whose weights can't be trained."""
     found: dict[str, tuple[int, int]] = {}
     if spec.blocks:
         if not isinstance(config, BertConfig):
@@ -164,9 +167,11 @@ def to_peft(config: Config, factors: Mapping[str, Floats]) -> Iterator[tuple[str
         block, matrix, part = name.removeprefix("block.").split(".")
         if isinstance(config, BertConfig):
             rows, long = values, f"encoder.layer.{block}.{_PEFT_OF_BERT[matrix]}"
-        else:
+        elif isinstance(config, LlamaConfig):
             rows = _paired(config, matrix, values, to_halves=True) if part == "b" else values
             long = f"model.layers.{block}.{_PEFT[matrix]}"
+        else:
+            raise KeyError(name)
         yield f"base_model.model.{long}.lora_{part.upper()}.weight", np.ascontiguousarray(rows)
 
 

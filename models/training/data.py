@@ -58,20 +58,20 @@ class _Row(Struct, frozen=True):
     label: Any = ""
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that a path stands for; raise UsageError if there are none that can be read."""
+def files_of(path: Path, kinds: tuple[str, ...] = KINDS) -> list[Path]:
+    """The files of these kinds that a path stands for; raise UsageError if there are none that can be read."""
     try:
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS and file.is_file())
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds and file.is_file())
             if not found:
-                raise UsageError(f"data {path}: no {', '.join(KINDS)} in it", try_="one file of text at least")
+                raise UsageError(f"data {path}: no {', '.join(kinds)} in it", try_="one file of data at least")
             return found
         with path.open("rb"):
             pass
     except OSError as error:
         raise UsageError(f"data {path}: {(error.strerror or str(error)).lower()}", try_="see --data") from None
-    if path.suffix.lower() not in KINDS:
-        raise UsageError(f"data {path}: kind {path.suffix or 'without a name'!r} is not read", try_=", ".join(KINDS))
+    if path.suffix.lower() not in kinds:
+        raise UsageError(f"data {path}: kind {path.suffix or 'without a name'!r} is not read", try_=", ".join(kinds))
     return [path]
 
 
@@ -153,7 +153,7 @@ def _of_csv(file: Path, lines: Iterable[str]) -> Iterator[Sample | BadRow]:
 
 
 def _of_columns(file: Path) -> Iterator[Sample | BadRow]:
-    for number, row in parquet.rows(file, "text", ("text", "prompt", "label")):
+    for number, row in parquet.rows(file, ("text",), ("text", "prompt", "label")):
         where, text, prompt = f"{file.name}:{number}", row["text"], row.get("prompt")
         if not isinstance(text, str) or not isinstance(prompt, (str, type(None))):
             yield BadRow(where, "its text or prompt is none")

@@ -2,7 +2,7 @@
 
     ids [n, T] -> embedding -> blocks with factors -> mean over each text -> task module -> a score for each label
 
-The task module is one matrix [labels, hidden + 1], the last column its bias, and is trained whole; all else is frozen.
+The task module (models.training.heads) is trained whole; all else is frozen.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from models.engine.base import Array
 from models.formats.bert import BLOCK_NORMS, EMBEDDINGS_NORM, MATRICES, BertFile
-from models.lora.adapter import HEAD, AdapterSpec
-from models.training.factored import Factored, mapped, trained
-from models.training.samples import IGNORED, Batch, Judged
+from models.lora.adapter import AdapterSpec
+from models.training.factored import mapped, trained
+from models.training.heads import TaskModule
+from models.training.samples import Batch, Judged
 
 
-class TrainedEncoder(Factored):
+class TrainedEncoder(TaskModule):
     """An encoder, or some of its blocks. `factors` by name (models.lora.adapter), the task module's among them."""
 
     def __init__(
@@ -49,16 +50,6 @@ class TrainedEncoder(Factored):
         with torch.no_grad():
             return self.judged_at(self._features(batch, True), batch)
 
-    def loss_at(self, features: Tensor, batch: Batch) -> Tensor:
-        """The loss of a batch whose `features` are these."""
-        return functional.cross_entropy(self.scores(features), torch.from_numpy(batch.targets), ignore_index=IGNORED)
-
-    def judged_at(self, features: Tensor, batch: Batch) -> Judged:
-        with torch.no_grad():
-            targets = torch.from_numpy(batch.targets)
-            right = (self.scores(features).argmax(dim=1) == targets) & (targets != IGNORED)
-            return Judged(float(self.loss_at(features, batch)), batch.counted, int(right.sum()))
-
     def features(self, states: Tensor, lengths: Tensor, remember: bool = True) -> Tensor:
         """What the task module looks at: [n, T, hidden] -> [n, hidden], means over each text of what blocks make."""
         return self.means(self.run(states, lengths, remember), lengths)
@@ -78,11 +69,6 @@ class TrainedEncoder(Factored):
             else:
                 states = checkpoint(self._block, block, states, seen, use_reentrant=False)
         return states
-
-    def scores(self, features: Tensor) -> Tensor:
-        """The task module: [n, hidden] -> [n, labels]."""
-        head = self.factors[HEAD]
-        return functional.linear(features, head[:, :-1], head[:, -1])
 
     @staticmethod
     def means(states: Tensor, lengths: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import msgspec
 
 from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig
+from models.families.features import FeatureConfig
 from models.lora.adapter import AdapterSpec, length_of, shapes, sizes
 
 FLOAT: Final = 4
@@ -44,6 +45,20 @@ TRUNK_WORKING: Final = 6
 HEAD_COPIES: Final = 4
 """Of a task module: as it is, as it comes, its gradient, and as that goes out."""
 PAGE: Final = 4096
+HEAD_BYTES: Final = 320 << 20
+"""ENCODER_BYTES where a task module is all there is."""
+HEAD_ALONE_COPIES: Final = 12
+"""ADAPTER_COPIES of it: what an optimiser makes on the way is no small part any more."""
+NET_BYTES: Final = 60 << 20
+"""onnxruntime, where it makes features of pictures."""
+NET_COPIES: Final = 2
+"""Of the weights of such a net: mapped, and as onnxruntime packs them."""
+TENSOR_COPIES: Final = 16
+"""Of its widest tensor, and of others as wide, while it runs."""
+PIXEL_BYTES: Final = 8
+"""Of a picture, whose pixels have four: as it is decoded, and turned upright."""
+ROW_BYTES: Final = 600
+"""Of one sample beside its features: its number and label as rounds draw them."""
 
 
 def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
@@ -118,6 +133,15 @@ def _shortened(config: LlamaConfig | BertConfig, blocks: int) -> LlamaConfig | B
     if isinstance(config, BertConfig):
         return msgspec.structs.replace(config, num_hidden_layers=blocks)
     return msgspec.structs.replace(config, blocks=blocks)
+
+
+def head_peak_bytes(config: FeatureConfig, spec: AdapterSpec, rows: int, kept: int, working_bytes: int) -> int:
+    """The same of a task module alone, over a table of the features of so many samples, which took `working_bytes` to
+    compute; `rows` of a step."""
+    table = kept * (FLOAT * config.hidden + ROW_BYTES)
+    adapter = FLOAT * length_of(shapes(config, spec))
+    by_row = FLOAT * rows * (config.hidden + LOGITS_COPIES * spec.labels)
+    return HEAD_BYTES + table + HEAD_ALONE_COPIES * adapter + by_row + working_bytes
 
 
 def _encoder_block(config: BertConfig, spec: AdapterSpec) -> int:

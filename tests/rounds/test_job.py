@@ -7,9 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.rounds.job import Adapter, Job, Rounds, checked, load_job
+from coordinator.rounds.job import Adapter, Job, Rounds
+from coordinator.rounds.jobfile import checked, load_job
 from wire.errors import UsageError
 from wire.messages import Channel, Privacy
+from wire.samples import Images, Series
 
 SMALL = 'model = "smollm2"\ndata = "notes"\n'
 
@@ -217,3 +219,65 @@ def test_secure_is_refused_with_all_that_needs_single_updates(tmp_path: Path) ->
         assert len(problems(tmp_path, text)) == 1
     few = SMALL + 'secure = true\ndevices = ["a", "b"]\n[rounds]\nat_least = 3\n'
     assert problems(tmp_path, few) == ["rounds.at_least: 3 updates from 2 devices"]
+
+
+WATCH = """
+    model = "series"
+    data = "watch"
+    labels = ["a", "b"]
+    [series]
+    columns = ["ax", "ay"]
+"""
+
+
+def test_a_job_says_which_columns_are_readings(tmp_path: Path) -> None:
+    wanted = load(tmp_path, WATCH + 'label = "activity"\nwindow = 50\nstride = 25\ncentre = [1, 0]\n')
+    assert wanted.series == Series(
+        columns=("ax", "ay"), label="activity", window=50, stride=25, centre=(1.0, 0.0)
+    ) and wanted.on_features and checked(wanted) == wanted  # fmt: skip
+    assert wanted.series is not None and wanted.series.step == 25
+    assert Series(columns=("ax",), window=50).step == 50
+
+
+def test_what_means_nothing_with_readings_is_said_at_once(tmp_path: Path) -> None:
+    text = """
+        model = "smollm2"
+        data = "watch"
+        mode = "split"
+        [adapter]
+        rank = 4
+        [rounds]
+        aggregation = "ffa"
+        row_tokens = 64
+        [series]
+        columns = ["ax", "ay", "ax"]
+        label = "ay"
+        most_gap = 1.0
+        scale = [1]
+        window = 16384
+    """
+    found = problems(tmp_path, text)
+    said = ["model: 'smollm2' takes no readings", "labels: missing", "mode: 'split'", "adapter: means nothing",
+            "rounds.aggregation: ffa", "rounds.row_tokens:", "series.columns: one is named twice", "series.most_gap:",
+            "series.scale: 1 numbers for 3 columns"]  # fmt: skip
+    assert all(any(line.startswith(word) for line in found) for word in said), found
+    assert len(found) == len(said)
+    many = [f"c{number}" for number in range(16)]
+    long = problems(tmp_path, WATCH.replace('["ax", "ay"]', repr(many).replace("'", '"')) + "window = 16384\n")
+    assert [line.split(":")[0] for line in long] == ["series.window"]
+    none = problems(tmp_path, 'model = "series"\ndata = "watch"\nlabels = ["a", "b"]\n')
+    assert none == ["series: missing; it says which columns are readings"]
+    wrong = problems(tmp_path, WATCH + "window = 8\nstrides = 3\nscale = [1, 0]\n")
+    assert sorted(line.split(":")[0] for line in wrong) == ["series.scale", "series.strides", "series.window"]
+
+
+def test_pictures_are_a_kind_of_samples_of_their_own(tmp_path: Path) -> None:
+    text = 'model = "vit"\ndata = "photos"\nlabels = ["cat", "dog"]\n[images]\nmost_images = 100\n'
+    wanted = load(tmp_path, text)
+    assert wanted.images == Images(most_images=100) and wanted.on_features and checked(wanted) == wanted
+    found = problems(
+        tmp_path, text.replace("labels", "#") + 'pool = "last"\nmean = [0, 0]\n[series]\ncolumns = ["a"]\n'
+    )
+    assert sorted(line.split(":")[0] for line in found) == ["images.mean", "images.pool", "labels", "model"], found
+    both = problems(tmp_path, WATCH + "[images]\n")
+    assert [line.split(":")[0] for line in both] == ["images"]

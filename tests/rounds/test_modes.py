@@ -129,7 +129,7 @@ def test_rates_are_those_of_profiles() -> None:
 
 
 def test_a_file_may_say_auto_with_a_trunk(tmp_path: Path) -> None:
-    from coordinator.rounds.job import load_job
+    from coordinator.rounds.jobfile import load_job
 
     path = tmp_path / "notes.toml"
     path.write_text('model = "m"\ndata = "notes"\nmode = "auto"\ntrunk = "nuc"\n')

@@ -1,0 +1,221 @@
+"""What is wrong with a job whose fields are right by themselves. Pure; docs/tuning.md lists the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, Adapter, Job, Rounds
+from models.lora.aggregate import ANY_RANKS
+from models.privacy.accountant import noise_for
+from wire.ids import is_name
+from wire.limits import LEAST_SUMMED, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
+from wire.messages import Privacy
+from wire.samples import Series
+
+
+def contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with fields that are right by themselves."""
+    adapter, rounds = values.get("adapter", Adapter()), values.get("rounds", Rounds())
+    devices = values.get("devices", ())
+    mode, trunk = values.get("mode", "federated"), values.get("trunk", ())
+    found = _about_split(values, mode) if mode in SPLIT else []
+    if trunk and mode == "federated":
+        found.append("trunk: means nothing with mode = 'federated'")
+    if not isinstance(trunk, str) and len(set(trunk)) != len(trunk):
+        found.append("trunk: one is listed twice")
+    if mode == "pipeline" and trunk and (isinstance(trunk, str) or len(trunk) < 2):
+        found.append("trunk: one board, mode = 'pipeline' wants two at least")
+    if not is_name(values["name"]) or len(values["name"]) > MOST_NAME:
+        found.append(f"name: {values['name']!r} is none: up to {MOST_NAME} lower-case letters, digits and hyphens")
+    found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]
+    if len(set(devices)) != len(devices):
+        found.append("devices: one is listed twice")
+    labels = values.get("labels", ())
+    if len(set(labels)) != len(labels):
+        found.append("labels: one is listed twice")
+    if len(labels) == 1:
+        found.append("labels: with one there is nothing to tell apart")
+    found += [
+        f"adapter.ranks.{device}: {rank}, more than adapter.rank, {adapter.rank}"
+        for device, rank in adapter.ranks.items()
+        if rank > adapter.rank
+    ]
+    if any(rank != adapter.rank for rank in adapter.ranks.values()) and rounds.aggregation not in ANY_RANKS:
+        found.append(f"rounds.aggregation: {rounds.aggregation} needs one rank for all, not adapter.ranks")
+    if len(set(adapter.matrices)) != len(adapter.matrices):
+        found.append("adapter.matrices: one is listed twice")
+    found += _about_features(values)
+    found += _about_rounds(rounds)
+    most = len(devices) or 256
+    if rounds.who in COUNTED:
+        most = min(most, rounds.devices)
+        if devices and rounds.devices > len(devices):
+            found.append(f"rounds.devices: {rounds.devices} of {len(devices)} devices")
+    if rounds.at_least > most:
+        found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
+    if values.get("train") == "blocks":
+        found += _about_blocks(values)
+    privacy = values.get("privacy")
+    if privacy is not None and values.get("bad_rows") == "refuse":
+        found.append("bad_rows: 'refuse' would tell whether there are any, which no private job tells")
+    if values.get("secure"):
+        found += _about_secure(values)
+    return found + ([] if privacy is None else _impossible(privacy, rounds))
+
+
+def against_split(job: Job) -> list[str]:
+    """What in a job does not go with a model that is split."""
+    return _about_split(msgspec.structs.asdict(job), "split")
+
+
+def _about_split(values: Mapping[str, Any], mode: str) -> list[str]:
+    """What does not go with a model that is split: all boards make each step together."""
+    rounds, found = values.get("rounds", Rounds()), []
+    if rounds.who in ("fastest", "scheduled"):
+        found.append(f"rounds.who: {rounds.who!r} means nothing with mode = {mode!r}, where all wait for one another")
+    if rounds.aggregation not in ONE_SET:
+        found.append(f"rounds.aggregation: {rounds.aggregation}; with mode = {mode!r} there is one set of factors")
+    plain = {"middle": "mean", "most_change": None, "medium": "own", "rows_at_once": None}
+    found += [
+        f"rounds.{key}: {getattr(rounds, key)!r} means nothing with mode = {mode!r}"
+        for key, left_out in plain.items()
+        if getattr(rounds, key) != left_out
+    ]
+    if values.get("adapter", Adapter()).ranks:
+        found.append(f"adapter.ranks: mean nothing with mode = {mode!r}: there is one set of factors")
+    if rounds.batch_rows > MAX_SPLIT_ROWS:
+        found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = {mode!r} at most {MAX_SPLIT_ROWS}")
+    if values.get("privacy") is not None:
+        found.append(f"privacy: not with mode = {mode!r}: states and gradients would have to be covered, and are not")
+    if values.get("secure"):
+        found.append(
+            f"secure: not with mode = {mode!r}: states and gradients can't be masked, each is needed by itself"
+        )
+    return found
+
+
+def _about_blocks(values: Mapping[str, Any]) -> list[str]:
+    """What means nothing where weights are trained themselves."""
+    found, rounds = [], values.get("rounds", Rounds())
+    if not values.get("labels"):
+        found.append("train: 'blocks' is for sentence encoders, which learn labels")
+    if values.get("adapter", Adapter()) != Adapter():
+        found.append("adapter: there is none with train = 'blocks'")
+    if rounds.aggregation != "fedavg":
+        found.append(f"rounds.aggregation: {rounds.aggregation} is of factors, and train = 'blocks' has none")
+    if values.get("privacy") is not None:
+        found.append("privacy: not with train = 'blocks': noise on so many numbers leaves nothing")
+    return found
+
+
+def _about_secure(values: Mapping[str, Any]) -> list[str]:
+    """What needs more than the sum of updates, or times that boards take by themselves."""
+    rounds, privacy, found = values.get("rounds", Rounds()), values.get("privacy"), []
+    plain = {
+        "middle": ("mean", "looks at each update"),
+        "most_change": (None, "looks at each update"),
+        "medium": ("own", "needs to know how long each board sends, and boards wait for one another"),
+    }
+    found += [
+        f"rounds.{key}: {getattr(rounds, key)!r} {why}; not with secure"
+        for key, (left_out, why) in plain.items()
+        if getattr(rounds, key) != left_out
+    ]
+    if rounds.aggregation not in ONE_SET:
+        found.append(f"rounds.aggregation: {rounds.aggregation} is no sum of updates; with secure {', '.join(ONE_SET)}")
+    if rounds.who in ("fastest", "scheduled"):
+        found.append(f"rounds.who: {rounds.who!r} needs to know how long each board takes; not with secure")
+    if values.get("adapter", Adapter()).ranks:
+        found.append("adapter.ranks: not with secure: updates of several lengths make no sum")
+    if rounds.at_least < LEAST_SUMMED:
+        found.append(
+            f"rounds.at_least: {rounds.at_least}; with secure at least {LEAST_SUMMED}, sums of fewer tell much"
+        )
+    if max(rounds.at_least, rounds.devices) > MAX_SUMMED:
+        found.append(f"rounds: more than {MAX_SUMMED} boards in a sum; not with secure")
+    if privacy is not None and privacy.unit == "device" and privacy.channel is not None:
+        found.append("privacy.channel: noise without a bound, with unit 'device'; not with secure")
+    return found
+
+
+def _about_features(values: Mapping[str, Any]) -> list[str]:
+    """What samples that are no texts ask for, and what means nothing with them."""
+    series, images = values.get("series"), values.get("images")
+    found = []
+    if series is None and values.get("model") == SERIES:
+        found.append("series: missing; it says which columns are readings")
+    if series is None and images is None:
+        return found
+    if series is not None and images is not None:
+        found.append("images: not beside series; a job has samples of one kind")
+    if series is not None and values.get("model", SERIES) != SERIES:
+        found.append(f"model: {values['model']!r} takes no readings; with series it is {SERIES!r}")
+    if not values.get("labels"):
+        found.append("labels: missing; which of these a sample has is what is learnt")
+    if values.get("mode", "federated") != "federated":
+        found.append(f"mode: {values['mode']!r}; there is nothing to split below a task module on features")
+    if values.get("adapter", Adapter()) != Adapter():
+        found.append("adapter: means nothing where the task module alone is trained")
+    rounds, plain = values.get("rounds", Rounds()), Rounds()
+    if rounds.aggregation != "fedavg":
+        found.append(f"rounds.aggregation: {rounds.aggregation} is for low-rank factors, and there are none")
+    if rounds.row_tokens != plain.row_tokens:
+        found.append("rounds.row_tokens: samples are no texts")
+    return found + ([] if series is None else _about_series(series))
+
+
+def _about_series(series: Series) -> list[str]:
+    found = []
+    named = [*series.columns, series.label, *filter(None, (series.id, series.time))]
+    if len(set(named)) != len(named):
+        found.append("series.columns: one is named twice, or is label, id or time as well")
+    if series.most_gap is not None and not series.time:
+        found.append("series.most_gap: means something beside series.time alone")
+    for name in ("centre", "scale"):
+        given = len(getattr(series, name))
+        if given not in (0, len(series.columns)):
+            found.append(f"series.{name}: {given} numbers for {len(series.columns)} columns")
+    if series.window * len(series.columns) > MAX_WINDOW_READINGS:
+        found.append(f"series.window: at most {MAX_WINDOW_READINGS} readings, of all columns together")
+    return found
+
+
+def _about_rounds(rounds: Rounds) -> list[str]:
+    """Keys that say something only beside others."""
+    found = []
+    if rounds.who not in COUNTED and rounds.devices != 1:
+        found.append(f"rounds.devices: with who = {rounds.who!r} their number is not given")
+    if rounds.who == "scheduled" and rounds.delay_s is None:
+        found.append("rounds.delay_s: missing; who = 'scheduled' needs to know how long a round may take")
+    if rounds.who != "scheduled":
+        given = {"delay_s": None, "tradeoff": None, "penalty": "quadratic", "least_share": 0.1}
+        found += [
+            f"rounds.{key}: means something with who = 'scheduled' alone"
+            for key, left_out in given.items()
+            if getattr(rounds, key) != left_out
+        ]
+    if rounds.middle != "mean" and rounds.aggregation in ANY_RANKS:
+        found.append(f"rounds.middle: {rounds.aggregation} takes the mean alone")
+    if rounds.airtime == "equal" and rounds.medium != "shared":
+        found.append("rounds.airtime: there is nothing to divide unless medium = 'shared'")
+    return found
+
+
+def _impossible(privacy: Privacy, rounds: Rounds) -> list[str]:
+    releases = rounds.count * (rounds.steps if privacy.unit == "sample" else 1)
+    try:
+        noise_for(privacy.epsilon, privacy.delta, releases)
+    except ValueError as error:
+        return [f"privacy.epsilon: {error}, at delta {privacy.delta:g}"]
+    return []
+
+
+def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    ranks = values.get("adapter", Adapter()).ranks
+    named = [("devices", device) for device in values.get("devices", ())]
+    trunk = values.get("trunk", ())
+    named += [("trunk", name) for name in ((trunk,) if isinstance(trunk, str) else trunk) if name]
+    return [("data", values["data"]), *named, *(("adapter.ranks", device) for device in ranks)]
