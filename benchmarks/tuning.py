@@ -65,7 +65,7 @@ from wire import topics
 from wire.broker import start_broker
 from wire.channel import Inbox, Outbox
 from wire.frames import Kind, Parcel, Tensor
-from wire.limits import CHUNK_BYTES_DEFAULT
+from wire.limits import CHUNK_BYTES_DEFAULT, LEAST_SUMMED
 from wire.mqtt import MqttTransport
 from wire.pace import Pace
 from wire.transport import Link
@@ -128,10 +128,11 @@ def boards_with_text(folder: Path, count: int, link: str) -> tuple[BoardSpec, ..
 
 
 def rounds_of(
-    there: Client, model: str, rounds: int, each: Callable[[], None] = lambda: None, **more: Any
+    there: Client, model: str, rounds: int, each: Callable[[], None] = lambda: None, secure: bool = False, **more: Any
 ) -> list[dict[str, Any]]:
     job = Job(
-        name="bench",
+        name="secure" if secure else "bench",
+        secure=secure,
         model=model,
         data="notes",
         precision="f32",
@@ -154,6 +155,7 @@ def measured(count: int, link: str, rounds: int) -> list[Figure]:
         with whole_site("f32", boards, model) as site:
             await_links(site.there)
             found = rounds_of(site.there, model, rounds)
+            sums = rounds_of(site.there, model, rounds, secure=True, at_least=3) if count >= LEAST_SUMMED else []
     name = f"{count} boards, {link}"
     payload = median(one["up_bytes"] / count for one in found)
     took_s = median(overhead_s(one) for one in found)
@@ -162,6 +164,12 @@ def measured(count: int, link: str, rounds: int) -> list[Figure]:
         Figure(f"{name}: a round", median(one["wall_s"] for one in found) * 1e3, "ms"),
         Figure(f"{name}: beyond computing", took_s * 1e3, "ms"),
     ]
+    if sums:
+        each_bytes = [one["up_bytes"] / count for one in sums]
+        figures += [
+            Figure(f"{name}: a secure round", median(one["wall_s"] for one in sums) * 1e3, "ms"),
+            Figure(f"{name}: sent by each board in it", median(each_bytes) / payload, "x an update"),
+        ]
     spec = link_of(link)
     if spec is not None and spec.rate_bytes_per_s:
         ways_s = 2 * payload / spec.rate_bytes_per_s
