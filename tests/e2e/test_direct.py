@@ -80,6 +80,7 @@ class Ear:
         self._transport.close()
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_and_only_the_board_without_a_broker_is_reached_through_the_sites(
     mixed: Site, tiny_model: str
 ) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.e2e import losses
 from tests.e2e.garbage import READ_BY_COORDINATOR, Vandal
@@ -18,6 +19,7 @@ from wire.errors import Unreachable
 ALL_ONLINE = dict.fromkeys(board_names(3), "online")
 
 
+@pytest.mark.slow
 def test_a_killed_broker_is_started_again_and_all_retained_state_comes_back(site: Site, tiny_model: str) -> None:
     before = site.run(tiny_model, 2)
     losses.kill_broker(site, "")

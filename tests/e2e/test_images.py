@@ -74,6 +74,7 @@ def photo_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         coordinator.stop()
 
 
+@pytest.mark.slow
 def test_labels_of_pictures_are_learnt_where_they_are(photo_site: Site, tmp_path: Path) -> None:
     site, rounds = photo_site, list[dict[str, Any]]()
     net = tmp_path / "vit.onnx"

@@ -48,7 +48,9 @@ PREFILL_S = 0.2
 """The prompt and what was given, through two or three stages of the tiny model."""
 
 
-@pytest.mark.parametrize("fault", QUICK_FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow) if "stopped" in fault else fault for fault in QUICK_FAULTS]
+)
 def test_an_answer_survives_a_loss(fault: str, losing_site: Site, model: Model) -> None:
     """Seed 1 draws exactly, seed 4 is greedy and not exact; a loss that comes after the last word is tried again."""
     seeds = (1, 4, 2) if QUICK_FAULTS.index(fault) % 2 else (4, 1, 2)

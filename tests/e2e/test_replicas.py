@@ -151,6 +151,7 @@ def test_without_copies_the_same_loss_costs_a_download(losing_site: Site, model:
     await_nothing_left(site)
 
 
+@pytest.mark.slow
 def test_a_copy_that_waits_costs_next_to_no_processor_time(losing_site: Site, model: Model) -> None:
     site = losing_site
     deploy(site, model)

@@ -75,6 +75,7 @@ def test_it_is_told_that_updates_were_masked(site: Site, undisturbed: dict[str, 
     assert "masked" in site.cli("tune", "status", "calm").stdout
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_does_its_round_again(site: Site, tiny_model: str, undisturbed: dict[str, Any]) -> None:
     killed: list[psutil.Process] = []
 
@@ -88,6 +89,7 @@ def test_a_worker_that_is_killed_does_its_round_again(site: Site, tiny_model: st
     assert same(adapter_of(site, "killed-worker"), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_killed_goes_on_with_the_round(
     site: Site, tiny_model: str, undisturbed: dict[str, Any]
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_coordinator_that_is_killed_goes_on_with_the_round(
     assert same(adapter_of(site, "killed-hub"), undisturbed)
 
 
+@pytest.mark.slow
 def test_noise_of_the_board_goes_on_before_the_mask(site: Site, tiny_model: str) -> None:
     wanted = secure(tiny_model, "private", privacy=Privacy(epsilon=3.0))
     rounds = rounds_of(site, wanted)

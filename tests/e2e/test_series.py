@@ -112,6 +112,7 @@ def by_hand(wanted: Job, data: Path) -> tuple[dict[str, Any], list[float]]:
     return named(factors, shaped), right
 
 
+@pytest.mark.slow
 def test_activities_are_learnt_of_readings_that_stay_where_they_are(watch_site: Site, tmp_path: Path) -> None:
     site, rounds = watch_site, list[dict[str, Any]]()
     wanted = job("watch")
@@ -143,6 +144,7 @@ def test_activities_are_learnt_of_readings_that_stay_where_they_are(watch_site: 
     assert shown.returncode == 0 and "right" in shown.stdout and "other.csv has no column" in shown.stdout
 
 
+@pytest.mark.slow
 def test_all_boards_whose_columns_are_others_are_named(watch_site: Site) -> None:
     wanted = job("none")
     assert wanted.series is not None

@@ -21,7 +21,8 @@ def slow_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("drawn", [{}, pytest.param({"temperature": 0.7, "seed": 5}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.7, "seed": 5}])
 def test_the_same_prompt_gives_the_same_answer_however_long_rounds_take_and_on_any_cut(
     slow_site: Site, tiny_model: str, drawn: dict[str, float]
 ) -> None:

@@ -105,7 +105,7 @@ def test_it_learns_what_it_learns_in_one_place(tuning_site: Site, tmp_path: Path
     assert shown.returncode == 0 and "split; the blocks are on idle: the job names it" in shown.stdout, shown.stdout
 
 
-@pytest.mark.parametrize("mode", ["federated", "pipeline"])
+@pytest.mark.parametrize("mode", [pytest.param("federated", marks=pytest.mark.slow), "pipeline"])
 def test_all_weights_of_an_encoder_are_trained_and_tell_labels(mode: Any, tuning_site: Site, tmp_path: Path) -> None:
     site, folder = tuning_site, write_bert(tmp_path / "bert")
     wanted = split_job(
@@ -144,7 +144,7 @@ def undisturbed(tuning_site: Site, tiny_model: str) -> dict[str, Any]:
     return adapter_of(tuning_site, "calm-halves")
 
 
-@pytest.mark.parametrize("board", ["board2", "the trunk"])
+@pytest.mark.parametrize("board", [pytest.param("board2", marks=pytest.mark.slow), "the trunk"])
 def test_whoever_is_killed_it_comes_to_the_same(
     board: str, tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
 ) -> None:
@@ -193,7 +193,7 @@ def test_a_pipeline_comes_to_what_one_trunk_comes_to(
     assert "pipeline; the blocks are on idle (2), board1 (2)" in shown.stdout, shown.stdout
 
 
-@pytest.mark.parametrize("board", ["idle", "board1"])
+@pytest.mark.parametrize("board", [pytest.param("idle", marks=pytest.mark.slow), "board1"])
 def test_a_segment_that_is_killed_changes_nothing(
     board: str, tuning_site: Site, tiny_model: str, calm_pipeline: dict[str, Any]
 ) -> None:

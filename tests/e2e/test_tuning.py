@@ -96,6 +96,7 @@ def test_a_worker_that_is_killed_does_its_round_again(
     assert same(adapter_of(tuning_site, "killed-worker"), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_killed_goes_on_with_the_round(
     tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
 ) -> None:
@@ -149,6 +150,7 @@ def test_boards_that_are_told_how_fast_to_send_come_to_the_same(
     assert all(told["wall_s"] > 0 for one in rounds for told in one["devices"].values())
 
 
+@pytest.mark.slow
 def test_a_private_job_tells_what_it_may_and_is_paid_for_once_whoever_is_killed(
     tuning_site: Site, tiny_model: str
 ) -> None:
@@ -231,6 +233,7 @@ def by_hand(folder: Path, wanted: Job, data: Path) -> tuple[dict[str, Any], list
     return named(factors, shaped), right
 
 
+@pytest.mark.slow
 def test_labels_of_texts_are_learnt_by_an_encoder(tuning_site: Site, tmp_path: Path) -> None:
     """Over MQTT it comes to what the same rounds come to by hand."""
     site, folder = tuning_site, write_bert(tmp_path / "bert")
