@@ -42,6 +42,8 @@ class TrunkWork(SplitWork):
         self._heard_s: dict[str, float] = {}
         """When each device went on last."""
         self._judged: Counter[str] = Counter()
+        self._judged_elsewhere: set[str] = set()
+        """Devices whose last word was states to be judged, which other segments have now."""
 
     @property
     def _waiting(self) -> Iterable[Said]:
@@ -69,14 +71,13 @@ class TrunkWork(SplitWork):
                 text = f"nothing came of it for {asked.split.patience_s:g} s"
                 self._complain(asked, "deadline", text, device)
 
-    @staticmethod
-    def _awaited(asked: Asked, made: TrunkRound) -> Iterable[str]:
+    def _awaited(self, asked: Asked, made: TrunkRound) -> Iterable[str]:
         """Boards with the ends that this segment hears itself, and that it waits for."""
         first, last = asked.split.place == 0, asked.split.place == asked.last
         if first and last:
             return made.waits_for
         if first:
-            return made.without_states
+            return set(made.without_states) - self._judged_elsewhere
         return set(made.waits_for) - set(made.without_states) if last else ()
 
     def _begin(self, asked: Asked, tensor: Tensor | None, /) -> None:
@@ -87,6 +88,7 @@ class TrunkWork(SplitWork):
         self._round_of = TrunkRound(model.stage, model.shaped, self._task, asked.meta, start, asked.ends, place)
         self._told = False
         self._judged.clear()
+        self._judged_elsewhere.clear()
         self._begin_step(asked)
 
     def _begin_step(self, asked: Asked) -> None:
@@ -176,6 +178,7 @@ class TrunkWork(SplitWork):
             self._say(asked, asked.ends[meta.device], Kind.FEATURES, answer, found)
         else:
             self._say(asked, asked.segments[at + 1], Kind.STATES, msgspec.structs.replace(meta, place=at), found)
+            (self._judged_elsewhere.add if meta.judged else self._judged_elsewhere.discard)(meta.device)
         return True
 
     def _forwards(self, made: TrunkRound, device: str, question: Question, samples: int) -> Floats | None:

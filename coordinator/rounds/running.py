@@ -202,9 +202,10 @@ class Running:
         return trunk_of(self._coordinator, self.job, base, self._able(), self.record.passed_over)
 
     def _move_trunk(self, found: Found) -> None:
-        """A segment that is where it was, with the blocks that it had, stays as it is."""
+        """A segment that is where it was, with the blocks that it had, stays as it is, unless it failed."""
         before = {(at.device, at.first_block, at.end_block): at.stage for at in self.record.trunk}
         stage = min(before.values(), default=MAX_DEVICES)
+        before = {key: known for key, known in before.items() if key[0] not in self.record.passed_over}
         if stage - len(found.cuts) < LEAST_TRUNK_STAGE:
             stage = MAX_DEVICES
         trunk = []

@@ -256,6 +256,17 @@ def test_segments_name_those_alone_that_they_hear_themselves(tmp_path: Path) -> 
     assert sorted(one[:2] for one in said) == [("deadline", "a"), ("deadline", "b")], "no gradient; no states"
 
 
+def test_nobody_is_blamed_for_states_that_another_segment_has(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, cuts=(1,))
+    for device in ("t", *ENDS):
+        bench.ask(device)
+    bench.through()  # the other segment never begins: what is held out waits there
+    bench.works["t"]._heard_s = dict.fromkeys(ENDS, 100.0)  # type: ignore[attr-defined]
+    bench.works["t"].tick(131.0)
+    bench.turn()
+    assert not bench.told
+
+
 def test_what_another_segment_is_to_say_is_not_heard_of_anybody_else(tmp_path: Path) -> None:
     bench = Bench(tmp_path, cuts=(1,))
     bench.ask("u")
