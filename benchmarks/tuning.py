@@ -331,7 +331,7 @@ def main() -> int:
     if "private" in given.parts:
         figures += private.measure(given.plot)
     if "killed" in given.parts:
-        for mode in ("federated", "split"):
+        for mode in killed.MODES:
             figures += killed.measure(given.trials, mode)
     if "footprint" in given.parts:
         figures += footprint.measure()

@@ -38,6 +38,9 @@ PATIENCE_S: Final = 180.0
 """For one job, whatever happens in it."""
 
 
+MODES = ("federated", "split", "pipeline")
+
+
 class Found(NamedTuple):
     """What came of a job."""
 
