@@ -53,6 +53,8 @@ class Adapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alpha: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """None: twice the rank."""
     matrices: Annotated[tuple[Matrix, ...], Meta(min_length=1, max_length=7)] = ("q", "v")
+    blocks: Literal["all", "last"] = "all"
+    """Which of the model's have factors."""
     ranks: dict[str, Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]] = {}
     """Device -> its own rank, at most `rank`: it is sent and trains so many of the first."""
 
@@ -115,6 +117,9 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     those that multiply fastest."""
     train: Literal["factors", "blocks"] = "factors"
     """'blocks': all weights of all blocks instead of factors beside some, of a sentence encoder."""
+    uplink_grad: Literal["cut", "lowrank"] = "cut"
+    """What boards with the ends of a split model send back: the gradient by features, or those by the last matrix's
+    factors, which are shorter (models.training.lowrank)."""
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
     """Which of these a text has is learnt, by a sentence encoder; none: to say the text, by a language model."""
     precision: Literal["int4", "int8", "f32"] = "int4"
@@ -256,6 +261,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
     if values.get("train") == "blocks":
         found += _about_blocks(values)
+    if values.get("uplink_grad") == "lowrank":
+        found += _about_lowrank(values, mode)
     privacy = values.get("privacy")
     if privacy is not None and values.get("bad_rows") == "refuse":
         found.append("bad_rows: 'refuse' would tell whether there are any, which no private job tells")
@@ -301,6 +308,23 @@ def _about_blocks(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} is of factors, and train = 'blocks' has none")
     if values.get("privacy") is not None:
         found.append("privacy: not with train = 'blocks': noise on so many numbers leaves nothing")
+    return found
+
+
+def _about_lowrank(values: Mapping[str, Any], mode: str) -> list[str]:
+    """What gradients by a low-rank matrix ask for: that nothing before it is trained, and nothing lies behind it."""
+    found, adapter = [], values.get("adapter", Adapter())
+    if mode not in SPLIT:
+        found.append(f"uplink_grad: 'lowrank' goes with mode = 'split' or 'pipeline', not with {mode!r}")
+    if values.get("train") == "blocks":
+        return [*found, "uplink_grad: 'lowrank' is of factors, and train = 'blocks' has none"]
+    if values.get("labels"):
+        found.append("uplink_grad: 'lowrank' is for language models, which learn no labels")
+    if adapter.blocks != "last":
+        found.append(f"adapter.blocks: {adapter.blocks!r}; uplink_grad = 'lowrank' wants 'last'")
+    if adapter.matrices != ("down",):
+        said = ", ".join(adapter.matrices)
+        found.append(f"adapter.matrices: {said}; uplink_grad = 'lowrank' wants down alone, the last before the cut")
     return found
 
 

@@ -31,6 +31,7 @@ ALLOWED_ELSEWHERE = {
     "models/training/encoder.py": {"torch"},
     "models/training/factored.py": {"torch"},
     "models/training/llama.py": {"torch"},
+    "models/training/lowrank.py": {"torch"},
     "models/training/private.py": {"torch"},
     "models/training/rounds.py": {"torch"},
     "models/training/split.py": {"torch"},
