@@ -176,6 +176,7 @@ class TrunkRound:
         device = self._ends[self._added]
         found = self._add(device)
         if not all(leaf.grad is None or bool(leaf.grad.isfinite().all()) for leaf in self._leaves.values()):
+            del self._came[device]  # else they would be added again
             raise Misled("gradients that are too large to be added", device)
         self._added += 1
         return Backwards(device, found)
