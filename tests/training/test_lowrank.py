@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from models.formats.bert import read_bert_config  # noqa: E402
 from models.lora.adapter import AdapterSpec, flat, named, shapes  # noqa: E402
+from models.training.rounds import Round  # noqa: E402
 from models.training.samples import Split  # noqa: E402
 from tests.models.stages import packed_tiny  # noqa: E402
 from tests.models.tiny_bert import write_bert  # noqa: E402
@@ -20,6 +21,7 @@ from tests.training.split_models import (  # noqa: E402
     Halves,
     InOnePlace,
     Together,
+    asked,
     bert,
     llama,
     rows_of,
@@ -161,6 +163,24 @@ def test_blocks_without_factors_keep_nothing_and_ask_for_no_gradient(kind: str, 
         question = question._replace(states=states)
     held = [sum(tensor.numel() for tensor in segment._asked["a"]) for segment in again.segments]
     assert held[:2] == [0, 0] and held[2] > 0
+
+
+@pytest.mark.parametrize("kind", ["f32", "bert"])
+def test_a_whole_model_with_factors_in_the_last_block_learns_alike_however_it_remembers(
+    kind: str, tmp_path: Path
+) -> None:
+    labels = 3 if kind == "bert" else 0
+    spec = msgspec.structs.replace(SPEC, matrices=("q", "down"), labels=labels)
+    halves, found = halves_of(kind, tmp_path, (), spec), []
+    rows, start = rows_for(halves)["a"], flat(factors(halves.config, spec), halves.shaped)
+    parts: Any = ("a", "b", *(("c",) if labels else ()))
+    for remember in (True, False):
+        task = task_of(spec, 3, remember=remember)
+        made = Round(halves.whole, halves.shaped, rows, task, 1, asked(parts), start)
+        while made.step():
+            pass
+        found.append(made.vector())
+    assert np.array_equal(*found) and np.abs(found[0] - start).max() > 0.01
 
 
 def test_gradients_that_can_t_be_are_refused_and_change_nothing(tmp_path: Path) -> None:
