@@ -1,5 +1,5 @@
-"""Gradients by what a low-rank matrix makes, where it is the last before the cut (after Wang et al., Federated Low-Rank
-Adaptation for Large Language Model Fine-Tuning Over Wireless Networks, 2024).
+"""Gradients by what a low-rank matrix makes, where it is the last before the cut (our reading of the abstract of
+Federated Low-Rank Adaptation for Large Language Model Fine-Tuning Over Wireless Networks, GLOBECOM 2024).
 
 The last block of a Llama ends with h = m + W x + s B u, u = A x. Where A [r, ffn] and B [d, r] alone are trained,
 
