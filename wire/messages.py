@@ -193,6 +193,11 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     role: Role = "whole"
     blocks: bool = False
     """All weights of all blocks are trained instead of factors, of an encoder."""
+    last_only: bool = False
+    """The last block alone has factors."""
+    uplink_grad: Literal["cut", "lowrank"] = "cut"
+    """With a role that is not 'whole', the gradients that devices send: by features; or by what comes out of the last
+    matrix's A, and by its B (models.training.lowrank)."""
     refuse_bad_rows: bool = False
     """Data with a row that is no sample are not trained on at all; else it is left out and counted."""
     secure: bool = False

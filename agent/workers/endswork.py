@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from agent.workers.roundwork import device_seed
 from agent.workers.splitwork import Asked, Said, SplitWork
+from models.training.lowrank import ends_kind
 from models.training.split import EndsRound, Misled, Question
 from wire.frames import Kind, Tensor
 from wire.messages import SplitMeta, UpdateMeta
@@ -27,7 +28,7 @@ class EndsWork(SplitWork):
     def _begin(self, asked: Asked, _tensor: Tensor | None, /) -> None:
         model, task = self._model, self._task
         seed = device_seed(task.seed, self._device)
-        self._round_of = EndsRound(model.stage, model.shaped, model.rows, task, seed, asked.meta)
+        self._round_of = ends_kind(task)(model.stage, model.shaped, model.rows, task, seed, asked.meta)
 
     def _go_on(self, asked: Asked) -> None:
         assert self._round_of is not None

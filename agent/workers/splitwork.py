@@ -239,7 +239,7 @@ class SplitWork(Answering):
 
     def _say(self, asked: Asked, topic: str, kind: Kind, meta: SplitMeta, values: Floats | None) -> None:
         """To another worker of the round, now or at the next tick. Raises Misled where it takes nothing."""
-        tensor = None if values is None else Tensor.of(values)
+        tensor = None if values is None or not values.size else Tensor.of(values)
         parcel = Parcel(kind, self.order.epoch, asked.split.session, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
         self._sent_bytes += 0 if values is None else values.nbytes
         waiting = self._outgoing.setdefault(topic, deque())
@@ -286,7 +286,8 @@ class SplitWork(Answering):
 
 def _values(parcel: Parcel, meta: SplitMeta) -> Floats:
     """Of what was said, as they lie in the parcel; raises PeerError."""
-    if parcel.kind is Kind.STEP:
+    unneeded = parcel.kind is Kind.GRADIENT and parcel.tensor is None and meta.place is not None
+    if parcel.kind is Kind.STEP or unneeded:  # by a segment whose gradient nobody before it needs
         return np.zeros(0, np.float32)
     if parcel.tensor is None or parcel.tensor.dtype is not Dtype.F32:
         raise PeerError(f"{parcel.kind.name} of {meta.device} has no numbers")

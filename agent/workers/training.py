@@ -167,7 +167,7 @@ def _rows(assignment: Assignment, task: TrainingTask, samples: Sequence[Sample])
 def _spec(task: TrainingTask) -> AdapterSpec:
     return AdapterSpec(
         rank=task.rank, alpha=task.alpha, matrices=task.matrices, seed=task.seed, labels=len(task.labels),
-        blocks=task.blocks,
+        blocks=task.blocks, last_only=task.last_only,
     )  # fmt: skip
 
 

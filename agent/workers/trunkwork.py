@@ -14,6 +14,7 @@ import numpy as np
 from agent.workers.answering import factors_of
 from agent.workers.splitwork import Asked, Said, SplitWork
 from models.lora.adapter import Floats
+from models.training.lowrank import trunk_kind
 from models.training.rounds import Diverged
 from models.training.split import Misled, Question
 from models.training.trunk import Place, TrunkRound
@@ -81,11 +82,13 @@ class TrunkWork(SplitWork):
         return set(made.waits_for) - set(made.without_states) if last else ()
 
     def _begin(self, asked: Asked, tensor: Tensor | None, /) -> None:
-        model, start, at = self._model, factors_of(tensor), asked.split.place
+        model, at = self._model, asked.split.place
+        start = factors_of(tensor) if model.shaped else np.zeros(0, np.float32)
         if at is None or at > asked.last or not asked.ends:
             raise ValueError(f"segment {at} of {asked.last + 1}, for {len(asked.ends)} boards")
         place = Place(at == 0, at == asked.last)
-        self._round_of = TrunkRound(model.stage, model.shaped, self._task, asked.meta, start, asked.ends, place)
+        kind = trunk_kind(self._task, place)
+        self._round_of = kind(model.stage, model.shaped, self._task, asked.meta, start, asked.ends, place)
         self._told = False
         self._judged.clear()
         self._judged_elsewhere.clear()
@@ -128,7 +131,7 @@ class TrunkWork(SplitWork):
                 self._say(asked, topic, Kind.STEP, meta, None)
 
     def _finish(self, asked: Asked, made: TrunkRound) -> None:
-        tensor = Tensor.of(made.vector()) if asked.meta.train else None
+        tensor = Tensor.of(made.vector()) if asked.meta.train and self._model.shaped else None
         update = UpdateMeta(
             round=asked.meta.round,
             device=self._device,

@@ -78,7 +78,7 @@ def made_up(packed: Packed, count: int, rank: int, matrices: tuple[str, ...], fo
         source.mkdir()
         (source / TENSORS).write_bytes(safetensors.to_bytes(dict(to_peft(packed.config, factors)), {"format": "pt"}))
         settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2.0 * rank, "bias": "none"}
-        settings["target_modules"] = peft_modules(spec.matrices)  # type: ignore[assignment]
+        settings.update(peft_modules(packed.config, spec))
         (source / CONFIG).write_bytes(msgspec.json.encode(settings))
         ids.append(keep(source, folder / "cache"))
     return with_adapters(packed, ids, folder / "cache") if ids else packed

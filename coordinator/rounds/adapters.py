@@ -42,7 +42,7 @@ def spec_of(job: Job, device: str = "") -> AdapterSpec:
     alpha = adapter.scale_alpha * rank / adapter.rank
     return AdapterSpec(
         rank=rank, alpha=alpha, matrices=adapter.matrices, seed=job.seed, labels=len(job.labels),
-        blocks=job.train == "blocks",
+        blocks=job.train == "blocks", last_only=adapter.blocks == "last",
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _peft(config: Config, job: Job, spec: AdapterSpec) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": peft_modules(config, spec.matrices),
+        **peft_modules(config, spec),
     }
 
 

@@ -74,7 +74,8 @@ class Base(Struct, frozen=True, kw_only=True):
         """The same of one that has the ends of a split model."""
         tokens = job.rounds.batch_rows * job.rounds.row_tokens
         assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
-        return ends_peak_bytes(self.config, self.parts["ends"].weight_bytes, spec_of(job), tokens)
+        lowrank = job.uplink_grad == "lowrank"
+        return ends_peak_bytes(self.config, self.parts["ends"].weight_bytes, spec_of(job), tokens, lowrank)
 
     def trunk_bytes(self, job: Job, ends: int, remember: bool, blocks: int | None = None) -> int:
         """The same of one that has all blocks, or so many, for so many of those."""

@@ -58,6 +58,8 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.at_least: {rounds.at_least} updates from {most} devices")
     if values.get("train") == "blocks":
         found += _about_blocks(values)
+    if values.get("uplink_grad") == "lowrank":
+        found += _about_lowrank(values, mode)
     privacy = values.get("privacy")
     if privacy is not None and values.get("bad_rows") == "refuse":
         found.append("bad_rows: 'refuse' would tell whether there are any, which no private job tells")
@@ -108,6 +110,23 @@ def _about_blocks(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} is of factors, and train = 'blocks' has none")
     if values.get("privacy") is not None:
         found.append("privacy: not with train = 'blocks': noise on so many numbers leaves nothing")
+    return found
+
+
+def _about_lowrank(values: Mapping[str, Any], mode: str) -> list[str]:
+    """What gradients by a low-rank matrix ask for: that nothing before it is trained, and nothing lies behind it."""
+    found, adapter = [], values.get("adapter", Adapter())
+    if mode not in SPLIT:
+        found.append(f"uplink_grad: 'lowrank' goes with mode = 'split' or 'pipeline', not with {mode!r}")
+    if values.get("train") == "blocks":
+        return [*found, "uplink_grad: 'lowrank' is of factors, and train = 'blocks' has none"]
+    if values.get("labels"):
+        found.append("uplink_grad: 'lowrank' is for language models, which learn no labels")
+    if adapter.blocks != "last":
+        found.append(f"adapter.blocks: {adapter.blocks!r}; uplink_grad = 'lowrank' wants 'last'")
+    if adapter.matrices != ("down",):
+        said = ", ".join(adapter.matrices)
+        found.append(f"adapter.matrices: {said}; uplink_grad = 'lowrank' wants down alone, the last before the cut")
     return found
 
 

@@ -43,6 +43,8 @@ class Adapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alpha: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """None: twice the rank."""
     matrices: Annotated[tuple[Matrix, ...], Meta(min_length=1, max_length=7)] = ("q", "v")
+    blocks: Literal["all", "last"] = "all"
+    """Which of the model's have factors."""
     ranks: dict[str, Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]] = {}
     """Device -> its own rank, at most `rank`: it is sent and trains so many of the first."""
 
@@ -105,6 +107,9 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     those that multiply fastest."""
     train: Literal["factors", "blocks"] = "factors"
     """'blocks': all weights of all blocks instead of factors beside some, of a sentence encoder."""
+    uplink_grad: Literal["cut", "lowrank"] = "cut"
+    """What boards with the ends of a split model send back: the gradient by features, or those by the last matrix's
+    factors, which are shorter (models.training.lowrank)."""
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
     """Which of these a text has is learnt, by a sentence encoder; none: to say the text, by a language model."""
     precision: Literal["int4", "int8", "f32"] = "int4"

@@ -197,7 +197,9 @@ class JointExchange(Exchange):
             else tuple(Peer(device=name, inbox=record.order_of(name).inbox) for name in state.together),
             patience_s=PATIENCE * record.job.rounds.timeout_s,
         )
-        tensor = None if place is None else Tensor.of(self._part_of(self.start, device))
+        tensor = None
+        if place is not None and self._shaped[device]:  # blocks that have no factors begin with none
+            tensor = Tensor.of(self._part_of(self.start, device))
         parts: tuple[Any, ...] = parts_of(record.job, self.number)
         reply = self._coordinator.hub.reply_inbox
         meta = RoundMeta(reply=reply, round=self.number, parts=parts, train=self.train, split=split)

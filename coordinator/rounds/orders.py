@@ -135,6 +135,8 @@ def task_of(job: Job, tokenizer: ArtifactRef | None, end_id: int | None) -> Trai
         images=job.images,
         refuse_bad_rows=job.bad_rows == "refuse",
         blocks=job.train == "blocks",
+        last_only=job.adapter.blocks == "last",
+        uplink_grad=job.uplink_grad,
         secure=job.secure,
     )
 
@@ -208,9 +210,12 @@ def check_messages(base: Base, job: Job, boards: int) -> None:
 
 
 def states_bytes(base: Base, job: Job) -> int:
-    """The most that a board of a split job sends at one time."""
-    rounds, head = job.rounds, length_of(shapes(base.config, spec_of(job)), ("c",))
-    return 4 * (rounds.batch_rows * rounds.row_tokens * base.config.hidden + head)
+    """The most that a board of a split job, or its trunk, sends at one time."""
+    rounds, shaped, width = job.rounds, shapes(base.config, spec_of(job)), base.config.hidden
+    behind = length_of(shaped, ("c",))
+    if job.uplink_grad == "lowrank":
+        width, behind = width + job.adapter.rank, length_of(shaped, ("b",))
+    return 4 * (rounds.batch_rows * rounds.row_tokens * width + behind)
 
 
 def most_ends(base: Base, job: Job) -> int:

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from msgspec import Struct
 
 from coordinator.rounds.adapters import spent_by
-from coordinator.rounds.job import Job
+from coordinator.rounds.job import Adapter, Job
 from coordinator.rounds.store import DeviceRound, RoundRecord
 from hwprofiles.plain import clean
 from hwprofiles.report.plots import NoPlot, Plot, Point, Series
@@ -75,7 +75,7 @@ def _job(report: JobReport) -> Table:
             f"{clean(job.model)} at {'f32' if job.labels else job.precision}, checkpoint {report.base[:19] or '-'}",
         ),
         *([("mode", clean("; ".join(mode)))] if mode else []),
-        ("adapter", f"rank {job.adapter.rank} on {', '.join(job.adapter.matrices)}, scale {job.adapter.scale_alpha:g}"),
+        ("adapter", _adapter(job.adapter)),
         ("rounds", f"{len(trained)} of {job.rounds.count}; {job.rounds.who} take part, {job.rounds.aggregation}"),
         ("held-out loss", " -> ".join(map(_loss, (losses[0], losses[-1]))) if losses else "-"),
         *([("held-out labels", f"{_right(right[0])} -> {_right(right[-1])}")] if right else []),
@@ -86,6 +86,11 @@ def _job(report: JobReport) -> Table:
         worst = max(spent.values(), default=0.0)
         items.append(("epsilon", f"{worst:.3g} of {job.privacy.epsilon:g}, delta {job.privacy.delta:g}"))
     return Table(title="Job", columns=ITEMS, rows=tuple(items), headed=False)
+
+
+def _adapter(adapter: Adapter) -> str:
+    where = " of the last block" if adapter.blocks == "last" else ""
+    return f"rank {adapter.rank} on {', '.join(adapter.matrices)}{where}, scale {adapter.scale_alpha:g}"
 
 
 def _rounds(report: JobReport) -> Table:

@@ -4,7 +4,7 @@ as can hold them together, or make a step fast, by how fast they multiply and se
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from coordinator.rounds.bases import Base
 from coordinator.rounds.cutting import Cut, Holder, cut
@@ -19,9 +19,6 @@ from hwprofiles.samples import Ceilings
 from models.lora.adapter import MATRICES, sizes
 from wire.limits import MAX_SEGMENTS
 from wire.units import bytes_text
-
-PASSES: Final = 2
-"""A step takes as many products forwards as it takes backwards, where weights are frozen."""
 
 
 class Found(NamedTuple):
@@ -132,7 +129,8 @@ def keeps_all(coordinator: Coordinator, job: Job, base: Base, at: Cut | TrunkAt,
 
 
 def operations_of(base: Base, job: Job) -> float:
-    """Of all blocks, for the batch of one board: a multiplication and an addition are two."""
+    """Of all blocks, for the batch of one board: a multiplication and an addition are two. Where weights are frozen
+    there are as many backwards as forwards, in blocks that gradients go through."""
     weights = 0
     for matrix in MATRICES:
         try:
@@ -140,7 +138,8 @@ def operations_of(base: Base, job: Job) -> float:
         except KeyError:
             continue  # an encoder has no gate
         weights += out * columns
-    return 2.0 * PASSES * base.config.blocks * weights * job.rounds.batch_rows * job.rounds.row_tokens
+    passes = base.config.blocks + (1 if job.adapter.blocks == "last" else base.config.blocks)
+    return 2.0 * passes * weights * job.rounds.batch_rows * job.rounds.row_tokens
 
 
 def ends_of(job: Job, with_data: Collection[str]) -> int:

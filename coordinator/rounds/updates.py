@@ -31,13 +31,15 @@ def checked(
     meta: UpdateMeta, tensor: Tensor | None, device: str, round_number: int, start: Floats, farthest: float
 ) -> Floats:
     """The vector of an update that began at `start`, of the parts that were asked for; `farthest` is how far an element
-    may have moved. Raises PeerError."""
+    may have moved. Of no numbers nothing comes. Raises PeerError."""
     if meta.device != device:
         raise PeerError(f"says that it is of {meta.device}")
     if meta.round != round_number:
         raise PeerError(f"is of round {meta.round}, this is {round_number}")
     if meta.samples < 1:
         raise PeerError("is of no samples")
+    if tensor is None and not start.size:
+        return start
     if tensor is None or tensor.dtype is not Dtype.F32 or tensor.shape != start.shape:
         found = "nothing" if tensor is None else f"{tensor.dtype.name} {list(tensor.shape)}"
         raise PeerError(f"holds {found}, F32 {list(start.shape)} was due")

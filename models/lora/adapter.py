@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Final, get_args
+from typing import Annotated, Any, Final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,8 @@ class AdapterSpec(Struct, frozen=True, kw_only=True):
     """That a task module tells apart; 0: there is none."""
     blocks: bool = False
     """All weights of all blocks are trained instead of factors (models.lora.whole), of an encoder."""
+    last_only: bool = False
+    """The last block alone has factors."""
 
     @property
     def scale(self) -> float:
@@ -88,6 +90,13 @@ def sizes(config: Config, matrix: Matrix) -> tuple[int, int]:
     return (rows_of_qkv[matrix], config.hidden) if matrix in rows_of_qkv else matrix_size(config, matrix)
 
 
+def adapted(blocks: int, spec: AdapterSpec) -> range:
+    """Which of so many blocks have factors."""
+    if spec.blocks:
+        return range(0)
+    return range(blocks - 1 if spec.last_only else 0, blocks)
+
+
 def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
     """Name -> shape of all factors, blocks in order, the task module last. On features there is nothing else.
     ValueError for weights of a model whose weights can't be trained."""
@@ -96,7 +105,7 @@ def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
         if not isinstance(config, BertConfig):
             raise ValueError("weights are trained of encoders alone")
         found.update(shapes_of(config))
-    for block in range(0 if spec.blocks else config.blocks):
+    for block in adapted(config.blocks, spec):
         for matrix in spec.matrices:
             out, columns = sizes(config, matrix)
             found[f"block.{block}.{matrix}.a"] = (spec.rank, columns)
@@ -152,11 +161,17 @@ def named(vector: Floats, shaped: Mapping[str, tuple[int, int]], parts: Sequence
     return found
 
 
-def peft_modules(config: Config, matrices: Sequence[Matrix]) -> list[str] | str:
-    """PEFT's `target_modules`: ends of names; or a pattern, since in Bert one name is the end of another."""
+def peft_modules(config: Config, spec: AdapterSpec) -> dict[str, Any]:
+    """PEFT's `target_modules`: ends of names, in blocks that `layers_to_transform` lists if not in all; or a pattern,
+    since in Bert one name is the end of another, and a pattern goes with no list."""
     if isinstance(config, BertConfig):
-        return rf".*\.layer\.\d+\.({'|'.join(re.escape(_PEFT_OF_BERT[matrix]) for matrix in sorted(matrices))})"
-    return sorted(_PEFT[matrix].rpartition(".")[2] for matrix in matrices)
+        block = str(config.blocks - 1) if spec.last_only else r"\d+"
+        names = "|".join(re.escape(_PEFT_OF_BERT[matrix]) for matrix in sorted(spec.matrices))
+        return {"target_modules": rf".*\.layer\.{block}\.({names})"}
+    found: dict[str, Any] = {"target_modules": sorted(_PEFT[matrix].rpartition(".")[2] for matrix in spec.matrices)}
+    if spec.last_only:
+        found["layers_to_transform"] = list(adapted(config.blocks, spec))
+    return found
 
 
 def to_peft(config: Config, factors: Mapping[str, Floats]) -> Iterator[tuple[str, Floats]]:

@@ -173,12 +173,27 @@ class TrainedStage(Factored):
         with torch.no_grad():
             return Judged(float(self.loss_of(batch)), batch.counted)
 
+    def features_and_wide(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The features, and what the last block's `down`, the last matrix before them, is given [n, T, ffn]."""
+        *before, last = self._manifest.blocks
+        for block in before:
+            states = self._block(block, states)
+        middle, wide = self._widened(last, states)
+        return self._narrowed(last, middle, wide), wide
+
     def _block(self, block: int, before: Tensor) -> Tensor:
+        return self._narrowed(block, *self._widened(block, before))
+
+    def _widened(self, block: int, before: Tensor) -> tuple[Tensor, Tensor]:
+        """A block but for its last matrix: what is added to, and what that is given."""
         prefix = f"block.{block}."
         middle = before + self._attended(prefix, self._norm(before, f"{prefix}attention_norm"))
         normed = self._norm(middle, f"{prefix}ffn_norm")
         gate = functional.silu(self._through(prefix, "gate", normed))
-        return middle + self._through(prefix, "down", gate * self._through(prefix, "up", normed))
+        return middle, gate * self._through(prefix, "up", normed)
+
+    def _narrowed(self, block: int, middle: Tensor, wide: Tensor) -> Tensor:
+        return middle + self._through(f"block.{block}.", "down", wide)
 
     def _attended(self, prefix: str, normed: Tensor) -> Tensor:
         config = self._manifest.config

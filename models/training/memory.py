@@ -43,7 +43,7 @@ TRUNK_COPIES: Final = 4
 TRUNK_WORKING: Final = 6
 """As wide as the model, that is left of each block while its pieces come and go; with what its factors make."""
 HEAD_COPIES: Final = 4
-"""Of a task module: as it is, as it comes, its gradient, and as that goes out."""
+"""Of a task module, or a factor: as it is, as it comes, its gradient, and as that goes out."""
 PAGE: Final = 4096
 HEAD_BYTES: Final = 320 << 20
 """ENCODER_BYTES where a task module is all there is."""
@@ -66,19 +66,23 @@ def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens
     again (activation checkpointing)."""
     adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
     block = FLOAT * (4 * config.hidden + 3 * config.ffn + adapted)
-    kept = config.blocks * (block if remember else FLOAT * config.hidden)
+    kept = _differentiated(config, spec) * (block if remember else FLOAT * config.hidden)
     logits = LOGITS_COPIES * FLOAT * config.vocabulary
     adapter = FLOAT * length_of(shapes(config, spec))
     by_token = tokens * (kept + (WORKING_COPIES - int(remember)) * block + logits)
     return TORCH_BYTES + packed_bytes + round(ADAPTER_COPIES * adapter) + by_token
 
 
-def ends_peak_bytes(config: LlamaConfig | BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int) -> int:
-    """Of a device that has the ends of a split model, and trains them on so many tokens at once."""
+def ends_peak_bytes(
+    config: LlamaConfig | BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, lowrank: bool = False
+) -> int:
+    """Of a device that has the ends of a split model, and trains them on so many tokens at once. `lowrank`: it sends
+    gradients by what the last matrix's factors make."""
     states = FLOAT * config.hidden * tokens
     if isinstance(config, LlamaConfig):
         logits = tokens * ENDS_LOGITS_COPIES * FLOAT * config.vocabulary
-        return ENCODER_BYTES + weight_bytes + ENDS_COPIES * states + logits
+        factor = HEAD_COPIES * FLOAT * spec.rank * (config.hidden + tokens) if lowrank else 0
+        return ENCODER_BYTES + weight_bytes + ENDS_COPIES * states + logits + factor
     words = max(FLOAT * config.hidden, PAGE) * min(tokens, config.vocabulary)
     head = HEAD_COPIES * FLOAT * spec.labels * (config.hidden + 1)
     return ENCODER_ENDS_BYTES + words + head + ENDS_COPIES * states
@@ -102,25 +106,31 @@ def trunk_peak_bytes(
     waiting = TRUNK_COPIES * FLOAT * config.hidden * tokens * ends
     if isinstance(config, BertConfig):
         once = encoder_peak_bytes(config, weight_bytes, spec, tokens, remember)
-        others = config.blocks * _encoder_block(config, spec) * tokens * (ends - 1) if remember else 0
+        kept_by_each = _differentiated(config, spec) * _encoder_block(config, spec) * tokens
+        others = kept_by_each * (ends - 1) if remember else 0
         return once + others + waiting
     adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
     kept = FLOAT * (4 * config.hidden + 3 * config.ffn + adapted) if remember else FLOAT * config.hidden
     working = FLOAT * (TRUNK_WORKING * config.hidden + adapted)
     adapter = FLOAT * length_of(shapes(config, spec))
-    by_token = config.blocks * (kept + working) * tokens * (ends if remember else 1)
+    by_token = (_differentiated(config, spec) * kept + config.blocks * working) * tokens * (ends if remember else 1)
     return TORCH_BYTES + weight_bytes + round(ADAPTER_COPIES * adapter) + by_token + waiting
 
 
 def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, remember: bool) -> int:
     """The same of a sentence encoder under a task module. Of the table of words the rows of these tokens are read."""
     block = _encoder_block(config, spec)
-    kept = config.blocks * (block if remember else FLOAT * config.hidden)
+    kept = _differentiated(config, spec) * (block if remember else FLOAT * config.hidden)
     adapter = FLOAT * length_of(shapes(config, spec))
     row = FLOAT * config.hidden
     words = row * config.vocabulary - max(row, PAGE) * min(tokens, config.vocabulary)
     by_token = tokens * (kept + (ENCODER_WORKING - int(remember)) * block)
     return round(ENCODER_BYTES + weight_bytes - max(0, words) + ADAPTER_COPIES * adapter + by_token)
+
+
+def _differentiated(config: LlamaConfig | BertConfig, spec: AdapterSpec) -> int:
+    """Blocks that gradients go through; of a segment the last may be one of them."""
+    return min(1, config.blocks) if spec.last_only else config.blocks
 
 
 def _block_weight_bytes(config: LlamaConfig | BertConfig, weight_bytes: int) -> int:

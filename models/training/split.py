@@ -13,7 +13,7 @@ Texts, ids and labels stay on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -101,14 +101,12 @@ class EndsRound(Judging):
         batch = self._batch
         assert batch is not None
         rows = batch.targets.size
-        labels = 0 if self._head is None else self._head[0] * self._head[1]
-        if len(came) != rows * self._width + labels or not np.isfinite(came).all():
+        size = rows * self._width
+        if len(came) != size + self._length_behind(rows) or not np.isfinite(came).all():
             raise ValueError(f"{len(came)} numbers, features of {rows} rows of {self._width} were due")
         shape = (*batch.targets.shape, self._width)
-        features = torch.from_numpy(came[: rows * self._width].reshape(shape))
-        if self._head is not None:
-            with torch.no_grad():
-                self._stage.factors[HEAD].copy_(torch.from_numpy(came[rows * self._width :].reshape(self._head)))
+        features = torch.from_numpy(came[:size].reshape(shape))
+        self._take_behind(came[size:])
         if self._to_judge is not None:
             self._judge(self._stage.judged_at(features, batch))
             return None
@@ -117,6 +115,15 @@ class EndsRound(Judging):
     @property
     def loss(self) -> float | None:
         return self._loss / self._done if self._done else None
+
+    def _length_behind(self, _rows: int) -> int:
+        """Numbers behind the features of so many rows."""
+        return 0 if self._head is None else self._head[0] * self._head[1]
+
+    def _take_behind(self, behind: Floats) -> None:
+        if self._head is not None:
+            with torch.no_grad():
+                self._stage.factors[HEAD].copy_(torch.from_numpy(behind.reshape(self._head)))
 
     def _gradients(self, features: Tensor, batch: Batch) -> Floats:
         leaves = [features.requires_grad_(True)]
@@ -129,4 +136,9 @@ class EndsRound(Judging):
         found = torch.autograd.grad(loss, leaves)
         self._loss += value
         self._done += 1
-        return np.concatenate([gradient.numpy().reshape(-1) for gradient in found]).astype(np.float32, copy=False)
+        sent = self._sent_for(found)
+        return np.concatenate([gradient.numpy().reshape(-1) for gradient in sent]).astype(np.float32, copy=False)
+
+    def _sent_for(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What goes back where these are the gradients by features and task module."""
+        return found

@@ -60,19 +60,24 @@ class Place(NamedTuple):
 
 
 class Backwards(NamedTuple):
-    """`gradient` of the loss by what `device` sent, as it goes on to the segment before; None from the first."""
+    """`gradient` of the loss by what `device` sent, as it goes on to the segment before: empty where that has no use
+    for it; None from the first."""
 
     device: str
     gradient: Floats | None
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """What a device waits for the gradients of."""
 
     states: Tensor
     lengths: Tensor
     made: Tensor
     """Of these, with what its gradient needs; without, where memory is short."""
+
+
+NOTHING: Final = Asked(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+"""Where nothing is trained: what is kept until the others are done with the step."""
 
 
 class TrunkRound:
@@ -96,9 +101,13 @@ class TrunkRound:
         self._optimiser = optimiser_of(self._leaves, task) if self._leaves else None
         self._ends = tuple(sorted(ends))
         self._place = place
+        self._frozen = task.last_only and not place.last
+        """Nothing here is trained, nor before."""
+        self._goes_back = not task.last_only and not place.first
+        """Whether those before need a gradient."""
         self._samples: dict[str, int] = {}
         self._steps = task.steps if asked.train else 0
-        self._asked: dict[str, _Asked] = {}
+        self._asked: dict[str, Asked] = {}
         self._came: dict[str, Floats] = {}
         self._added = 0
         """Devices whose gradients are in those of this step."""
@@ -146,14 +155,7 @@ class TrunkRound:
         that the model makes no numbers of."""
         if self.over or question.step != self.step or device in self._asked:
             return None
-        states, lengths = _tensors(question)
-        if self._task.remember:
-            made = self._run(states.requires_grad_(not self._place.first), lengths, True)
-        else:
-            with torch.no_grad():
-                made = self._run(states, lengths, True)
-        answer = self._answer(device, made.detach())
-        self._asked[device] = _Asked(states, lengths, made)
+        self._asked[device], answer = self._forwards(device, *_tensors(question))
         self._samples[device] = samples
         return answer
 
@@ -162,7 +164,7 @@ class TrunkRound:
         Raises Misled for what can't be gradients."""
         if step != self.step or device not in self._asked or device in self._came:
             return False
-        self._check(device, self._asked[device].made, came)
+        self._check(device, self._asked[device], came)
         self._came[device] = came
         return True
 
@@ -173,6 +175,9 @@ class TrunkRound:
                 leaf.grad = None
         device = self._ends[self._added]
         found = self._add(device)
+        if not all(leaf.grad is None or bool(leaf.grad.isfinite().all()) for leaf in self._leaves.values()):
+            del self._came[device]  # else they would be added again
+            raise Misled("gradients that are too large to be added", device)
         self._added += 1
         return Backwards(device, found)
 
@@ -201,6 +206,16 @@ class TrunkRound:
         factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
         return finite(flat(factors, self._shaped, self._parts))
 
+    def _forwards(self, device: str, states: Tensor, lengths: Tensor) -> tuple[Asked, Floats]:
+        """What a device's gradient needs, and what is made of its states."""
+        if self._task.remember and not self._frozen:
+            made = self._run(states.requires_grad_(self._goes_back), lengths, True)
+        else:
+            with torch.no_grad():
+                made = self._run(states, lengths, True)
+        answer = self._answer(device, made.detach())
+        return NOTHING if self._frozen else Asked(states, lengths, made), answer
+
     def _run(self, states: Tensor, lengths: Tensor, remember: bool) -> Tensor:
         run = self._stage.features if self._place.last else self._stage.run
         return run(states, lengths, remember)
@@ -216,14 +231,11 @@ class TrunkRound:
             parts.append(self._stage.factors[HEAD].detach().numpy().reshape(-1))
         return np.concatenate(parts).astype(np.float32, copy=False)
 
-    def _check(self, device: str, made: Tensor, came: Floats) -> None:
+    def _check(self, device: str, asked: Asked, came: Floats) -> None:
         """The gradient of a mean cross entropy by the scores has a length of sqrt(2) at most, for each text; that of
         features and task module follows from it."""
-        labels = length_of({HEAD: self._shaped[HEAD]}) if HEAD in self._shaped else 0
-        if len(came) != made.numel() + labels:
-            raise Misled(f"{len(came)} gradients, {made.numel() + labels} were due", device)
-        if not np.isfinite(came).all():
-            raise Misled(f"{int((~np.isfinite(came)).sum())} gradients are no numbers", device)
+        made, labels = asked.made, length_of({HEAD: self._shaped[HEAD]}) if HEAD in self._shaped else 0
+        check_numbers(device, came, made.numel() + labels)
         if not labels:
             return
         head = self._stage.factors[HEAD].detach().numpy()
@@ -237,25 +249,46 @@ class TrunkRound:
 
     def _add(self, device: str) -> Floats | None:
         """Gives the gradient by the states. The last segment weighs what came; so it is weighed when it goes on."""
+        if self._frozen:
+            return self._nothing
         asked, came = self._asked[device], self._came[device]
-        share = self._samples[device] / self.samples if self._place.last else 1.0
+        share = self._share(device) if self._place.last else 1.0
         states, made = asked.states, asked.made
         if not self._task.remember:
-            states = states.requires_grad_(not self._place.first)
+            states = states.requires_grad_(self._goes_back)
             made = self._run(states, asked.lengths, False)
         size = made.numel()
         made.backward(share * torch.from_numpy(came[:size].reshape(made.shape)))
         head = self._leaves.get(HEAD)
         if head is not None:
-            piece = share * torch.from_numpy(came[size:].reshape(head.shape))
-            head.grad = piece if head.grad is None else head.grad + piece
-        if not all(leaf.grad is None or bool(leaf.grad.isfinite().all()) for leaf in self._leaves.values()):
-            raise Misled("gradients that are too large to be added", device)
-        if self._place.first:
-            return None
+            add_to(head, share * torch.from_numpy(came[size:].reshape(head.shape)))
+        if not self._goes_back:
+            return self._nothing
         assert states.grad is not None
         found: Floats = states.grad.numpy()
         return found
+
+    def _share(self, device: str) -> float:
+        """What a device's gradients weigh."""
+        return self._samples[device] / self.samples
+
+    @property
+    def _nothing(self) -> Floats | None:
+        """What goes on to the segment before, if there is one, where it needs no gradient."""
+        return None if self._place.first else np.zeros(0, np.float32)
+
+
+def check_numbers(device: str, came: Floats, due: int) -> None:
+    """Raise Misled unless so many finite ones came."""
+    if len(came) != due:
+        raise Misled(f"{len(came)} gradients, {due} were due", device)
+    if not np.isfinite(came).all():
+        raise Misled(f"{int((~np.isfinite(came)).sum())} gradients are no numbers", device)
+
+
+def add_to(leaf: Tensor, piece: Tensor) -> None:
+    """Of its gradient."""
+    leaf.grad = piece if leaf.grad is None else leaf.grad + piece
 
 
 def _tensors(question: Question) -> tuple[Tensor, Tensor]:

@@ -68,19 +68,28 @@ class Part:
 class Bench:
     """A trunk, cut before these blocks, and two ends, and what is on its way between them."""
 
-    def __init__(self, folder: Path, held_out: int = 2, cuts: tuple[int, ...] = ()) -> None:
+    spec, parts = SPEC, PARTS
+    doing: dict[str, Any] = {"labels": ("x", "y", "z")}  # noqa: RUF012
+
+    @staticmethod
+    def model(folder: Path, cuts: tuple[int, ...]) -> tuple[Halves, dict[str, Any]]:
+        """And the factors that it begins with."""
         write_bert(folder)
-        config = read_bert_config(folder)
+        begun = initial(read_bert_config(folder), SPEC)
+        return bert(folder, SPEC, ENDS, begun, cuts), begun
+
+    def __init__(self, folder: Path, held_out: int = 2, cuts: tuple[int, ...] = ()) -> None:
         self.segments = ("t", "u", "n")[: len(cuts) + 1]
-        self.halves: Halves = bert(folder, SPEC, ENDS, initial(config, SPEC), cuts)
-        self.shaped = shapes(config, SPEC)
-        self.start = flat(initial(config, SPEC), self.shaped)
+        self.halves, begun = self.model(folder, cuts)
+        config, labels = self.halves.config, self.spec.labels
+        self.shaped = shapes(config, self.spec)
+        self.start = flat(begun, self.shaped)
         rng = np.random.default_rng(3)
         self.rows = {
-            device: Split(rows_of(rng, 4 + place, 16, 3), rows_of(rng, held_out, 16, 3) if held_out else ())
+            device: Split(rows_of(rng, 4 + place, 16, labels), rows_of(rng, held_out, 16, labels) if held_out else ())
             for place, device in enumerate(ENDS)
         }
-        self.task = task_of(SPEC, STEPS, batch_rows=2, labels=("x", "y", "z"), row_tokens=16)
+        self.task = task_of(self.spec, STEPS, batch_rows=2, row_tokens=16, **self.doing)
         self.sent: deque[tuple[str, Parcel]] = deque()
         self.senders: dict[str, Sender] = {}
         self.works: dict[str, SplitWork] = {}
@@ -111,14 +120,15 @@ class Bench:
         segments, ends = (tuple(map(peer_of, names)) for names in (self.segments, ENDS))
         place = self.segments.index(device) if device in self.segments else None
         meta = RoundMeta(
-            reply=InboxAddress(topic=REPLY), round=2, parts=PARTS, train=train,
+            reply=InboxAddress(topic=REPLY), round=2, parts=self.parts, train=train,
             split=SplitRound(
                 session=session, segments=segments, place=place, ends=ends if place is not None else (), patience_s=30.0
             ),
         )  # fmt: skip
         request = request or session * 10 + (*self.segments, *ENDS).index(device)
         start = named(self.start, self.shaped)
-        tensor = Tensor.of(flat(start, self.shaped_of(device))) if device in self.segments else None
+        factors = flat(start, self.shaped_of(device)) if device in self.segments else np.zeros(0)
+        tensor = Tensor.of(factors) if factors.size else None
         self.give(device, Parcel(Kind.ROUND, 7, request, 0, 0, tensor, msgspec.json.encode(meta)))
 
     def give(self, device: str, parcel: Parcel) -> None:
@@ -180,7 +190,7 @@ class Bench:
     def factors(self) -> Any:
         """What the segments came to."""
         found = self.updates()
-        return np.concatenate([found[name][1] for name in self.segments])
+        return np.concatenate([found[name][1] for name in self.segments if found[name][1] is not None])
 
     def errors(self) -> list[StageError]:
         found = [msgspec.json.decode(one.meta, type=StageError) for one in self.told if one.kind is Kind.ERROR]
@@ -195,7 +205,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def expected(bench: Bench) -> Any:
     seeds = {device: device_seed(bench.task.seed, device) for device in ENDS}
-    one = InOnePlace(bench.halves, bench.rows, bench.task, bench.start, PARTS, seeds)
+    one = InOnePlace(bench.halves, bench.rows, bench.task, bench.start, bench.parts, seeds)
     for _ in range(STEPS):
         one.step()
     return one.vector()

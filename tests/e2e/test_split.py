@@ -211,6 +211,39 @@ def test_a_segment_that_is_killed_changes_nothing(
 
 
 @pytest.mark.slow
+def test_gradients_by_a_low_rank_matrix_come_to_the_same_for_fewer_bytes(tuning_site: Site, tiny_model: str) -> None:
+    rank, hidden, steps = 2, 64, 4
+    sent: dict[str, list[dict[str, int]]] = {}
+    for name, changes in (
+        ("by-features", {"trunk": "idle"}),
+        ("by-rank", {"trunk": "idle", "uplink_grad": "lowrank"}),
+        ("by-rank-cut", {"trunk": ("idle", "board1"), "uplink_grad": "lowrank", "mode": "pipeline"}),
+    ):
+        wanted = split_job(tiny_model, name, rounds={"count": 4, "steps": steps, "aggregation": "rolora"})
+        adapter = Adapter(rank=rank, matrices=("down",), blocks="last")
+        rounds = rounds_of(tuning_site, msgspec.structs.replace(wanted, adapter=adapter, **changes))
+        assert rounds[-1]["held_out_loss"] < rounds[0]["held_out_loss"], "it has learnt something"
+        sent[name] = [{board: one["devices"][board]["sent_bytes"] for board in TRAINED} for one in rounds]
+    by_features, by_rank = (adapter_of(tuning_site, name) for name in ("by-features", "by-rank"))
+    assert len(by_rank) == 2 and all(".down_proj." in name for name in by_rank)
+    for name, values in by_rank.items():
+        np.testing.assert_allclose(values, by_features[name], atol=1e-5, err_msg=name)
+    assert same(adapter_of(tuning_site, "by-rank-cut"), by_rank)
+    for board in TRAINED:
+        *long, judged = (one[board] for one in sent["by-features"])
+        for number, (long_bytes, short_bytes) in enumerate(
+            zip(long, (one[board] for one in sent["by-rank"]), strict=False)
+        ):
+            states = (long_bytes - judged) / 2  # and gradients by features, as long
+            gradients = short_bytes - judged - states
+            assert gradients == (states * rank / hidden if number % 2 else 4 * steps * hidden * rank)
+    said = tuning_site.cli(
+        "run", tiny_model, "--prompt", "hello", "--raw", "--max-tokens", "4", "--context", "128", "--adapter", "by-rank"
+    )
+    assert said.returncode == 0, said.stderr
+
+
+@pytest.mark.slow
 def test_a_coordinator_that_is_killed_begins_the_round_anew(
     tuning_site: Site, tiny_model: str, undisturbed: dict[str, Any]
 ) -> None:

@@ -32,6 +32,7 @@ ALLOWED_ELSEWHERE = {
     "models/training/factored.py": {"torch"},
     "models/training/heads.py": {"torch"},
     "models/training/llama.py": {"torch"},
+    "models/training/lowrank.py": {"torch"},
     "models/training/private.py": {"torch"},
     "models/training/rounds.py": {"torch"},
     "models/training/split.py": {"torch"},

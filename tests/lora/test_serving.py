@@ -34,12 +34,12 @@ def size_of(config: LlamaConfig, matrix: str) -> tuple[int, int]:
 
 
 def adapter_files(
-    folder: Path, config: LlamaConfig, rank: int, matrices: tuple[str, ...], seed: int, **changes: Any
+    folder: Path, config: LlamaConfig, rank: int, matrices: tuple[str, ...], seed: int, first: int = 0, **changes: Any
 ) -> tuple[Path, dict[str, np.ndarray]]:
     """A folder as PEFT writes it, and what it adds to each matrix."""
     draw = np.random.default_rng(seed)
     tensors, added = {}, {}
-    for block in range(config.blocks):
+    for block in range(first, config.blocks):
         for matrix in matrices:
             out, columns = size_of(config, matrix)
             a = (0.3 * draw.standard_normal((rank, columns))).astype(np.float32)
@@ -101,6 +101,24 @@ def test_a_row_with_an_adapter_says_what_the_merged_model_says(family: Family, a
         served.close(slot)
         plain = shelf.stage(shelf.base)
         assert np.abs(said - plain.step(plain.open(), np.append(PROMPT, [3, 3]), 0)).max() > 0.1, "it changes something"
+
+
+def test_an_adapter_of_the_last_block_says_what_the_merged_model_says_beside_others(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, "llama", "f32", False)
+    last = shelf.config.blocks - 1
+    path, added = adapter_files(
+        tmp_path / "last", shelf.config, 3, ("down",), 7, first=last, layers_to_transform=[last]
+    )
+    assert list(added) == [f"block.{last}.down"]
+    adapter = keep(path, shelf.cache)
+    merged = shelf.stage(shelf.packed("merged", added))
+    expected = merged.step(merged.open(), PROMPT, 0)
+    for ids in ([adapter], [shelf.ids[0], adapter]):
+        served = shelf.stage(with_adapters(shelf.base, ids, shelf.cache))
+        said = served.step(served.open(adapter), PROMPT, 0)
+        np.testing.assert_allclose(said, expected, atol=2e-3, rtol=2e-3)
+    plain = shelf.stage(shelf.base)
+    assert np.abs(expected - plain.step(plain.open(), PROMPT, 0)).max() > 0.1, "it changes something"
 
 
 @pytest.mark.parametrize("precision", ["f32", "int8", "int4"])

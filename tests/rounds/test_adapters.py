@@ -121,6 +121,32 @@ def test_the_tensors_are_those_of_the_job(tmp_path) -> None:
     assert (flat(back, shapes(CONFIG, spec_of(wanted))) == factors).all()
 
 
+def test_an_adapter_of_the_last_block_says_so_to_others(tmp_path) -> None:
+    wanted = msgspec.structs.replace(job(), adapter=Adapter(rank=4, matrices=("q", "down"), blocks="last"))
+    shaped = shapes(CONFIG, spec_of(wanted))
+    last = CONFIG.blocks - 1
+    assert list(shaped) == [f"block.{last}.{name}" for name in ("q.a", "q.b", "down.a", "down.b")]
+    assert shaped[f"block.{last}.down.b"] == shapes(CONFIG, spec_of(job()))[f"block.{last}.down.b"]
+    files = files_of(CONFIG, JobRecord(job=wanted, state="done"), start_of(wanted), [])
+    config = msgspec.json.decode(files["adapter_config.json"])
+    assert config["layers_to_transform"] == [last] and config["target_modules"] == ["down_proj", "q_proj"]
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(files["adapter_model.safetensors"])
+    back = from_peft(CONFIG, {name: np.array(values) for name, values in safetensors.read(path).items()})
+    assert (flat(back, shaped) == start_of(wanted)).all()
+    plain = files_of(CONFIG, JobRecord(job=job(), state="done"), start_of(job()), [])
+    assert "layers_to_transform" not in msgspec.json.decode(plain["adapter_config.json"])
+    encoder = msgspec.structs.replace(of_labels(), adapter=Adapter(rank=4, matrices=("q", "o", "down"), blocks="last"))
+    factors = flat(initial(BERT, spec_of(encoder)), shapes(BERT, spec_of(encoder)))
+    assert len(factors) == 4 * (8 + 8 + 8 + 8 + 12 + 8) + 2 * 9
+    config = msgspec.json.decode(
+        files_of(BERT, JobRecord(job=encoder, state="done"), factors, [])["adapter_config.json"]
+    )
+    assert re.fullmatch(config["target_modules"], "encoder.layer.1.output.dense")
+    assert not re.fullmatch(config["target_modules"], "encoder.layer.0.output.dense")
+    assert "layers_to_transform" not in config, "which goes with no pattern"
+
+
 def test_who_has_changed_too_much_is_shortened_before_the_mean() -> None:
     plain = job()
     bounded = msgspec.structs.replace(plain, rounds=msgspec.structs.replace(plain.rounds, most_change=2.0))

@@ -149,6 +149,19 @@ def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path
         ("mode = 'pipeline'\ntrunk = ['nuc', 'nuc']", "trunk"),
         ("mode = 'pipeline'\ntrunk = ['nuc', 'My NUC']", "trunk"),
         ("mode = 'pipeline'\n[rounds]\nmiddle = 'median'", "rounds.middle"),
+        ("[adapter]\nblocks = 'first'", "adapter.blocks"),
+        ("train = 'blocks'\nlabels = ['a', 'b']\n[adapter]\nblocks = 'last'", "adapter"),
+        ("uplink_grad = 'factor'", "uplink_grad"),
+        ("uplink_grad = 'lowrank'\n[adapter]\nblocks = 'last'\nmatrices = ['down']", "uplink_grad"),
+        ("mode = 'auto'\nuplink_grad = 'lowrank'\n[adapter]\nblocks = 'last'\nmatrices = ['down']", "uplink_grad"),
+        ("mode = 'split'\nuplink_grad = 'lowrank'\n[adapter]\nmatrices = ['down']", "adapter.blocks"),
+        ("mode = 'split'\nuplink_grad = 'lowrank'\n[adapter]\nblocks = 'last'", "adapter.matrices"),
+        (
+            "mode = 'split'\nuplink_grad = 'lowrank'\nlabels = ['a', 'b']\n"
+            "[adapter]\nblocks = 'last'\nmatrices = ['down']",
+            "uplink_grad",
+        ),
+        ("mode = 'split'\nuplink_grad = 'lowrank'\nlabels = ['a', 'b']\ntrain = 'blocks'", "uplink_grad"),
         ("train = 'head'", "train"),
         ("train = 'blocks'", "train"),
         ("train = 'blocks'\nlabels = ['a', 'b']\n[adapter]\nrank = 2", "adapter"),
@@ -166,6 +179,26 @@ def test_what_is_no_toml_is_refused(text: str, tmp_path: Path) -> None:
         load(tmp_path, text)
     with pytest.raises(UsageError, match="no such file"):
         load_job(tmp_path / "gone.toml")
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "rolora"])
+@pytest.mark.parametrize("mode", ["split", "pipeline"])
+def test_gradients_by_a_low_rank_matrix_go_with_factors_at_the_last_matrix_alone(
+    mode: str, rule: str, tmp_path: Path
+) -> None:
+    assert load(tmp_path, SMALL).uplink_grad == "cut" and load(tmp_path, SMALL).adapter.blocks == "all"
+    asked = f"mode = '{mode}'\nuplink_grad = 'lowrank'\n"
+    more = f"[adapter]\nblocks = 'last'\nmatrices = ['down']\n[rounds]\naggregation = '{rule}'\n"
+    job = load(tmp_path, SMALL + asked + more)
+    assert (job.uplink_grad, job.adapter.blocks) == ("lowrank", "last") and checked(job) == job
+    said = problems(tmp_path, SMALL + "uplink_grad = 'lowrank'\nlabels = ['a', 'b']\n[rounds]\nmiddle = 'mode'\n")
+    assert said == [
+        "rounds.middle: Invalid enum value 'mode'",
+        "uplink_grad: 'lowrank' goes with mode = 'split' or 'pipeline', not with 'federated'",
+        "uplink_grad: 'lowrank' is for language models, which learn no labels",
+        "adapter.blocks: 'all'; uplink_grad = 'lowrank' wants 'last'",
+        "adapter.matrices: q, v; uplink_grad = 'lowrank' wants down alone, the last before the cut",
+    ]
 
 
 def test_a_job_that_came_as_json_is_checked_too() -> None:

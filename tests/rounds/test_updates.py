@@ -40,6 +40,15 @@ def test_noise_on_what_a_device_has_changed_is_no_reason_to_refuse_it() -> None:
     assert farthest_of(by_sample) == farthest_of(plain), "noise on a gradient makes no step of Adam longer"
 
 
+def test_who_has_no_factors_sends_none() -> None:
+    nothing = np.zeros(0, np.float32)
+    assert checked(META, None, "pi4", 2, nothing, FARTHEST).size == 0
+    with pytest.raises(PeerError, match=r"F32 \[0\] was due"):
+        checked(META, Tensor.of(START), "pi4", 2, nothing, FARTHEST)
+    with pytest.raises(PeerError, match="of round 1"):
+        checked(msgspec.structs.replace(META, round=1), None, "pi4", 2, nothing, FARTHEST)
+
+
 def test_an_update_is_taken_as_it_is() -> None:
     moved = START + np.float32(0.9 * FARTHEST)
     assert (take(moved) == moved).all()

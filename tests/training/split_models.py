@@ -17,9 +17,9 @@ from models.formats.bert import BertFile, read_bert_config
 from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, flat, named, shapes, within
 from models.training.encoder import TrainedEncoder
 from models.training.llama import TrainedStage
+from models.training.lowrank import ends_kind, trunk_kind
 from models.training.rounds import BETAS
 from models.training.samples import Batch, Row, Split, drawn
-from models.training.split import EndsRound
 from models.training.trunk import Place, TrunkRound
 from tests.models.stages import spec_of, stage_files
 from wire.messages import ArtifactRef, InboxAddress, RoundMeta, TrainingTask
@@ -103,7 +103,7 @@ def task_of(spec: AdapterSpec, steps: int, batch_rows: int = 3, **changes: Any) 
     fields: dict[str, Any] = {
         "data": "d", "tokenizer": ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), "rank": spec.rank,
         "alpha": spec.alpha, "matrices": spec.matrices, "row_tokens": 64, "batch_rows": batch_rows, "steps": steps,
-        "learning_rate": 0.01, "most_norm": 1.0, "held_out": 0.0, "seed": 3,
+        "learning_rate": 0.01, "most_norm": 1.0, "held_out": 0.0, "seed": 3, "last_only": spec.last_only,
     }  # fmt: skip
     return TrainingTask(**{**fields, **changes})
 
@@ -124,9 +124,10 @@ class Together:
         self.segments = []
         for number, stage in enumerate(halves.segments):
             own, place = halves.shaped_of(number), Place(number == 0, number == last)
-            self.segments.append(TrunkRound(stage, own, task, asked(parts), flat(factors, own), rows, place))
+            kind = trunk_kind(task, place)
+            self.segments.append(kind(stage, own, task, asked(parts), flat(factors, own), rows, place))
         self.ends = {
-            device: EndsRound(halves.ends[device], shaped, held, task, seed, asked(parts))
+            device: ends_kind(task)(halves.ends[device], shaped, held, task, seed, asked(parts))
             for seed, (device, held) in enumerate(rows.items())
         }
 
