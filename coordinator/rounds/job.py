@@ -27,7 +27,15 @@ from models.lora.aggregate import ANY_RANKS, Middle
 from models.privacy.accountant import noise_for
 from wire.errors import UsageError
 from wire.ids import is_name
-from wire.limits import LEAST_SUMMED, MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_SPLIT_ROWS, MAX_SUMMED
+from wire.limits import (
+    LEAST_SUMMED,
+    MAX_ADAPTER_RANK,
+    MAX_LABELS,
+    MAX_PROMPT_TOKENS,
+    MAX_SEGMENTS,
+    MAX_SPLIT_ROWS,
+    MAX_SUMMED,
+)
 from wire.messages import Label, Matrix, Privacy
 
 if sys.version_info >= (3, 11):
@@ -37,7 +45,7 @@ else:
 
 COUNTED: Final = ("random", "round-robin", "fastest")
 """Of `who`: so many as `devices` says."""
-SPLIT: Final = ("split", "pipeline")
+SPLIT: Final = ("split", "pipeline", "looped")
 """Modes in which boards with data have the ends of a model alone."""
 ONE_SET: Final = ("fedavg", "ffa", "rolora")
 """Rules that say which factors are trained, where there is one set of them."""
@@ -107,9 +115,10 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     model: str
     data: str
-    mode: Literal["federated", "split", "pipeline", "auto"] = "federated"
+    mode: Literal["federated", "split", "pipeline", "looped", "auto"] = "federated"
     """'split': boards with data have the ends of the model, and one board all blocks, or as few as can hold them;
-    'pipeline': as many boards as make a step fast, two at least; 'auto': what coordinator.rounds.modes says."""
+    'pipeline': as many boards as make a step fast, two at least; 'looped': one block at every depth, whose
+    heads and columns are divided among several boards; 'auto': what coordinator.rounds.modes says."""
     trunk: str | tuple[str, ...] = ()
     """Of a split model: the board that has the blocks, or those among which they are divided, in this order; none:
     those that multiply fastest."""
@@ -225,8 +234,10 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("trunk: means nothing with mode = 'federated'")
     if not isinstance(trunk, str) and len(set(trunk)) != len(trunk):
         found.append("trunk: one is listed twice")
-    if mode == "pipeline" and trunk and (isinstance(trunk, str) or len(trunk) < 2):
-        found.append("trunk: one board, mode = 'pipeline' wants two at least")
+    if mode in ("pipeline", "looped") and trunk and (isinstance(trunk, str) or len(trunk) < 2):
+        found.append(f"trunk: one board, mode = {mode!r} wants two at least")
+    if mode == "looped":
+        found += _about_looped(values)
     if not is_name(values["name"]) or len(values["name"]) > MOST_NAME:
         found.append(f"name: {values['name']!r} is none: up to {MOST_NAME} lower-case letters, digits and hyphens")
     found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]
@@ -301,6 +312,18 @@ def _about_blocks(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} is of factors, and train = 'blocks' has none")
     if values.get("privacy") is not None:
         found.append("privacy: not with train = 'blocks': noise on so many numbers leaves nothing")
+    return found
+
+
+def _about_looped(values: Mapping[str, Any]) -> list[str]:
+    """What one block at every depth does not go without: the weights of blocks that differ can't be one."""
+    found = []
+    if values.get("train", "factors") != "blocks":
+        found.append("train: 'blocks' with mode = 'looped', which trains the weights of one block for all depths")
+    if not values.get("labels"):
+        found.append("labels: missing; mode = 'looped' is for sentence encoders, which learn labels")
+    if len(values.get("trunk", ())) > MAX_SEGMENTS and not isinstance(values["trunk"], str):
+        found.append(f"trunk: {len(values['trunk'])} boards, {MAX_SEGMENTS} at most")
     return found
 
 

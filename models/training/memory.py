@@ -43,6 +43,14 @@ TRUNK_WORKING: Final = 6
 """As wide as the model, that is left of each block while its pieces come and go; with what its factors make."""
 HEAD_COPIES: Final = 4
 """Of a task module: as it is, as it comes, its gradient, and as that goes out."""
+HUB_COPIES: Final = 8
+"""Of states: what is summed and normed, and gradients of these, as they go out."""
+HUB_ROWS: Final = 6
+"""As wide as the model: biases and norms."""
+SHARD_COPIES: Final = 6
+"""Of states: as they come with their gradient, and both as they go out."""
+SHARD_WORKING: Final = 3
+"""Of what is between its matrices: as it is, bent, and their gradients."""
 PAGE: Final = 4096
 
 
@@ -106,6 +114,24 @@ def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec,
     words = row * config.vocabulary - max(row, PAGE) * min(tokens, config.vocabulary)
     by_token = tokens * (kept + (ENCODER_WORKING - int(remember)) * block)
     return round(ENCODER_BYTES + weight_bytes - max(0, words) + ADAPTER_COPIES * adapter + by_token)
+
+
+def hub_peak_bytes(config: BertConfig, spec: AdapterSpec, tokens: int, ends: int, shards: int) -> int:
+    """Of the hub of one block that stands at every depth: of each batch it keeps two sums of each depth."""
+    states = FLOAT * config.hidden * tokens
+    kept = (2 * config.blocks + TRUNK_COPIES) * states * ends
+    turn = (HUB_COPIES + 2 * shards) * states
+    module = round(ADAPTER_COPIES * FLOAT * (spec.labels + HUB_ROWS) * (config.hidden + 1))
+    return ENCODER_ENDS_BYTES + module + kept + turn
+
+
+def shard_peak_bytes(config: BertConfig, heads: int, columns: int, tokens: int, row_tokens: int) -> int:
+    """Of a shard with so many heads and columns: of whatever depth, and of however many boards with data. Of attention
+    there are rows of `row_tokens` for each token and head."""
+    width = heads * (config.hidden // config.num_attention_heads)
+    weights = config.hidden * (4 * width + 2 * columns) + 3 * width + columns
+    turn = SHARD_COPIES * config.hidden + max(SHARD_WORKING * columns, SHARD_WORKING * (4 * width + heads * row_tokens))
+    return ENCODER_BYTES + round(ADAPTER_COPIES * FLOAT * weights) + FLOAT * tokens * turn
 
 
 def _block_weight_bytes(config: LlamaConfig | BertConfig, weight_bytes: int) -> int:
