@@ -37,6 +37,7 @@ def device_info(survey: Survey, config: AgentConfig, boot: str) -> DeviceInfo:
         knows_features=True,
         knows_privacy=True,
         knows_split=True,
+        knows_looped=True,
         knows_secure=importlib.util.find_spec("cryptography") is not None,
         private_data=tuple(name for name, _ in config.data_epsilon),
     )

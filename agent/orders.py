@@ -102,12 +102,14 @@ def problem_with(desired: Desired, site: str, device: str) -> str:
             return f"{what}: rounds and what to do in them belong together"
         if order.training is not None and not _fits_its_role(order, order.training.role):
             return f"{what}: blocks {order.first_block} to {order.end_block} are no {order.training.role}"
+        if order.training is not None and (order.training.role == "shard") != (order.training.share is not None):
+            return f"{what}: a shard and its share belong together"
         if order.end_block < order.first_block:
             return f"{what}: blocks {order.first_block} to {order.end_block}"
     return ""
 
 
 def _fits_its_role(order: StageOrder, role: Role) -> bool:
-    if role == "trunk":
+    if role not in ("whole", "ends"):
         return not order.embedding and not order.head and order.end_block > order.first_block
     return order.embedding and order.head and order.first_block == 0 and (role == "whole" or order.end_block == 0)

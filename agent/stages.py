@@ -246,7 +246,7 @@ class Stages:
         bench, task = self._bench, order.training
         if not self._reached(stage, order):
             return
-        data = "" if task is None or task.role == "trunk" else task.data
+        data = "" if task is None or task.role not in ("whole", "ends") else task.data
         if task is not None and data and data not in bench.data:
             there = ", ".join(sorted(bench.data)) or "none"
             stage.impossible = f"no data set {data!r} on this board; there are: {there} (edgelam-agent --data)"

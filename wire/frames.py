@@ -113,6 +113,11 @@ class Kind(IntEnum):
     SECURE = 17
     """A step of a sum of which nobody learns a part: asked for, and answered; meta is a SecureMeta, which says what the
     tensor is."""
+    SHARE = 18
+    """What a hub asks each of its shards to multiply, float32 [n, T, hidden] or [2, n, T, hidden]; meta is a SplitMeta,
+    which says the turn."""
+    PARTIAL = 19
+    """What a shard makes of it, float32 [n, T, hidden]; meta is a SplitMeta."""
 
 
 _KINDS: Final = {int(kind): kind for kind in Kind}

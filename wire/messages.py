@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 from wire import limits
 from wire.errors import PeerError
 from wire.samples import Images, Series
+from wire.shares import Share, Turn
 from wire.version import PROTOCOL
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
@@ -87,6 +88,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Whether it does what `TrainingTask.privacy` asks for: older software overlooks it."""
     knows_secure: bool = False
     """Whether it can do what `TrainingTask.secure` asks for."""
+    knows_looped: bool = False
+    """Whether it can be a hub or a shard, as `knows_split`."""
 
 
 class ArtifactRef(Struct, frozen=True, kw_only=True):
@@ -144,9 +147,10 @@ class Privacy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     channel: Channel | None = None
 
 
-Role = Literal["whole", "ends", "trunk"]
+Role = Literal["whole", "ends", "trunk", "hub", "shard"]
 """What of a model a device trains with: all of it; what goes before the blocks and behind them, with data; or all
-blocks, for devices that have the ends, without any data."""
+blocks, for devices that have the ends, without any data. Of one block that stands at every depth: a share of its
+matrices, or what is left, and sums them up."""
 
 
 class TrainingTask(Struct, frozen=True, kw_only=True):
@@ -196,13 +200,14 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     last_only: bool = False
     """The last block alone has factors."""
     uplink_grad: Literal["cut", "lowrank"] = "cut"
-    """With a role that is not 'whole', the gradients that devices send: by features; or by what comes out of the last
-    matrix's A, and by its B (models.training.lowrank)."""
+    """Gradients that ends send: by features; or by the last matrix's A x, and by its B (models.training.lowrank)."""
     refuse_bad_rows: bool = False
     """Data with a row that is no sample are not trained on at all; else it is left out and counted."""
     secure: bool = False
     """Updates never leave the device but masked, for a sum with others (SecureMeta). Its UPDATE says that there is
     one, and holds none."""
+    share: Share | None = None
+    """Of a shard."""
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):
@@ -464,6 +469,8 @@ class SplitRound(Struct, frozen=True, kw_only=True):
     """For the trunk: all that have the ends."""
     patience_s: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
     """After which the trunk names whom it waits for."""
+    shards: Annotated[tuple[Peer, ...], Meta(max_length=limits.MAX_SEGMENTS)] = ()
+    """For a hub, which is the one segment then; `place` of a shard is among these."""
 
 
 class SplitMeta(Struct, frozen=True, kw_only=True):
@@ -483,6 +490,8 @@ class SplitMeta(Struct, frozen=True, kw_only=True):
     square: Annotated[float, Meta(ge=0)] | None = None
     """Of a step's gradients, summed over the segments behind, with the last GRADIENT from one segment to another; over
     all with STEP."""
+    turn: Turn | None = None
+    """With SHARE and PARTIAL."""
 
 
 class RoundMeta(Struct, frozen=True, kw_only=True):
@@ -559,6 +568,8 @@ class StageError(Struct, frozen=True, kw_only=True):
     code: Literal["busy", "too-long", "engine", "protocol", "deadline", "stopped", "again"]
     """'again': what was under way is lost, and begins anew when it is asked for again."""
     text: Text
+    shard: Annotated[int, Meta(ge=0, lt=limits.MAX_SEGMENTS)] | None = None
+    """Whose fault it is, of a hub's shards; None: that of `device`."""
 
 
 M = TypeVar("M", bound=Struct)

@@ -210,9 +210,11 @@ class Answering(ABC):
         except UNSENT:
             self._unsent = True  # again at the next tick
 
-    def _tell(self, topic: str, request: int, code: Any, text: str, device: str = "") -> bool:
+    def _tell(self, topic: str, request: int, code: Any, text: str, device: str = "", shard: int | None = None) -> bool:
         """Say what went wrong, and with whom if not here; False if it could not be sent."""
-        error = StageError(stage=self.order.stage, device=device or self._device, code=code, text=text[:4096])
+        error = StageError(
+            stage=self.order.stage, device=device or self._device, code=code, text=text[:4096], shard=shard
+        )
         parcel = Parcel(Kind.ERROR, self.order.epoch, request, 0, FLAG_FINAL, None, msgspec.json.encode(error))
         try:
             self._sender.to_requester(topic, parcel)

@@ -36,7 +36,7 @@ from wire.tensors import Dtype
 
 MOST_UNREAD: Final = 2
 """Parcels of one device that wait to be looked at: a gradient, and the states of the step behind it."""
-SAID: Final = (Kind.STATES, Kind.FEATURES, Kind.GRADIENT, Kind.STEP)
+SAID: Final = (Kind.STATES, Kind.FEATURES, Kind.GRADIENT, Kind.STEP, Kind.SHARE, Kind.PARTIAL)
 """What devices say to each other."""
 
 
@@ -58,6 +58,7 @@ class Untold(NamedTuple):
     code: str
     text: str
     device: str
+    shard: int | None
 
 
 class Asked(NamedTuple):
@@ -70,6 +71,8 @@ class Asked(NamedTuple):
     """Inboxes of the devices that have the ends; of a segment alone."""
     segments: Sequence[str]
     """Inboxes of those that have the blocks, in their order."""
+    shards: Sequence[str] = ()
+    """The same of shards of one block."""
 
     @property
     def last(self) -> int:
@@ -142,7 +145,7 @@ class SplitWork(Answering):
                 self._go_on(asked)
             self._fits()
         except Misled as error:
-            self._complain(asked, "protocol", error.message, error.device)
+            self._complain(asked, "protocol", error.message, error.device, error.shard)
         except (Diverged, EngineFailed, ValueError, RuntimeError) as error:  # RuntimeError: torch, out of memory mostly
             self._drop_round()
             self.ended += 1
@@ -165,7 +168,8 @@ class SplitWork(Answering):
         """A connection was lost, and perhaps what was on its way: nobody can go on with the round."""
         asked = self._asked_for
         if asked is not None:  # also if it was answered: the last that others wait for may be lost
-            self._untold.append(Untold(asked.meta.reply.topic, asked.request, "again", "a connection was lost", ""))
+            lost = Untold(asked.meta.reply.topic, asked.request, "again", "a connection was lost", "", None)
+            self._untold.append(lost)
             self._drop_round()
         self._lost()
 
@@ -185,12 +189,13 @@ class SplitWork(Answering):
         try:
             if meta.split is None:
                 raise ValueError("the round says nothing of whom to make it with")
-            for inbox in (peer.inbox for peer in (*meta.split.ends, *meta.split.segments)):
+            for inbox in (peer.inbox for peer in (*meta.split.ends, *meta.split.segments, *meta.split.shards)):
                 if inbox.broker or not is_inbox(inbox.topic, self._site):
                     raise ValueError(f"{inbox.topic!r} is not an inbox of this site")
             ends = {peer.device: peer.inbox.topic for peer in meta.split.ends}
             segments = [peer.inbox.topic for peer in meta.split.segments]
-            asked = Asked(parcel.request, meta, meta.split, ends, segments)
+            shards = [peer.inbox.topic for peer in meta.split.shards]
+            asked = Asked(parcel.request, meta, meta.split, ends, segments, shards)
             self._begin(asked, parcel.tensor)
         except ValueError as error:
             self._refuse(str(error))
@@ -225,8 +230,15 @@ class SplitWork(Answering):
             if not self._takes_part(asked, meta.device):
                 self._refuse(f"{meta.device} does not take part")
                 return
-            if sum(said.meta.device == meta.device for said in self._waiting) >= MOST_UNREAD:
-                self._complain(asked, "protocol", "says more than it was asked for", meta.device)
+            shard = meta.place if parcel.kind is Kind.PARTIAL else None
+            if (
+                sum(
+                    _shard_or_device(said.kind, said.meta) == _shard_or_device(parcel.kind, meta)
+                    for said in self._waiting
+                )
+                >= MOST_UNREAD
+            ):
+                self._complain(asked, "protocol", "says more than it was asked for", meta.device, shard)
                 return
             self._got_bytes += values.nbytes
             self._said.append(Said(parcel.kind, parcel.request, meta, values.copy()))
@@ -267,21 +279,27 @@ class SplitWork(Answering):
         """What came and was not looked at."""
         return self._said
 
-    def _complain(self, asked: Asked, code: str, text: str, device: str = "") -> None:
+    def _complain(self, asked: Asked, code: str, text: str, device: str = "", shard: int | None = None) -> None:
         """Tell the coordinator what is wrong, now or when it can be reached."""
-        told = Untold(asked.meta.reply.topic, asked.request, code, text, device)
+        told = Untold(asked.meta.reply.topic, asked.request, code, text, device, shard)
         if not self._tell(*told):
             self._untold.append(told)
 
     def _drop_round(self) -> None:
         """Nothing of it counts any more, and nothing more of it is sent."""
         if self._asked_for is not None:
-            for topic in (*self._asked_for.ends.values(), *self._asked_for.segments):
+            asked = self._asked_for
+            for topic in (*asked.ends.values(), *asked.segments, *asked.shards):
                 self._sender.drop(topic)
         self._asked_for = None
         self._said.clear()
         self._outgoing.clear()
         self._forget_round()
+
+
+def _shard_or_device(kind: Kind, meta: SplitMeta) -> str | int | None:
+    """Who says it: of a batch's parts each comes of another shard."""
+    return meta.place if kind is Kind.PARTIAL else meta.device
 
 
 def _values(parcel: Parcel, meta: SplitMeta) -> Floats:

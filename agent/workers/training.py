@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from msgspec import Struct
 
+from agent.workers.answering import Model
 from agent.workers.endswork import EndsWork
 from agent.workers.frozen import FrozenNet
+from agent.workers.hubwork import HubWork
 from agent.workers.inference import Say, StageWorker, check_memory, done, hold_stage, spec_of
 from agent.workers.ledger import Ledger
 from agent.workers.pipe import Assignment, Status
 from agent.workers.roundwork import RoundWork
+from agent.workers.shardwork import ShardWork
 from agent.workers.trunkwork import TrunkWork
 from agent.workers.work import Work
 from hwprofiles.measure import resident_bytes
@@ -31,11 +34,13 @@ from models.families.bert import BertConfig
 from models.families.features import FeatureConfig
 from models.formats.bert import BertFile
 from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, initial, shapes, within
+from models.lora.looped import shapes_of_hub, shapes_of_shard
 from models.training.data import BadRow, Sample, read
 from models.training.encoder import TrainedEncoder
 from models.training.features import image_features, series_features
 from models.training.heads import TrainedHead
 from models.training.llama import TrainedStage
+from models.training.looped import Hub, Shard
 from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_of, split
 from models.training.trunk import Learner
 from wire.errors import CorruptData
@@ -52,7 +57,7 @@ MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     """A model with factors, and the rows of this device."""
 
-    stage: Learner
+    stage: Learner | Hub | Shard
     shaped: Shapes
     rows: Split
     bad_rows: int
@@ -80,8 +85,9 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         raise EngineFailed("the order says nothing of what to train")
     torch.set_num_threads(assignment.threads)
     ledger = Ledger(Path(assignment.ledger_path), task.data, assignment.most_epsilon)
-    if task.role == "trunk":
-        stage, shaped = (_encoder if task.labels else _language_model)(assignment, task)
+    if task.role not in ("whole", "ends"):
+        make = _part_of_block if task.role != "trunk" else _encoder if task.labels else _language_model
+        stage, shaped = make(assignment, task)
         check_memory(assignment)
         return Trainee(stage=stage, shaped=shaped, rows=Split((), ()), bad_rows=0, fingerprint="", ledger=ledger)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
@@ -189,11 +195,28 @@ def _encoder(assignment: Assignment, task: TrainingTask) -> tuple[TrainedEncoder
         shaped = _own(config, spec, assignment.order, task)
         blocks = range(assignment.order.first_block, assignment.order.end_block)
         held = {HEAD: shaped[HEAD]} if task.role == "ends" else shaped
-        zeros = {name: np.zeros(size, np.float32) for name, size in held.items()}  # what they are comes with each round
-        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, zeros, blocks)
+        # What they are comes with each round.
+        stage = TrainedEncoder(BertFile.open(config, Path(path)), spec, _zeros(held), blocks)
     except (msgspec.DecodeError, ValueError, KeyError) as error:
         raise EngineFailed(f"an order that says nothing of an encoder: {error}") from error
     return stage, shaped
+
+
+def _part_of_block(assignment: Assignment, task: TrainingTask) -> tuple[Hub | Shard, Shapes]:
+    """Of the block that stands at every depth; its weights come with each round."""
+    try:
+        config = msgspec.json.decode(assignment.order.config, type=BertConfig)
+        if task.share is not None:
+            shaped = shapes_of_shard(config, task.share)
+            return Shard(config, task.share, _zeros(shaped)), shaped
+        shaped = shapes_of_hub(shapes(config, msgspec.structs.replace(_spec(task), looped=True)))
+        return Hub(config, _zeros(shaped)), shaped
+    except (msgspec.DecodeError, ValueError) as error:
+        raise EngineFailed(f"an order that says nothing of an encoder: {error}") from error
+
+
+def _zeros(shaped: Shapes) -> dict[str, Floats]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shaped.items()}
 
 
 def _own(config: Config, spec: AdapterSpec, order: StageOrder, task: TrainingTask) -> Shapes:
@@ -225,9 +248,11 @@ class TrainingWorker(StageWorker[Trainee]):
         role = order.training.role if order.training is not None else "whole"
         if order.training is not None and order.training.secure:
             return self._secure_work(order)
-        kinds: dict[str, type[RoundWork | EndsWork | TrunkWork]] = {"ends": EndsWork, "trunk": TrunkWork}
+        kinds: dict[str, type[RoundWork | EndsWork | TrunkWork | HubWork | ShardWork]] = {
+            "ends": EndsWork, "trunk": TrunkWork, "hub": HubWork, "shard": ShardWork,
+        }  # fmt: skip
         return kinds.get(role, RoundWork)(
-            order, self._engine, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits
+            order, self._held, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits
         )
 
     def _secure_work(self, order: StageOrder) -> Work:
@@ -238,9 +263,14 @@ class TrainingWorker(StageWorker[Trainee]):
         assignment = self._assignment
         sums = Sums(Path(assignment.ledger_path))
         return SecureWork(
-            order, self._engine, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits,
+            order, self._held, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits,
             sums=sums,
         )  # fmt: skip
+
+    @property
+    def _held(self) -> Model:
+        """Of the kind that the order's role asks for, by which it was loaded."""
+        return cast("Model", self._engine)
 
     def _fits(self) -> None:
         check_memory(self._assignment)

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from agent.workers.answering import factors_of
+from agent.workers.questions import question_of
 from agent.workers.splitwork import Asked, Said, SplitWork
 from models.lora.adapter import Floats
 from models.training.lowrank import trunk_kind
@@ -147,7 +148,7 @@ class TrunkWork(SplitWork):
         made, at, device, step = self._round_of, asked.split.place, said.meta.device, said.meta.step
         assert made is not None and at is not None
         if said.kind is Kind.STATES and said.meta.place == (at - 1 if at else None):
-            question = self._question(said)
+            question = question_of(self.order, said)
             if not question.judged and step == made.step + 1 and device not in made.without_states:
                 self._next_step.append(said)  # which need not wait for those who are slower, or on their way back
                 return
@@ -191,22 +192,6 @@ class TrunkWork(SplitWork):
         if self._judged[device] > MOST_JUDGED:
             raise Misled(f"has more than {MOST_JUDGED} batches judged", device)
         return made.judged(device, question)
-
-    def _question(self, said: Said) -> Question:
-        """The states that a device sent, if they can be such; raises Misled."""
-        meta, states, hidden = said.meta, said.values, self.order.hidden
-        lengths = np.array(meta.lengths, np.int64)
-        rows, most = self._task.batch_rows, self._task.row_tokens
-        fits = states.ndim == 3 and 1 <= len(states) <= rows and 1 <= states.shape[1] <= most
-        if not fits or states.shape[2] != hidden:
-            raise Misled(f"states of {list(states.shape)}, [1-{rows}, 1-{most}, {hidden}] were due", meta.device)
-        if len(lengths) != len(states) or lengths.min() < 1 or lengths.max() > states.shape[1]:
-            raise Misled("lengths that are none of these rows", meta.device)
-        if meta.samples < 1:
-            raise Misled("has no samples", meta.device)
-        if not np.isfinite(states).all():
-            raise Misled("states that are no numbers", meta.device)
-        return Question(meta.step, meta.judged, states, lengths)
 
     def _forget_round(self) -> None:
         self._round_of, self._told = None, False

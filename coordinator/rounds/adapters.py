@@ -25,6 +25,7 @@ from models.lora.adapter import (
     to_peft,
 )
 from models.lora.aggregate import Factors, Update, aggregated, mixed, sent, shortened_to, taken
+from models.lora.looped import at_every_depth
 from models.lora.serving import BLOCKS, CONFIG, PROVENANCE, TENSORS
 from models.lora.whole import to_file
 from models.training.kernels import VERSION as VERSION_OF_KERNELS
@@ -42,7 +43,7 @@ def spec_of(job: Job, device: str = "") -> AdapterSpec:
     alpha = adapter.scale_alpha * rank / adapter.rank
     return AdapterSpec(
         rank=rank, alpha=alpha, matrices=adapter.matrices, seed=job.seed, labels=len(job.labels),
-        blocks=job.train == "blocks", last_only=adapter.blocks == "last",
+        blocks=job.train == "blocks", last_only=adapter.blocks == "last", looped=job.mode == "looped",
     )  # fmt: skip
 
 
@@ -174,7 +175,8 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     by_name = named(factors, shapes(config, spec))
     if spec.blocks:
         assert isinstance(config, BertConfig)
-        tensors, settings = to_file(config, by_name), {"peft_type": BLOCKS, "r": 1, "lora_alpha": 1.0}
+        whole = at_every_depth(config, by_name) if spec.looped else by_name
+        tensors, settings = to_file(config, whole), {"peft_type": BLOCKS, "r": 1, "lora_alpha": 1.0}
     else:
         tensors, settings = dict(to_peft(config, by_name)), _peft(config, job, spec)
     samples = {device: found.samples for done in rounds for device, found in done.devices.items() if found.samples}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final
 
 import msgspec
 from msgspec import Struct
@@ -19,11 +19,20 @@ from models.families.features import FeatureConfig
 from models.formats.bert import BertFile, is_bert, read_bert_config
 from models.lora.adapter import Config, Floats, flat, initial, shapes, sizes
 from models.lora.whole import weights_of
-from models.training.memory import encoder_peak_bytes, ends_peak_bytes, head_peak_bytes, peak_bytes, trunk_peak_bytes
+from models.training.memory import (
+    encoder_peak_bytes,
+    ends_peak_bytes,
+    head_peak_bytes,
+    hub_peak_bytes,
+    peak_bytes,
+    shard_peak_bytes,
+    trunk_peak_bytes,
+)
 from wire.errors import Refused, UsageError
 from wire.messages import Role
 
-ROLES: Final[tuple[Role, ...]] = get_args(Role)
+ROLES: Final[tuple[Role, ...]] = ("whole", "ends", "trunk")
+"""Whose weights are files; those of hubs and shards come with each round."""
 
 
 class Part(Struct, frozen=True, kw_only=True):
@@ -83,6 +92,21 @@ class Base(Struct, frozen=True, kw_only=True):
         assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
         return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks)
 
+    def hub_bytes(self, job: Job, ends: int, shards: int) -> int:
+        """The same of the hub of one block that stands at every depth."""
+        tokens = job.rounds.batch_rows * job.rounds.row_tokens
+        return hub_peak_bytes(bert_of(self.config), spec_of(job), tokens, ends, shards)
+
+    def shard_bytes(self, job: Job, heads: int, columns: int) -> int:
+        """The same of a shard with so many."""
+        tokens = job.rounds.batch_rows * job.rounds.row_tokens
+        return shard_peak_bytes(bert_of(self.config), heads, columns, tokens, job.rounds.row_tokens)
+
+    def part_of_block(self) -> Part:
+        """What a hub or a shard is handed."""
+        config = bert_of(self.config)
+        return Part(graph=msgspec.json.encode(config), files={}, ends=False, end_block=config.blocks)
+
     def initial(self, job: Job) -> Floats:
         """What the first round begins with; raises CorruptData. Takes a moment: for a thread."""
         spec = spec_of(job)
@@ -138,6 +162,12 @@ def base_of(prepared: Prepared, job: Job) -> Base:
         )
     _check(prepared.name, base.config, job)
     return base
+
+
+def bert_of(config: Config) -> BertConfig:
+    """Of a job that no language model has."""
+    assert isinstance(config, BertConfig)
+    return config
 
 
 def _check(name: str, config: Config, job: Job) -> None:

@@ -11,7 +11,7 @@ from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, A
 from models.lora.aggregate import ANY_RANKS
 from models.privacy.accountant import noise_for
 from wire.ids import is_name
-from wire.limits import LEAST_SUMMED, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
+from wire.limits import LEAST_SUMMED, MAX_SEGMENTS, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
 from wire.messages import Privacy
 from wire.samples import Series
 
@@ -26,8 +26,10 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("trunk: means nothing with mode = 'federated'")
     if not isinstance(trunk, str) and len(set(trunk)) != len(trunk):
         found.append("trunk: one is listed twice")
-    if mode == "pipeline" and trunk and (isinstance(trunk, str) or len(trunk) < 2):
-        found.append("trunk: one board, mode = 'pipeline' wants two at least")
+    if mode in ("pipeline", "looped") and trunk and (isinstance(trunk, str) or len(trunk) < 2):
+        found.append(f"trunk: one board, mode = {mode!r} wants two at least")
+    if mode == "looped":
+        found += _about_looped(values)
     if not is_name(values["name"]) or len(values["name"]) > MOST_NAME:
         found.append(f"name: {values['name']!r} is none: up to {MOST_NAME} lower-case letters, digits and hyphens")
     found += [f"{key}: {text!r} is no name" for key, text in _names(values) if not is_name(text)]
@@ -127,6 +129,18 @@ def _about_lowrank(values: Mapping[str, Any], mode: str) -> list[str]:
     if adapter.matrices != ("down",):
         said = ", ".join(adapter.matrices)
         found.append(f"adapter.matrices: {said}; uplink_grad = 'lowrank' wants down alone, the last before the cut")
+    return found
+
+
+def _about_looped(values: Mapping[str, Any]) -> list[str]:
+    """What one block at every depth does not go without: the weights of blocks that differ can't be one."""
+    found = []
+    if values.get("train", "factors") != "blocks":
+        found.append("train: 'blocks' with mode = 'looped', which trains the weights of one block for all depths")
+    if not values.get("labels"):
+        found.append("labels: missing; mode = 'looped' is for sentence encoders, which learn labels")
+    if len(values.get("trunk", ())) > MAX_SEGMENTS and not isinstance(values["trunk"], str):
+        found.append(f"trunk: {len(values['trunk'])} boards, {MAX_SEGMENTS} at most")
     return found
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from wire.messages import Role
+from wire.shares import Share
+
 
 class Holder(NamedTuple):
     """A board that may have blocks, `most_blocks` by its memory."""
@@ -23,11 +26,14 @@ class Holder(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A segment: blocks [first_block, end_block) on a board."""
+    """A segment: blocks [first_block, end_block) on a board. Or a part of one block that stands for all of these."""
 
     device: str
     first_block: int
     end_block: int
+    role: Role = "trunk"
+    share: Share | None = None
+    """Of a shard."""
 
     @property
     def blocks(self) -> int:

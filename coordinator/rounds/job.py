@@ -26,7 +26,7 @@ from wire.samples import Images, Series
 
 COUNTED: Final = ("random", "round-robin", "fastest")
 """Of `who`: so many as `devices` says."""
-SPLIT: Final = ("split", "pipeline")
+SPLIT: Final = ("split", "pipeline", "looped")
 """Modes in which boards with data have the ends of a model alone."""
 ONE_SET: Final = ("fedavg", "ffa", "rolora")
 """Rules that say which factors are trained, where there is one set of them."""
@@ -99,9 +99,10 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     model: str
     data: str
-    mode: Literal["federated", "split", "pipeline", "auto"] = "federated"
+    mode: Literal["federated", "split", "pipeline", "looped", "auto"] = "federated"
     """'split': boards with data have the ends of the model, and one board all blocks, or as few as can hold them;
-    'pipeline': as many boards as make a step fast, two at least; 'auto': what coordinator.rounds.modes says."""
+    'pipeline': as many boards as make a step fast, two at least; 'looped': one block at every depth, whose
+    heads and columns are divided among several boards; 'auto': what coordinator.rounds.modes says."""
     trunk: str | tuple[str, ...] = ()
     """Of a split model: the board that has the blocks, or those among which they are divided, in this order; none:
     those that multiply fastest."""

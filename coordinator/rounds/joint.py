@@ -163,13 +163,8 @@ class JointExchange(Exchange):
     def _prepared(self) -> Progress:
         record = self._record
         timeout_s = record.job.rounds.timeout_s
-        self._trunk = trunk_names(len(record.trunk))
+        self._trunk = trunk_names(len(record.trunk), record.job.mode == "looped")
         self._joint = JointState(self.number, record.chosen, self._at_least, timeout_s, time.monotonic(), self._trunk)
-        shaped = shapes(self._config, spec_of(record.job))
-        self._shaped = {
-            name: within(shaped, range(at.first_block, at.end_block), at is record.trunk[-1])
-            for name, at in zip(self._trunk, record.trunk, strict=True)
-        }
         self._attempt = 0
         self._nonce = secrets.token_hex(8)
         """No session is one of a coordinator that was here before: what it had begun is at another step."""
@@ -185,25 +180,30 @@ class JointExchange(Exchange):
             self._requests = {self._request(name): name for name in (*state.together, *self._trunk)}
         self._asked_s.setdefault(device, time.monotonic())
         place = self._trunk.index(device) if device in self._trunk else None
-        split = SplitRound(
-            session=self._request(""),
-            segments=tuple(
+        split = self._with_whom(
+            place,
+            tuple(
                 Peer(device=at.device, inbox=order.inbox)
                 for at, order in zip(record.trunk, record.trunk_orders, strict=True)
             ),
-            place=place,
-            ends=()
-            if place is None
-            else tuple(Peer(device=name, inbox=record.order_of(name).inbox) for name in state.together),
-            patience_s=PATIENCE * record.job.rounds.timeout_s,
+            tuple(Peer(device=name, inbox=record.order_of(name).inbox) for name in state.together),
         )
-        tensor = None
-        if place is not None and self._shaped[device]:  # blocks that have no factors begin with none
-            tensor = Tensor.of(self._part_of(self.start, device))
+        begun = None if place is None else self._part_of(self.start, device)
+        tensor = None if begun is None or not begun.size else Tensor.of(begun)  # blocks without factors begin with none
         parts: tuple[Any, ...] = parts_of(record.job, self.number)
         reply = self._coordinator.hub.reply_inbox
         meta = RoundMeta(reply=reply, round=self.number, parts=parts, train=self.train, split=split)
         self._send(device, self._order_of(device), self._request(device), meta, tensor)
+
+    def _with_whom(self, place: int | None, trunk: tuple[Peer, ...], ends: tuple[Peer, ...]) -> SplitRound:
+        """What one of those who make the round is told of the others; `place` None: one with data."""
+        return SplitRound(
+            session=self._request(""),
+            segments=trunk,
+            place=place,
+            ends=() if place is None else ends,
+            patience_s=PATIENCE * self._record.job.rounds.timeout_s,
+        )
 
     def heard(self, parcel: Parcel) -> bool:
         name = self._requests.get(parcel.request)
@@ -243,7 +243,11 @@ class JointExchange(Exchange):
         """The factors of all segments as one update."""
         parts = [self.updates[name] for name in self._trunk]
         found = [vector for _, vector in parts if vector is not None]
-        return [(parts[0][0], np.concatenate(found))] if len(found) == len(parts) else []
+        return [(parts[0][0], self._joined(found))] if len(found) == len(parts) else []
+
+    def _joined(self, vectors: Sequence[Floats]) -> Floats:
+        """What all segments sent, in their order."""
+        return np.concatenate(vectors)
 
     def _went_wrong(self, name: str, error: StageError) -> None:
         if error.code == "again":
@@ -257,8 +261,12 @@ class JointExchange(Exchange):
         if error.code == "deadline" and self._joint.lacks_blocks:
             return
         # The trunk says of whom it could not take something, or waits for in vain.
-        culprit = error.device if name in self._trunk and error.code in ("protocol", "deadline") else name
-        self._refuse(culprit, error.text)
+        told_of = name in self._trunk and error.code in ("protocol", "deadline")
+        self._refuse(self._culprit(error) if told_of else name, error.text)
+
+    def _culprit(self, error: StageError) -> str:
+        """As whom a board counts that the trunk named."""
+        return error.device
 
     def _take(self, device: str, parcel: Parcel) -> None:
         meta = decode(parcel.meta, UpdateMeta, f"an update of {device}")
@@ -285,5 +293,7 @@ class JointExchange(Exchange):
 
     def _part_of(self, factors: Floats, name: str, parts: Sequence[str] = PARTS) -> Floats:
         """What a segment has of the factors, of these parts."""
-        whole = adapter.named(factors, shapes(self._config, spec_of(self._record.job)))
-        return adapter.flat(whole, self._shaped[name], parts)
+        trunk, shaped = self._record.trunk, shapes(self._config, spec_of(self._record.job))
+        at = trunk[self._trunk.index(name)]
+        own = within(shaped, range(at.first_block, at.end_block), at is trunk[-1])
+        return adapter.flat(adapter.named(factors, shaped), own, parts)

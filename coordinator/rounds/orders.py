@@ -15,7 +15,7 @@ from coordinator.service import Coordinator
 from models.lora.adapter import length_of, shapes
 from wire import topics
 from wire.errors import UsageError
-from wire.limits import MAX_DEVICES, MAX_ENDS, MAX_PARTIAL_BYTES, MAX_TENSOR_BYTES
+from wire.limits import MAX_DEVICES, MAX_ENDS, MAX_PARTIAL_BYTES, MAX_SEGMENTS, MAX_TENSOR_BYTES
 from wire.messages import ArtifactRef, DeviceInfo, InboxAddress, Role, StageOrder, TrainingTask
 from wire.units import bytes_text
 
@@ -23,8 +23,14 @@ TRUNK: Final = "the trunk"
 """Among boards, none of which can be called so."""
 
 
-def trunk_names(segments: int) -> tuple[str, ...]:
+HUB: Final = "the hub"
+"""The same, before the shards."""
+
+
+def trunk_names(segments: int, looped: bool = False) -> tuple[str, ...]:
     """As which those who have the blocks count in a round, in their order."""
+    if looped:
+        return (HUB, *(f"shard {number + 1}" for number in range(segments - 1)))
     return (TRUNK,) if segments == 1 else tuple(f"{TRUNK}, part {number + 1}" for number in range(segments))
 
 
@@ -74,9 +80,9 @@ def make_orders(
             task, role=role, rank=job.adapter.rank_of(device), alpha=spec_of(job, device).alpha, **way._asdict()
         )
         orders[device] = (_order(site, record, base, placed[role, 0], stage, mine),)
-    for name, at in zip(trunk_names(len(record.trunk)), record.trunk, strict=True):
-        mine = msgspec.structs.replace(task, role="trunk", remember=ways[name].remember)
-        order = _order(site, record, base, placed["trunk", at.first_block], at.stage, mine)
+    for name, at in zip(trunk_names(len(record.trunk), job.mode == "looped"), record.trunk, strict=True):
+        mine = msgspec.structs.replace(task, role=at.role, remember=ways[name].remember, share=at.share)
+        order = _order(site, record, base, placed[at.role, at.first_block], at.stage, mine)
         orders[at.device] = (*orders.get(at.device, ()), order)
     return orders
 
@@ -184,6 +190,8 @@ def check_messages(base: Base, job: Job, boards: int) -> None:
     if job.is_split:
         at_once = min(at_once, MAX_ENDS)
     most = min(MAX_TENSOR_BYTES, MAX_PARTIAL_BYTES // at_once)
+    if job.mode == "looped":  # backwards a state goes with its gradient, and each shard sends its part of the sum
+        most = min(MAX_TENSOR_BYTES // 2, MAX_PARTIAL_BYTES // (at_once + MAX_SEGMENTS))
     shaped = shapes(base.config, spec_of(job))
     adapter = 4 * length_of(shaped)
     if job.mode == "federated":
@@ -220,7 +228,8 @@ def states_bytes(base: Base, job: Job) -> int:
 
 def most_ends(base: Base, job: Job) -> int:
     """Boards with data that one trunk can work with."""
-    return max(1, min(MAX_ENDS, MAX_PARTIAL_BYTES // states_bytes(base, job)))
+    shards = MAX_SEGMENTS if job.mode == "looped" else 0  # that send a hub as much as boards with data do
+    return max(1, min(MAX_ENDS, MAX_PARTIAL_BYTES // states_bytes(base, job) - shards))
 
 
 def without_torch(info: DeviceInfo) -> str:

@@ -13,10 +13,12 @@ from coordinator.operations import Operations
 from coordinator.rounds.adapters import files_of, parts_of, spec_of
 from coordinator.rounds.airtime import Offer
 from coordinator.rounds.bases import Base, Part
+from coordinator.rounds.cutting import Cut
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.features import base_for
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
+from coordinator.rounds.looped import LoopedExchange
 from coordinator.rounds.offers import Timing, Took, learnt, link_rate, offer_of, weights_of
 from coordinator.rounds.orders import (
     PartName,
@@ -33,8 +35,9 @@ from coordinator.rounds.orders import (
 from coordinator.rounds.schedule import after
 from coordinator.rounds.secure import SECURE_TEXT, SecureExchange
 from coordinator.rounds.settling import knobs_of, settled
+from coordinator.rounds.shards import found_for
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
-from coordinator.rounds.trunks import Found, keeps_all, trunk_of, where_text
+from coordinator.rounds.trunks import Found, keeps_all, where_text
 from coordinator.service import Coordinator
 from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
@@ -111,7 +114,8 @@ class Running:
             self._place(base, task)
             await self._choose(base, number, last)
             start = self._store.factors(self.record)
-            kind = JointExchange if job.is_split else SecureExchange if job.secure and not last else Exchange
+            joint = LoopedExchange if job.mode == "looped" else JointExchange
+            kind = joint if job.is_split else SecureExchange if job.secure and not last else Exchange
             round_ = self._round = kind(
                 self._coordinator, self._store, self.record, base.config, start, self.tell, train=not last
             )
@@ -199,21 +203,21 @@ class Running:
         )
 
     def _find_trunk(self, base: Base) -> Found:
-        return trunk_of(self._coordinator, self.job, base, self._able(), self.record.passed_over)
+        return found_for(self._coordinator, self.job, base, self._able(), self.record.passed_over)
 
     def _move_trunk(self, found: Found) -> None:
         """A segment that is where it was, with the blocks that it had, stays as it is, unless it failed."""
-        before = {(at.device, at.first_block, at.end_block): at.stage for at in self.record.trunk}
+        before = {Cut(at.device, at.first_block, at.end_block, at.role, at.share): at.stage for at in self.record.trunk}
         stage = min(before.values(), default=MAX_DEVICES)
         before = {key: known for key, known in before.items() if key[0] not in self.record.passed_over}
         if stage - len(found.cuts) < LEAST_TRUNK_STAGE:
             stage = MAX_DEVICES
         trunk = []
         for one in found.cuts:
-            known = before.get((one.device, one.first_block, one.end_block))
+            known = before.get(one)
             stage -= int(known is None)
             at = known if known is not None else stage
-            trunk.append(TrunkAt(device=one.device, stage=at, first_block=one.first_block, end_block=one.end_block))
+            trunk.append(TrunkAt(stage=at, **one._asdict()))
         # Who was passed over, and is all that there is, gets another chance.
         has_blocks = {one.device for one in found.cuts}
         self.record = msgspec.structs.replace(
@@ -300,7 +304,7 @@ class Running:
         parts: dict[PartName, Part] = {("whole", 0): base.parts["whole"]}
         if self.job.is_split:
             parts = {("ends", 0): base.parts["ends"]}
-            parts |= {("trunk", at.first_block): base.segment(at.first_block, at.end_block) for at in record.trunk}
+            parts |= {(at.role, at.first_block): self._part_at(base, at) for at in record.trunk}
         placed = {name: self._placed_part(name, part) for name, part in parts.items()}
         ways = self._ways(base, able)
         orders = make_orders(coordinator.site, record, able, base, task, placed, ways)
@@ -309,6 +313,10 @@ class Running:
         self.record, self._placed = msgspec.structs.replace(record, orders=orders), True
         self._store.save(self.record)
         coordinator.order_job(topic_name(self.job.name), self.record)
+
+    @staticmethod
+    def _part_at(base: Base, at: TrunkAt) -> Part:
+        return base.segment(at.first_block, at.end_block) if at.role == "trunk" else base.part_of_block()
 
     def _placed_part(self, name: PartName, part: Part) -> Placed:
         """Its files, as boards fetch them."""
@@ -323,7 +331,7 @@ class Running:
         record, found = self.record, ways_of(self._coordinator, self.job, able, base)
         found.update({device: way_of(order) for device, order in record.with_data.items()})
         for place, (name, at) in enumerate(zip(self._trunk_names, record.trunk, strict=True)):
-            keeps = keeps_all(self._coordinator, self.job, base, at, able)
+            keeps = at.role == "trunk" and keeps_all(self._coordinator, self.job, base, at, able)
             if record.is_placed:
                 keeps = keeps and way_of(record.trunk_orders[place]).remember
             found[name] = Way(keeps, 1)
@@ -331,7 +339,7 @@ class Running:
 
     @property
     def _trunk_names(self) -> tuple[str, ...]:
-        return trunk_names(len(self.record.trunk))
+        return trunk_names(len(self.record.trunk), self.job.mode == "looped")
 
     def _ready(self) -> dict[str, str]:
         """Device -> the worker that it runs, of those that can take a round."""

@@ -30,7 +30,8 @@ from coordinator.rounds.schedule import Queues
 from models.lora.adapter import HEAD_FILE
 from models.lora.serving import CONFIG, PROVENANCE, TENSORS
 from wire.errors import CorruptData
-from wire.messages import StageOrder, UpdateMeta
+from wire.messages import Role, StageOrder, UpdateMeta
+from wire.shares import Share
 
 LOG = logging.getLogger("edgelam.rounds")
 
@@ -52,6 +53,9 @@ class TrunkAt(Struct, frozen=True, kw_only=True):
     """Another one each time that they move: two boards never hear the same inbox."""
     first_block: int
     end_block: int
+    role: Role = "trunk"
+    share: Share | None = None
+    """Of a shard."""
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):
@@ -287,7 +291,7 @@ def running_jobs(journal: Journal) -> list[JobRecord]:
 
 
 def _is_trunk(order: StageOrder) -> bool:
-    return order.training is not None and order.training.role == "trunk"
+    return order.training is not None and order.training.role not in ("whole", "ends")
 
 
 def topic_name(job: str) -> str:

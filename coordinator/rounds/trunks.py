@@ -112,6 +112,10 @@ def _because(job: Job, cuts: Sequence[Cut], rates: Mapping[str, float], of_board
 
 def where_text(cuts: Sequence[Cut | TrunkAt], because: str) -> str:
     """Where the blocks are, and why."""
+    if cuts[0].role == "hub":
+        shards = [(one.device, one.share) for one in cuts[1:] if one.share is not None]
+        each = ", ".join(f"{device} ({share.heads} heads, {share.columns} columns)" for device, share in shards)
+        return f"the shards are on {each}, the hub on {cuts[0].device}: {because}"
     if len(cuts) == 1:
         return f"the blocks are on {cuts[0].device}: {because}"
     each = ", ".join(f"{one.device} ({one.end_block - one.first_block})" for one in cuts)

@@ -21,8 +21,9 @@ from coordinator.rounds.modes import settled_mode
 from coordinator.rounds.orders import able_devices, check_messages
 from coordinator.rounds.report import JobReport
 from coordinator.rounds.running import Running, round_event
+from coordinator.rounds.shards import found_for
 from coordinator.rounds.store import FILES, JobRecord, JobStore, now_unix, topic_name
-from coordinator.rounds.trunks import trunk_of, where_text
+from coordinator.rounds.trunks import where_text
 from coordinator.service import Coordinator
 from coordinator.shelf import canonical
 from wire.errors import EdgelamError, Refused, UsageError
@@ -102,7 +103,7 @@ class Tuning:
             )
         check_messages(base, job, len(able))
         if job.is_split:
-            found = trunk_of(self._coordinator, job, base, able)
+            found = found_for(self._coordinator, job, base, able)
             if not found.cuts:
                 why = "; ".join(f"{device}: {because}" for device, because in found.unable.items())
                 raise Refused(f"no boards can have the blocks: {why}", try_="a smaller rounds.batch_rows or row_tokens")

@@ -23,6 +23,7 @@ from msgspec import Meta, Struct
 from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig, matrix_size
 from models.families.features import FeatureConfig
+from models.lora.looped import of_first
 from models.lora.whole import shapes_of
 from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS
 from wire.messages import Matrix
@@ -74,6 +75,8 @@ class AdapterSpec(Struct, frozen=True, kw_only=True):
     """All weights of all blocks are trained instead of factors (models.lora.whole), of an encoder."""
     last_only: bool = False
     """The last block alone has factors."""
+    looped: bool = False
+    """With blocks: one of them stands at every depth (models.lora.looped)."""
 
     @property
     def scale(self) -> float:
@@ -104,7 +107,7 @@ def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
     if spec.blocks:
         if not isinstance(config, BertConfig):
             raise ValueError("weights are trained of encoders alone")
-        found.update(shapes_of(config))
+        found.update(of_first(shapes_of(config)) if spec.looped else shapes_of(config))
     for block in adapted(config.blocks, spec):
         for matrix in spec.matrices:
             out, columns = sizes(config, matrix)

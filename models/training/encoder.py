@@ -62,7 +62,7 @@ class TrainedEncoder(TaskModule):
     def run(self, states: Tensor, lengths: Tensor, remember: bool = True) -> Tensor:
         """Its blocks over [n, T, hidden], of which the first `lengths` [n] rows are text. With `remember` false what a
         block needs for its gradient is computed again instead of kept (activation checkpointing)."""
-        seen = _inside(lengths, states.shape[1])[:, None, None, :]
+        seen = inside(lengths, states.shape[1])[:, None, None, :]
         for block in self._blocks:
             if remember:
                 states = self._block(block, states, seen)
@@ -73,8 +73,7 @@ class TrainedEncoder(TaskModule):
     @staticmethod
     def means(states: Tensor, lengths: Tensor) -> Tensor:
         """[n, T, hidden] -> [n, hidden], over the rows of each text."""
-        inside = _inside(lengths, states.shape[1])[:, :, None]
-        return (states * inside).sum(dim=1) / lengths[:, None]
+        return (states * inside(lengths, states.shape[1])[:, :, None]).sum(dim=1) / lengths[:, None]
 
     def _features(self, batch: Batch, remember: bool) -> Tensor:
         ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)
@@ -113,6 +112,6 @@ def _pair(arrays: tuple[Array, Array]) -> tuple[Tensor, Tensor]:
     return mapped(arrays[0]), mapped(arrays[1])
 
 
-def _inside(lengths: Tensor, most: int) -> Tensor:
+def inside(lengths: Tensor, most: int) -> Tensor:
     """[n, T] which rows are text."""
     return torch.arange(most)[None, :] < lengths[:, None]

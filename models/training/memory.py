@@ -44,6 +44,14 @@ TRUNK_WORKING: Final = 6
 """As wide as the model, that is left of each block while its pieces come and go; with what its factors make."""
 HEAD_COPIES: Final = 4
 """Of a task module, or a factor: as it is, as it comes, its gradient, and as that goes out."""
+HUB_COPIES: Final = 8
+"""Of states: what is summed and normed, and gradients of these, as they go out."""
+HUB_ROWS: Final = 6
+"""As wide as the model: biases and norms."""
+SHARD_COPIES: Final = 6
+"""Of states: as they come with their gradient, and both as they go out."""
+SHARD_WORKING: Final = 3
+"""Of what is between its matrices: as it is, bent, and their gradients."""
 PAGE: Final = 4096
 HEAD_BYTES: Final = 320 << 20
 """ENCODER_BYTES where a task module is all there is."""
@@ -131,6 +139,24 @@ def encoder_peak_bytes(config: BertConfig, weight_bytes: int, spec: AdapterSpec,
 def _differentiated(config: LlamaConfig | BertConfig, spec: AdapterSpec) -> int:
     """Blocks that gradients go through; of a segment the last may be one of them."""
     return min(1, config.blocks) if spec.last_only else config.blocks
+
+
+def hub_peak_bytes(config: BertConfig, spec: AdapterSpec, tokens: int, ends: int, shards: int) -> int:
+    """Of the hub of one block that stands at every depth: of each batch it keeps two sums of each depth."""
+    states = FLOAT * config.hidden * tokens
+    kept = (2 * config.blocks + TRUNK_COPIES) * states * ends
+    turn = (HUB_COPIES + 2 * shards) * states
+    module = round(ADAPTER_COPIES * FLOAT * (spec.labels + HUB_ROWS) * (config.hidden + 1))
+    return ENCODER_ENDS_BYTES + module + kept + turn
+
+
+def shard_peak_bytes(config: BertConfig, heads: int, columns: int, tokens: int, row_tokens: int) -> int:
+    """Of a shard with so many heads and columns: of whatever depth, and of however many boards with data. Of attention
+    there are rows of `row_tokens` for each token and head."""
+    width = heads * (config.hidden // config.num_attention_heads)
+    weights = config.hidden * (4 * width + 2 * columns) + 3 * width + columns
+    turn = SHARD_COPIES * config.hidden + max(SHARD_WORKING * columns, SHARD_WORKING * (4 * width + heads * row_tokens))
+    return ENCODER_BYTES + round(ADAPTER_COPIES * FLOAT * weights) + FLOAT * tokens * turn
 
 
 def _block_weight_bytes(config: LlamaConfig | BertConfig, weight_bytes: int) -> int:

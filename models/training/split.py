@@ -28,11 +28,11 @@ from wire.messages import RoundMeta, TrainingTask
 
 
 class Misled(PeerError):
-    """By `device`, which takes part."""
+    """By `device`, which takes part; as this shard of a block, or else as one with data."""
 
-    def __init__(self, message: str, device: str) -> None:
+    def __init__(self, message: str, device: str, shard: int | None = None) -> None:
         super().__init__(message)
-        self.device = device
+        self.device, self.shard = device, shard
 
 
 class Ends(Protocol):

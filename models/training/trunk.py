@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from models.engine.base import Array
-from models.lora.adapter import HEAD, Floats, flat, length_of, named
+from models.lora.adapter import HEAD, Floats, flat, named
 from models.training.rounds import Diverged, Trained, finite, optimiser_of
 from models.training.split import Ends, Misled, Question
 from wire.messages import RoundMeta, TrainingTask
@@ -183,19 +183,12 @@ class TrunkRound:
 
     def square(self, behind: float) -> float:
         """The sum of the squares of the step's gradients, of this segment and those behind it, whose sum is given."""
-        for leaf in reversed(self._leaves.values()):
-            behind += float((leaf.grad.double() ** 2).sum()) if leaf.grad is not None else 0.0
-        return behind
+        return squared(self._leaves, behind)
 
     def make_step(self, square: float) -> None:
         """With all gradients, whose squares add up to `square` over all segments. Raises Diverged."""
         assert self.added
-        norm = math.sqrt(square) if math.isfinite(square) and square >= 0 else math.nan
-        if not math.isfinite(norm):
-            raise Diverged(f"the gradient is {norm} in step {self.step}", try_="a lower learning_rate")
-        shortened = min(1.0, self._task.most_norm / (norm + 1e-6))
-        for leaf in self._leaves.values():
-            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(shortened)
+        shorten(self._leaves, square, self._task, self.step)
         if self._optimiser is not None:
             self._optimiser.step()
         self._asked, self._came, self._added = {}, {}, 0
@@ -232,20 +225,7 @@ class TrunkRound:
         return np.concatenate(parts).astype(np.float32, copy=False)
 
     def _check(self, device: str, asked: Asked, came: Floats) -> None:
-        """The gradient of a mean cross entropy by the scores has a length of sqrt(2) at most, for each text; that of
-        features and task module follows from it."""
-        made, labels = asked.made, length_of({HEAD: self._shaped[HEAD]}) if HEAD in self._shaped else 0
-        check_numbers(device, came, made.numel() + labels)
-        if not labels:
-            return
-        head = self._stage.factors[HEAD].detach().numpy()
-        of_features, of_head = came[: made.numel()], came[made.numel() :]
-        longest = math.sqrt(float((made.detach() ** 2).sum(dim=-1).max()) + 1)
-        most = max(math.sqrt(2) * float(np.linalg.norm(head[:, :-1])), 1e-6), math.sqrt(2) * longest
-        for found, limit, what in zip((of_features, of_head), most, ("features", "the task module"), strict=True):
-            size = float(np.linalg.norm(found.astype(np.float64)))
-            if size > SLACK * limit:
-                raise Misled(f"gradients of {what} are {size:.3g} long, at most {limit:.3g} is possible", device)
+        check_gradients(device, asked.made, came, self._stage.factors[HEAD] if HEAD in self._shaped else None)
 
     def _add(self, device: str) -> Floats | None:
         """Gives the gradient by the states. The last segment weighs what came; so it is weighed when it goes on."""
@@ -293,3 +273,38 @@ def add_to(leaf: Tensor, piece: Tensor) -> None:
 
 def _tensors(question: Question) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(question.states), torch.from_numpy(question.lengths)
+
+
+def squared(leaves: Mapping[str, Tensor], behind: float = 0.0) -> float:
+    """The squares of gradients, added to those `behind` from the last to the first, in float64."""
+    for leaf in reversed(list(leaves.values())):
+        behind += float((leaf.grad.double() ** 2).sum()) if leaf.grad is not None else 0.0
+    return behind
+
+
+def shorten(leaves: Mapping[str, Tensor], square: float, task: TrainingTask, step: int) -> None:
+    """Shorten gradients as the whole gradient is shortened, whose squares add up to `square`; raises Diverged. Those
+    that have none get one of zeros."""
+    norm = math.sqrt(square) if math.isfinite(square) and square >= 0 else math.nan
+    if not math.isfinite(norm):
+        raise Diverged(f"the gradient is {norm} in step {step}", try_="a lower learning_rate")
+    shortened = min(1.0, task.most_norm / (norm + 1e-6))
+    for leaf in leaves.values():
+        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(shortened)
+
+
+def check_gradients(device: str, made: Tensor, came: Floats, module: Tensor | None) -> None:
+    """Of what was made for a device, and of the task module behind it, if there is one. The gradient of a mean cross
+    entropy by the scores has a length of sqrt(2) at most, for each text; that of features and task module follows from
+    it. Raises Misled."""
+    check_numbers(device, came, made.numel() + (0 if module is None else module.numel()))
+    if module is None:
+        return
+    head = module.detach().numpy()
+    of_features, of_head = came[: made.numel()], came[made.numel() :]
+    longest = math.sqrt(float((made.detach() ** 2).sum(dim=-1).max()) + 1)
+    most = max(math.sqrt(2) * float(np.linalg.norm(head[:, :-1])), 1e-6), math.sqrt(2) * longest
+    for found, limit, what in zip((of_features, of_head), most, ("features", "the task module"), strict=True):
+        size = float(np.linalg.norm(found.astype(np.float64)))
+        if size > SLACK * limit:
+            raise Misled(f"gradients of {what} are {size:.3g} long, at most {limit:.3g} is possible", device)

@@ -33,6 +33,8 @@ ALLOWED_ELSEWHERE = {
     "models/training/heads.py": {"torch"},
     "models/training/llama.py": {"torch"},
     "models/training/lowrank.py": {"torch"},
+    "models/training/looped.py": {"torch"},
+    "models/training/looping.py": {"torch"},
     "models/training/private.py": {"torch"},
     "models/training/rounds.py": {"torch"},
     "models/training/split.py": {"torch"},
@@ -44,6 +46,9 @@ ALLOWED_ELSEWHERE = {
     "agent/workers/splitwork.py": {"torch"},
     "agent/workers/endswork.py": {"torch"},
     "agent/workers/trunkwork.py": {"torch"},
+    "agent/workers/questions.py": {"torch"},
+    "agent/workers/hubwork.py": {"torch"},
+    "agent/workers/shardwork.py": {"torch"},
     "agent/workers/securework.py": {"torch", "cryptography"},
     "agent/workers/summed.py": {"cryptography"},
 }
