@@ -53,7 +53,7 @@ SHARD_COPIES: Final = 6
 SHARD_WORKING: Final = 3
 """Of what is between its matrices: as it is, bent, and their gradients."""
 PAGE: Final = 4096
-HEAD_BYTES: Final = 320 << 20
+HEAD_BYTES: Final = 345 << 20
 """ENCODER_BYTES where a task module is all there is."""
 HEAD_ALONE_COPIES: Final = 12
 """ADAPTER_COPIES of it: what an optimiser makes on the way is no small part any more."""
