@@ -115,7 +115,7 @@ def test_it_learns_what_it_learns_in_one_place_and_tells_labels(
     assert undisturbed
 
 
-@pytest.mark.parametrize("part", ["a shard", "the hub"])
+@pytest.mark.parametrize("part", ["a shard", pytest.param("the hub", marks=pytest.mark.slow)])
 def test_whoever_is_killed_it_comes_to_the_same(
     part: str, tuning_site: Site, folder: Path, undisturbed: dict[str, Any]
 ) -> None:
