@@ -345,7 +345,7 @@ def leftovers(site: Site) -> list[str]:
 def await_nothing_left(site: Site) -> None:
     deadline_s = time.monotonic() + SETTLE_S
     while found := leftovers(site):
-        assert time.monotonic() < deadline_s, found
+        assert time.monotonic() < deadline_s, f"{found}\n{site.log_ends()}"
         time.sleep(0.2)
 
 

@@ -21,8 +21,6 @@ from PIL import Image
 
 from agent.workers.frozen import FrozenNet
 from coordinator.rounds.features import net_working_bytes
-from models.cache import cache_dir
-from models.catalog import find, is_cached
 from models.engine.base import EngineFailed
 from models.engine.items import ItemStage
 from models.families.features import FeatureConfig
@@ -212,17 +210,6 @@ def test_a_tensor_that_is_none_is_refused_with_those_that_are(packed: PackedItem
     stage = ItemStage.load(_stage_file(packed, tmp_path), packed.files.values(), 1)
     with pytest.raises(EngineFailed, match="gives"):
         FrozenNet(stage, "first")
-
-
-@pytest.mark.download
-def test_the_catalog_names_features_of_the_published_net() -> None:
-    entry = find("vit")
-    assert entry is not None
-    if not is_cached(entry, cache_dir()):
-        pytest.skip("edgelam model fetch vit")
-    whole = pack_items(entry.path(cache_dir()), "vit", cache_dir())
-    part = features_part(whole, entry.features)
-    assert part.hidden == 384 and len(part.files) > 10
 
 
 def _stage_file(packed: PackedItems, folder: Path) -> Path:
