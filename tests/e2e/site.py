@@ -93,10 +93,12 @@ class Site:
             time.sleep(0.1)
 
     def log_ends(self) -> str:
-        """What coordinator and boards said last."""
+        """What coordinator and boards said last, and whose process is there."""
         told = [f"coordinator at {self.address}", self.coordinator.log_end(15)]
+        if self.testbed is not None:
+            told += [f"{board.name}: process {board.pid} {board.state}" for board in self.testbed.status().boards]
         for log in sorted((self.folder / "testbed").glob("logs/*")):
-            told += [str(log), *log.read_text(errors="replace").splitlines()[-8:]]
+            told += [str(log), *log.read_text(errors="replace").splitlines()[-20:]]
         return "\n".join(told)
 
     def restart_coordinator(self) -> None:
