@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from agent.workers import ledger as module
 from agent.workers.ledger import Book, Ledger, Spent, release_of
 from models.privacy.accountant import ORDERS, cost, epsilon
 from wire.errors import CorruptData
@@ -91,13 +92,14 @@ def test_another_key_than_the_books_tells_nothing(tmp_path: Path) -> None:
         Ledger(tmp_path, "notes").spend("a/1", "first", COST, 4, 9.0, DELTA)
 
 
-def test_old_jobs_are_forgotten_but_not_what_they_cost(tmp_path: Path) -> None:
+def test_old_jobs_are_forgotten_but_not_what_they_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_JOBS", 16)
     ledger = Ledger(tmp_path, "notes")
-    for number in range(300):
+    for number in range(20):
         ledger.spend(f"a/{number}", "only", COST, 1, 9.0, DELTA)
     kept = book(tmp_path)
-    assert len(kept.jobs) == 256 and "a/299" in kept.jobs and "a/0" not in kept.jobs
-    assert np.allclose(kept.all.spent, 300 * COST)
+    assert len(kept.jobs) == 16 and "a/19" in kept.jobs and "a/0" not in kept.jobs
+    assert np.allclose(kept.all.spent, 20 * COST)
 
 
 def test_a_release_is_named_by_all_that_it_is_made_of() -> None:

@@ -168,6 +168,7 @@ def used_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
+@pytest.mark.slow
 def test_too_many_copies_are_refused_with_what_is_missing(losing_site: Site, model: Model) -> None:
     plan_anew(losing_site)
     with pytest.raises(Refused, match=r"4 copies of each stage need 4 boards, and there are 3"):

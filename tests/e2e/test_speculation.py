@@ -34,6 +34,7 @@ def test_the_same_prompt_gives_the_same_answer_however_long_rounds_take_and_on_a
     assert len(alone["token_ids"]) == 48 and alone["drafts_sent"] == 0, "one board has no links to save"
 
 
+@pytest.mark.slow
 def test_whoever_asks_for_nothing_gets_guesses_here_and_the_plan_says_so(slow_site: Site, tiny_model: str) -> None:
     asked = ("--boards-at-least", "3", "--context", "128")
     plan = slow_site.cli("plan", tiny_model, *asked, "--explain")

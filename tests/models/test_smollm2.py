@@ -97,7 +97,7 @@ def test_one_to_four_stages_give_the_same_bits(precision: str, checkpoint: Check
         np.testing.assert_array_equal(np.array(cut_logits), np.array(logits))
 
 
-@pytest.mark.parametrize(("precision", "least"), [("int8", 0.9), ("int4", 0.65)])
+@pytest.mark.parametrize(("precision", "least"), [pytest.param("int8", 0.9, marks=pytest.mark.slow), ("int4", 0.65)])
 def test_quantised_models_mostly_say_what_float32_says(
     precision: str, least: float, checkpoint: Checkpoint, folder: Path
 ) -> None:
@@ -113,6 +113,7 @@ def test_quantised_models_mostly_say_what_float32_says(
     assert (np.array(said)[answers] == ids[1:][answers]).mean() >= least
 
 
+@pytest.mark.slow
 def test_rows_over_guesses_have_the_bits_of_steps_of_two_rows(checkpoint: Checkpoint, folder: Path) -> None:
     packed = packed_as("int4", checkpoint, folder)
     prompt = np.array(REFERENCE["prompts"][0]["ids"], np.int64)

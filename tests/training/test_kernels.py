@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from models.training import kernels as module
 from models.training.kernels import PLACES, Kernels, dilations_of
 
 
@@ -68,9 +69,11 @@ def test_the_same_seed_gives_the_same_kernels_for_ever() -> None:
     assert not np.array_equal(one.groups[0][1], other.groups[0][1])
 
 
-def test_many_windows_give_what_each_of_them_gives() -> None:
-    kernels = Kernels(3, 2000, 100, seed=1)
-    given = np.random.default_rng(1).standard_normal((40, 2000, 3)).astype(np.float32)
+def test_many_windows_give_what_each_of_them_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three are taken at once here, and two are left."""
+    monkeypatch.setattr(module, "WORKING_BYTES", 3 * module.working_bytes(3, 400, 100))
+    kernels = Kernels(3, 400, 100, seed=1)
+    given = np.random.default_rng(1).standard_normal((8, 400, 3)).astype(np.float32)
     whole = kernels.features(given)
     np.testing.assert_allclose(whole, np.concatenate([kernels.features(one[None]) for one in given]), atol=2e-3)
     assert kernels.features(given[:0]).shape == (0, 100)

@@ -130,7 +130,9 @@ def through(hub: HubRound, looped: Looped) -> Floats | None:
     return made
 
 
-@pytest.mark.parametrize("shares", sorted(SHARES))
+@pytest.mark.parametrize(
+    "shares", [one if one == "three" else pytest.param(one, marks=pytest.mark.slow) for one in sorted(SHARES)]
+)
 def test_twenty_steps_have_the_losses_and_weights_of_one_place(shares: str, tmp_path: Path) -> None:
     looped = Looped(write_bert(tmp_path), SPEC, shares_of(*SHARES[shares]), DEVICES)
     task = task_of(SPEC, 20, labels=("x", "y", "z"), learning_rate=0.002)
