@@ -352,6 +352,7 @@ class Service:
             throttle_path=throttle,
             memory_limit_bytes=memory,
             engines_path=str(config.cache_dir / "engines"),
+            gpu=config.engines is None or "torch-cuda" in config.engines,
             data=dict(config.data),
             epsilons=dict(config.data_epsilon),
             ledger_path=str(config.state_dir / "privacy"),

@@ -46,6 +46,8 @@ class Bench(Struct, frozen=True, kw_only=True):
     throttle_path: str = ""
     memory_limit_bytes: int = 0
     engines_path: str = ""
+    gpu: bool = False
+    """Whether workers that train may use one."""
     data: Mapping[str, str] = {}
     """Name -> file or folder of what may be trained on."""
     epsilons: Mapping[str, float] = {}
@@ -272,6 +274,7 @@ class Stages:
             ledger_path=bench.ledger_path,
             most_epsilon=bench.epsilons.get(task.data) if task is not None else None,
             engines_path=bench.engines_path,
+            gpu=bench.gpu,
             crashed=stage.crashed,
             login=login,
             data_broker=self._own_at,

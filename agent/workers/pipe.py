@@ -56,6 +56,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     """Of the data set, as the board's owner wants it."""
     engines_path: str = ""
     """Folder of engines that were built on this board."""
+    gpu: bool = False
+    """Whether a worker that trains may use one."""
     crashed: dict[str, str] = {}
     """Engines with which a worker of this stage died while it loaded, and how: they are not tried again."""
     login: BrokerLogin

@@ -16,6 +16,7 @@ import torch
 from msgspec import Struct
 
 from agent.workers.answering import Model
+from agent.workers.child import Parent
 from agent.workers.endswork import EndsWork
 from agent.workers.frozen import FrozenNet
 from agent.workers.hubwork import HubWork
@@ -35,6 +36,7 @@ from models.families.features import FeatureConfig
 from models.formats.bert import BertFile
 from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, initial, shapes, within
 from models.lora.looped import shapes_of_hub, shapes_of_shard
+from models.training.computer import Computer, choose
 from models.training.data import BadRow, Sample, read
 from models.training.encoder import TrainedEncoder
 from models.training.features import image_features, series_features
@@ -44,7 +46,8 @@ from models.training.looped import Hub, Shard
 from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_of, split
 from models.training.trunk import Learner
 from wire.errors import CorruptData
-from wire.messages import ArtifactRef, StageOrder, TrainingTask
+from wire.messages import ArtifactRef, EngineName, StageOrder, TrainingTask
+from wire.transport import Transport
 from wire.version import VERSION
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -62,12 +65,13 @@ class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     rows: Split
     bad_rows: int
     fingerprint: str
-    """Of model, rows, software and how many threads compute: what a round comes to depends on them."""
+    """Of model, rows, software, and what computes with how many threads: what a round comes to depends on them."""
     ledger: Ledger
+    computer: Computer = Computer()
 
     @property
     def name(self) -> str:
-        return f"torch {torch.__version__} cpu"
+        return f"torch {torch.__version__} {self.computer.name}"
 
     @property
     def held_bytes(self) -> int:
@@ -79,7 +83,19 @@ def main() -> int:
 
 
 def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
-    """Load model and data. Raises EngineFailed, CorruptData, UsageError."""
+    """Load model and data, to compute on the board's GPU or its processor. Raises EngineFailed, CorruptData,
+    UsageError."""
+
+    def trying(name: EngineName) -> None:
+        say(Status(phase="loading", epoch=assignment.order.epoch, trying=name))
+
+    # An emulated board is made out to be slower or smaller than a GPU is.
+    whole = assignment.speed == 1.0 and not assignment.memory_limit_bytes
+    computer = choose(assignment.gpu and whole, assignment.crashed, trying)
+    return msgspec.structs.replace(_loaded(assignment, computer, say), computer=computer)
+
+
+def _loaded(assignment: Assignment, computer: Computer, say: Say) -> Trainee:
     order, task = assignment.order, assignment.order.training
     if task is None:
         raise EngineFailed("the order says nothing of what to train")
@@ -92,7 +108,7 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         return Trainee(stage=stage, shaped=shaped, rows=Split((), ()), bad_rows=0, fingerprint="", ledger=ledger)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
     if task.series is not None or task.images is not None:
-        return _on_features(assignment, task, ledger, say)
+        return _on_features(assignment, task, ledger, computer, say)
     data = read(Path(assignment.data_path))
     rows = _rows(assignment, task, data.samples)
     bad_rows = data.bad_rows + len(data.samples) - len(rows)
@@ -104,14 +120,14 @@ def load(assignment: Assignment, say: Say = lambda _: None) -> Trainee:
         shaped=shaped,
         rows=split(rows, task.held_out, task.seed),
         bad_rows=0 if private else bad_rows,
-        fingerprint=fingerprint_of(rows, assignment.threads, [order.graph, *order.weights]),
+        fingerprint=fingerprint_of(rows, assignment.threads, [order.graph, *order.weights], computer=computer.name),
         ledger=ledger,
     )
     check_memory(assignment)
     return trainee
 
 
-def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, say: Say) -> Trainee:
+def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, computer: Computer, say: Say) -> Trainee:
     """Of samples whose features are computed here, once."""
     order, private = assignment.order, task.privacy is not None
     said_s = time.monotonic()
@@ -137,7 +153,9 @@ def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, say
         shaped=shapes(config, spec),
         rows=made.split(task.held_out, task.seed),
         bad_rows=0 if private else made.bad_rows,
-        fingerprint=fingerprint_of(made.rows, assignment.threads, [order.graph, *order.weights], made.values),
+        fingerprint=fingerprint_of(
+            made.rows, assignment.threads, [order.graph, *order.weights], made.values, computer.name
+        ),
         ledger=ledger,
     )
     check_memory(assignment)
@@ -228,10 +246,14 @@ def _own(config: Config, spec: AdapterSpec, order: StageOrder, task: TrainingTas
 
 
 def fingerprint_of(
-    rows: Sequence[Row], threads: int, files: Sequence[ArtifactRef], features: Floats | None = None
+    rows: Sequence[Row],
+    threads: int,
+    files: Sequence[ArtifactRef],
+    features: Floats | None = None,
+    computer: str = "cpu",
 ) -> str:
     """Of all that a round comes from and its question does not say; `features`: the table that rows are numbers of."""
-    words = [str(threads), torch.__version__, VERSION, *(ref.digest for ref in files)]
+    words = [str(threads), torch.__version__, computer, VERSION, *(ref.digest for ref in files)]
     made = hashlib.sha256("/".join(words).encode())
     for row in rows:
         made.update(f"/{row.learnt_from}/{row.label}/{len(row.ids)}/".encode() + row.ids.tobytes())
@@ -242,6 +264,9 @@ def fingerprint_of(
 
 class TrainingWorker(StageWorker[Trainee]):
     """On its connections."""
+
+    def __init__(self, assignment: Assignment, trainee: Trainee, site: Transport, parent: Parent) -> None:
+        super().__init__(assignment, trainee, site, parent, trainee.computer.fell_back)
 
     def _make_work(self, order: StageOrder) -> Work:
         assignment = self._assignment

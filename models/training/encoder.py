@@ -20,6 +20,7 @@ from models.lora.adapter import AdapterSpec
 from models.training.factored import mapped, trained
 from models.training.heads import TaskModule
 from models.training.samples import Batch, Judged
+from models.training.tensors import given
 
 
 class TrainedEncoder(TaskModule):
@@ -76,7 +77,7 @@ class TrainedEncoder(TaskModule):
         return (states * inside(lengths, states.shape[1])[:, :, None]).sum(dim=1) / lengths[:, None]
 
     def _features(self, batch: Batch, remember: bool) -> Tensor:
-        ids, lengths = torch.from_numpy(batch.ids), torch.from_numpy(batch.lengths)
+        ids, lengths = given(batch.ids), given(batch.lengths)
         return self.features(self.embedded(ids), lengths, remember)
 
     def _block(self, block: int, states: Tensor, seen: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.engine.base import Array
+from models.training.tensors import given
 
 
 class Factored:
@@ -21,7 +22,7 @@ class Factored:
         """Go on with these factors, of the same names and shapes."""
         with torch.no_grad():
             for name, factor in self.factors.items():
-                factor.copy_(torch.from_numpy(np.array(factors[name], np.float32)))
+                factor.copy_(given(np.array(factors[name], np.float32)))
 
     def train_only(self, parts: tuple[str, ...]) -> None:
         """Of 'a', 'b' and 'c' (the task module), those that get gradients."""
@@ -38,4 +39,4 @@ def mapped(values: Array) -> Tensor:
     """Weights that may be mapped from a file and that nobody writes to: torch warns of that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(np.asarray(values))
+        return given(np.asarray(values))

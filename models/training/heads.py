@@ -14,6 +14,7 @@ from models.engine.base import Array
 from models.lora.adapter import HEAD
 from models.training.factored import Factored, mapped, trained
 from models.training.samples import IGNORED, Batch, Judged
+from models.training.tensors import given
 
 
 class TaskModule(Factored):
@@ -26,12 +27,12 @@ class TaskModule(Factored):
 
     def loss_at(self, features: Tensor, batch: Batch) -> Tensor:
         """Mean cross entropy over those samples of a batch with these features that have a label."""
-        return functional.cross_entropy(self.scores(features), torch.from_numpy(batch.targets), ignore_index=IGNORED)
+        return functional.cross_entropy(self.scores(features), given(batch.targets), ignore_index=IGNORED)
 
     def judged_at(self, features: Tensor, batch: Batch) -> Judged:
         """The same without gradients, and of how many samples the label has the highest score."""
         with torch.no_grad():
-            targets = torch.from_numpy(batch.targets)
+            targets = given(batch.targets)
             right = (self.scores(features).argmax(dim=1) == targets) & (targets != IGNORED)
             return Judged(float(self.loss_at(features, batch)), batch.counted, int(right.sum()))
 
@@ -50,4 +51,4 @@ class TrainedHead(TaskModule):
         return self.judged_at(self._features(batch), batch)
 
     def _features(self, batch: Batch) -> Tensor:
-        return self._table[torch.from_numpy(batch.ids[:, 0])]
+        return self._table[given(batch.ids[:, 0])]

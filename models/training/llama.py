@@ -25,6 +25,7 @@ from models.families.config import matrix_size
 from models.lora.adapter import AdapterSpec
 from models.training.factored import Factored, mapped, trained
 from models.training.samples import IGNORED, Batch, Judged
+from models.training.tensors import given
 
 PIECE_ELEMENTS: Final = 1 << 22
 """Of a packed matrix that are expanded at one time: the table of a vocabulary would take more than the model."""
@@ -126,7 +127,7 @@ class TrainedStage(Factored):
             name: trained(values) for name, values in factors.items() if int(name.split(".")[1]) in manifest.blocks
         }
         cosines, sines = rope_tables(config, context_tokens)
-        self._cosines, self._sines = torch.from_numpy(cosines), torch.from_numpy(sines)
+        self._cosines, self._sines = given(cosines), given(sines)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """[n, T] -> [n, T, hidden]."""
@@ -154,11 +155,11 @@ class TrainedStage(Factored):
 
     def loss_of(self, batch: Batch, remember: bool = True) -> Tensor:
         """The same of a batch, by the whole model. `remember` as for `run`."""
-        return self.loss_at(self.run(self.embedded(torch.from_numpy(batch.ids)), remember=remember), batch)
+        return self.loss_at(self.run(self.embedded(given(batch.ids)), remember=remember), batch)
 
     def loss_at(self, features: Tensor, batch: Batch) -> Tensor:
         """The same of what the last block makes of a batch."""
-        return self.loss(features, torch.from_numpy(batch.targets))
+        return self.loss(features, given(batch.targets))
 
     def judged_at(self, features: Tensor, batch: Batch) -> Judged:
         with torch.no_grad():

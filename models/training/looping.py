@@ -20,6 +20,7 @@ from models.training.factored import Factored
 from models.training.looped import SUMMED, Hub, Shard
 from models.training.rounds import finite, optimiser_of
 from models.training.split import Misled, Question
+from models.training.tensors import given, taken
 from models.training.trunk import check_gradients, shorten, squared
 from wire.messages import RoundMeta, TrainingTask
 from wire.shares import PartOfBlock
@@ -65,7 +66,7 @@ class Leaves:
 
     def vector(self) -> Floats:
         """Raises Diverged."""
-        factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
+        factors = {name: taken(factor) for name, factor in self._stage.factors.items()}
         return finite(flat(factors, self._shaped, self._parts))
 
     def _forget(self) -> None:
@@ -161,7 +162,7 @@ class HubRound:
             if self.over or question.step != self.step or self._came_through(device):
                 return False
             self._samples[device] = samples
-        states, lengths = torch.from_numpy(question.states), torch.from_numpy(question.lengths)
+        states, lengths = given(question.states), given(question.lengths)
         self._forwards = _Way(device, question.judged, states, lengths, [])
         return True
 
@@ -177,7 +178,7 @@ class HubRound:
     def begin_back(self) -> None:
         """Add the gradients of the next device, which are `addable`."""
         device = self._ends[self._added]
-        (way, features), came = self._ways[device], torch.from_numpy(self._came[device])
+        (way, features), came = self._ways[device], given(self._came[device])
         share = self._samples[device] / self.samples
         size, head = features.numel(), self._stage.factors[HEAD]
         if head.requires_grad:
@@ -200,12 +201,12 @@ class HubRound:
             values = torch.stack([self._normed(way, at - 1), self._backwards.gradient])
         back = self._forwards is None
         last = back and at == 0 and self._added == len(self._ends) - 1
-        return Wanted(way.device, way.judged, way.lengths.numpy(), SUMMED[at % 2], back, last, values.numpy())
+        return Wanted(way.device, way.judged, taken(way.lengths), SUMMED[at % 2], back, last, taken(values))
 
     def answered(self, parts: Sequence[Floats]) -> Floats | None:
         """Take what all shards answered, in their order. Gives the features of a batch that is through, the task module
         behind them [m]. Raises Misled for a batch that the model makes no numbers of, and that is dropped."""
-        tensors = [torch.from_numpy(part) for part in parts]
+        tensors = [given(part) for part in parts]
         if self._forwards is not None:
             with torch.no_grad():
                 return self._forward(self._forwards, tensors)
@@ -247,12 +248,12 @@ class HubRound:
             return None
         self._forwards = None
         features = self._stage.means(self._normed(way, at), way.lengths)
-        found: Floats = features.numpy()
+        found: Floats = taken(features)
         if not np.isfinite(found).all():
             raise Misled("states that the model makes no numbers of", way.device)
         if not way.judged:
             self._ways[way.device] = way, features
-        return np.concatenate([found.reshape(-1), self._stage.factors[HEAD].detach().numpy().reshape(-1)])
+        return np.concatenate([found.reshape(-1), taken(self._stage.factors[HEAD]).reshape(-1)])
 
     def _back(self, way: _Way, at: int, gradient: Tensor) -> None:
         self._backwards = _Back(way, at, self._stage.backwards(SUMMED[at % 2], way.sums[at], gradient))
@@ -279,12 +280,12 @@ class ShardRound:
 
     def answer(self, part: PartOfBlock, backwards: bool, values: Floats, lengths: Array) -> Floats:
         """What of a sum is its part, or of a gradient (models.training.looping.Wanted)."""
-        tensor, of_texts = torch.from_numpy(values), torch.from_numpy(lengths)
+        tensor, of_texts = given(values), given(lengths)
         if backwards:
-            found: Floats = self._stage.backwards(part, tensor[0], tensor[1], of_texts).numpy()
+            found: Floats = taken(self._stage.backwards(part, tensor[0], tensor[1], of_texts))
             return found
         with torch.no_grad():
-            made: Floats = self._stage.made(part, tensor, of_texts).numpy()
+            made: Floats = taken(self._stage.made(part, tensor, of_texts))
         return made
 
     def square(self) -> float:

@@ -29,6 +29,7 @@ from models.lora.adapter import Floats
 from models.training.llama import TrainedStage
 from models.training.samples import Split
 from models.training.split import Ends, EndsRound
+from models.training.tensors import given
 from models.training.trunk import NOTHING, Asked, Place, Trunk, TrunkRound, add_to, check_numbers
 from wire.messages import RoundMeta, TrainingTask
 
@@ -94,8 +95,8 @@ class LowRankEnds(EndsRound):
             return
         size = self._b.numel() if self._cut.tells_b(self._done) else 0
         if size:
-            self._b = torch.from_numpy(behind[:size].reshape(self._b.shape)).clone()
-        self._u = torch.from_numpy(behind[size:].reshape(-1, self._cut.rank))
+            self._b = given(behind[:size].reshape(self._b.shape)).clone()
+        self._u = given(behind[size:].reshape(-1, self._cut.rank))
 
     def _sent_for(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
         [by_features] = found
@@ -135,7 +136,7 @@ class LowRankTrunk(TrunkRound):
 
     def _add(self, device: str) -> Floats | None:
         cut, asked, rows = self._cut, self._asked[device], self._rows[device]
-        came = torch.from_numpy(self._share(device) * self._came[device])
+        came = given(self._share(device) * self._came[device])
         size = rows * cut.rank if cut.trains_a else 0
         if cut.trains_a:
             with torch.no_grad():

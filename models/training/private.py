@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from models.lora.adapter import Floats, flat, named
 from models.privacy.noise import Stream, clipped, noised
 from models.privacy.plan import Measure
 from models.training.samples import Batch, Row, batch_of
+from models.training.tensors import given, taken
 from wire.messages import Privacy
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -53,11 +53,11 @@ class Guard:
             for leaf in leaves.values():
                 leaf.grad = None
             loss_of(batch_of([rows[number]])).backward()
-            own = {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+            own = {name: taken(leaf.grad) for name, leaf in leaves.items()}
             total += self.clipped(flat(own, shaped, parts), shaped, parts)
         mean = noised(total, self.measure.deviation, self._stream) / np.float32(self.measure.share * len(rows))
         for name, gradient in named(mean, shaped, parts).items():
-            leaves[name].grad = torch.from_numpy(gradient.copy())
+            leaves[name].grad = given(gradient.copy())
 
     def changed(self, start: Floats, end: Floats, shaped: Shapes, parts: tuple[str, ...]) -> Floats:
         """`end` with what was changed clipped and noised."""

@@ -18,6 +18,7 @@ from models.engine.base import Array
 from models.lora.adapter import Floats, flat, named
 from models.training.private import Guard
 from models.training.samples import Batch, Judged, Judging, Split, batches, drawn
+from models.training.tensors import taken
 from wire.errors import EdgelamError
 from wire.messages import RoundMeta, TrainingTask
 
@@ -103,7 +104,7 @@ class Round(Judging):
 
     def vector(self) -> Floats:
         """The factors of the parts that were trained; raises Diverged."""
-        factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
+        factors = {name: taken(factor) for name, factor in self._stage.factors.items()}
         found = flat(factors, self._shaped, self._parts)
         if self._guard is None:
             return finite(found)

@@ -23,6 +23,7 @@ from torch import Tensor
 from models.lora.adapter import HEAD, Floats
 from models.training.rounds import Diverged
 from models.training.samples import Batch, Ids, Judged, Judging, Split, batches, drawn
+from models.training.tensors import given, taken
 from wire.errors import PeerError
 from wire.messages import RoundMeta, TrainingTask
 
@@ -89,7 +90,7 @@ class EndsRound(Judging):
         if self._batch is None:
             return None
         with torch.no_grad():
-            states = self._stage.embedded(torch.from_numpy(self._batch.ids)).numpy()
+            states = taken(self._stage.embedded(given(self._batch.ids)))
         self._width = states.shape[-1]
         step = self._judged if judged else self._done
         return Question(step, judged, np.ascontiguousarray(states, np.float32), self._batch.lengths)
@@ -105,7 +106,7 @@ class EndsRound(Judging):
         if len(came) != size + self._length_behind(rows) or not np.isfinite(came).all():
             raise ValueError(f"{len(came)} numbers, features of {rows} rows of {self._width} were due")
         shape = (*batch.targets.shape, self._width)
-        features = torch.from_numpy(came[:size].reshape(shape))
+        features = given(came[:size].reshape(shape))
         self._take_behind(came[size:])
         if self._to_judge is not None:
             self._judge(self._stage.judged_at(features, batch))
@@ -123,7 +124,7 @@ class EndsRound(Judging):
     def _take_behind(self, behind: Floats) -> None:
         if self._head is not None:
             with torch.no_grad():
-                self._stage.factors[HEAD].copy_(torch.from_numpy(behind.reshape(self._head)))
+                self._stage.factors[HEAD].copy_(given(behind.reshape(self._head)))
 
     def _gradients(self, features: Tensor, batch: Batch) -> Floats:
         leaves = [features.requires_grad_(True)]
@@ -137,7 +138,7 @@ class EndsRound(Judging):
         self._loss += value
         self._done += 1
         sent = self._sent_for(found)
-        return np.concatenate([gradient.numpy().reshape(-1) for gradient in sent]).astype(np.float32, copy=False)
+        return np.concatenate([taken(gradient).reshape(-1) for gradient in sent]).astype(np.float32, copy=False)
 
     def _sent_for(self, found: Sequence[Tensor]) -> Sequence[Tensor]:
         """What goes back where these are the gradients by features and task module."""

@@ -28,6 +28,7 @@ from models.engine.base import Array
 from models.lora.adapter import HEAD, Floats, flat, named
 from models.training.rounds import Diverged, Trained, finite, optimiser_of
 from models.training.split import Ends, Misled, Question
+from models.training.tensors import given, taken
 from wire.messages import RoundMeta, TrainingTask
 
 SLACK: Final = 1.01
@@ -196,7 +197,7 @@ class TrunkRound:
 
     def vector(self) -> Floats:
         """The factors of the parts that were trained; raises Diverged."""
-        factors = {name: factor.detach().numpy() for name, factor in self._stage.factors.items()}
+        factors = {name: taken(factor) for name, factor in self._stage.factors.items()}
         return finite(flat(factors, self._shaped, self._parts))
 
     def _forwards(self, device: str, states: Tensor, lengths: Tensor) -> tuple[Asked, Floats]:
@@ -214,14 +215,14 @@ class TrunkRound:
         return run(states, lengths, remember)
 
     def _answer(self, device: str, made: Tensor) -> Floats:
-        found: Floats = made.numpy()
+        found: Floats = taken(made)
         if not np.isfinite(found).all():
             raise Misled("states that the model makes no numbers of", device)
         if not self._place.last:
             return np.ascontiguousarray(found, np.float32)
         parts = [found.reshape(-1)]
         if HEAD in self._shaped:
-            parts.append(self._stage.factors[HEAD].detach().numpy().reshape(-1))
+            parts.append(taken(self._stage.factors[HEAD]).reshape(-1))
         return np.concatenate(parts).astype(np.float32, copy=False)
 
     def _check(self, device: str, asked: Asked, came: Floats) -> None:
@@ -238,14 +239,14 @@ class TrunkRound:
             states = states.requires_grad_(self._goes_back)
             made = self._run(states, asked.lengths, False)
         size = made.numel()
-        made.backward(share * torch.from_numpy(came[:size].reshape(made.shape)))
+        made.backward(share * given(came[:size].reshape(made.shape)))
         head = self._leaves.get(HEAD)
         if head is not None:
-            add_to(head, share * torch.from_numpy(came[size:].reshape(head.shape)))
+            add_to(head, share * given(came[size:].reshape(head.shape)))
         if not self._goes_back:
             return self._nothing
         assert states.grad is not None
-        found: Floats = states.grad.numpy()
+        found: Floats = taken(states.grad)
         return found
 
     def _share(self, device: str) -> float:
@@ -272,7 +273,7 @@ def add_to(leaf: Tensor, piece: Tensor) -> None:
 
 
 def _tensors(question: Question) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(question.states), torch.from_numpy(question.lengths)
+    return given(question.states), given(question.lengths)
 
 
 def squared(leaves: Mapping[str, Tensor], behind: float = 0.0) -> float:
@@ -300,7 +301,7 @@ def check_gradients(device: str, made: Tensor, came: Floats, module: Tensor | No
     check_numbers(device, came, made.numel() + (0 if module is None else module.numel()))
     if module is None:
         return
-    head = module.detach().numpy()
+    head = taken(module)
     of_features, of_head = came[: made.numel()], came[made.numel() :]
     longest = math.sqrt(float((made.detach() ** 2).sum(dim=-1).max()) + 1)
     most = max(math.sqrt(2) * float(np.linalg.norm(head[:, :-1])), 1e-6), math.sqrt(2) * longest
