@@ -131,6 +131,26 @@ def test_all_weights_of_an_encoder_are_trained_and_tell_labels(mode: Any, tuning
     assert any(label in told.stdout for label in LABELS), told.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["split", "pipeline"])
+def test_a_schedule_knows_boards_by_what_they_took_together(mode: Any, tuning_site: Site, tiny_model: str) -> None:
+    """Round 0 has both boards and times them; after it the queue is long, and whoever is faster is alone."""
+    rounds = {"count": 5, "who": "scheduled", "delay_s": 1e-3, "tradeoff": 1e-6, "least_share": 0.0}
+    wanted = split_job(
+        tiny_model, f"timed-{mode}", trunk="idle" if mode == "split" else ("idle", "board1"), rounds=rounds
+    )
+    found = rounds_of(tuning_site, msgspec.structs.replace(wanted, mode=mode))
+    own_s = {board: found[0]["devices"][board]["own_s"] for board in TRAINED}
+    assert min(own_s.values()) > 0 and max(own_s.values()) < found[0]["wall_s"]
+    assert found[0]["expected_s"] is None
+    for number, one in enumerate(found[1:-1], start=1):
+        [alone] = [board for board in TRAINED if one["devices"].get(board, {}).get("own_s")]
+        assert number > 1 or alone == min(own_s, key=own_s.__getitem__)
+        print(f"{mode}: {alone} took {one['wall_s']:.3f} s, planned {one['expected_s']:.3f} s")
+        assert one["expected_s"] > 0
+    assert all(found[-1]["devices"][board]["held_out_count"] for board in TRAINED), "all judge what came out"
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tuning_site: Site, tiny_model: str) -> dict[str, Any]:
     """Of a language model's job in which nothing happened."""
