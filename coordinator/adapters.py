@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from coordinator.journal import DeployRequest
+from models.lora.adapter import HEAD_FILE
 from models.lora.serving import CONFIG, PROVENANCE, TENSORS, is_kept, keep
 from wire.errors import UsageError
 from wire.ids import is_name
@@ -66,7 +67,7 @@ class AdapterShelf:
 
     def _folder(self, text: str) -> Path:
         if is_name(text) and (self._jobs / text).is_dir():
-            if not (self._jobs / text / CONFIG).is_file():
+            if not any((self._jobs / text / name).is_file() for name in (CONFIG, HEAD_FILE)):
                 raise UsageError(f"job {text} has no adapter yet: no round is over", try_=f"edgelam tune status {text}")
             return self._jobs / text
         if _is_folder(text):
@@ -80,7 +81,7 @@ class AdapterShelf:
 def _state_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Changes when a file of an adapter does."""
     found = []
-    for name in (CONFIG, TENSORS, PROVENANCE):
+    for name in (CONFIG, TENSORS, PROVENANCE, HEAD_FILE):
         with contextlib.suppress(OSError):
             told = (folder / name).stat()
             found.append((name, told.st_mtime_ns, told.st_size))

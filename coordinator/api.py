@@ -11,6 +11,7 @@
     POST /v1/deployments            DeployRequest -> put in force (NDJSON)
     DELETE /v1/deployments/{name}
     POST /v1/generate               GenerateRequest -> NDJSON stream of events
+    POST /v1/inputs                 InputsRequest -> what a model that is no language model takes (NDJSON)
     POST /v1/items                  ItemsRequest -> NDJSON stream of events
     GET  /v1/artifacts/{digest}     file by digest, with ranges
     GET  /metrics                   for Prometheus (coordinator.metrics)
@@ -43,7 +44,7 @@ from coordinator.guard import LOOPBACK_NAMES, Guard
 from coordinator.handed import Handed
 from coordinator.inference.requests import GenerateRequest
 from coordinator.inference.serve import Serving
-from coordinator.items.requests import ItemsRequest, answer_events
+from coordinator.items.requests import InputsRequest, ItemsRequest, answer_events, inputs_of
 from coordinator.items.serve import ItemServing
 from coordinator.journal import DeployRequest
 from coordinator.lines import Lines, defect, guarded, with_progress
@@ -144,6 +145,10 @@ class Api:
         wanted = await body_of(request, ItemsRequest)
         return Lines(pumped(answer_events(self.items, wanted)))
 
+    async def inputs(self, request: Request) -> Response:
+        wanted = await body_of(request, InputsRequest)
+        return Lines(with_progress(lambda say: inputs_of(self.operations, self.items.labels, wanted, say)))
+
     async def artifact(self, request: Request) -> Response:
         digest = request.path_params["digest"]
         path = self.coordinator.artifacts.path_of(digest) if is_digest(digest) else None
@@ -169,6 +174,7 @@ class Api:
             route("/v1/deployments", self.deploy, "POST"),
             route("/v1/deployments/{name}", self.undeploy, "DELETE"),
             route("/v1/generate", self.generate, "POST"),
+            route("/v1/inputs", self.inputs, "POST"),
             route("/v1/items", self.answer_items, "POST"),
             route("/v1/artifacts/{digest}", self.artifact),
             route("/metrics", self.metrics.page),

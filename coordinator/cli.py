@@ -73,7 +73,8 @@ def _add_heavier_commands() -> None:
     """Commands in files of their own that import more; once."""
     from coordinator.commands.bench import bench
     from coordinator.commands.demo import demo
-    from coordinator.commands.items import embed, infer, label
+    from coordinator.commands.items import embed, infer
+    from coordinator.commands.label import label
     from coordinator.commands.report import app as report_app
     from coordinator.commands.top import top
     from coordinator.commands.tune import tune

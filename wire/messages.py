@@ -524,18 +524,18 @@ class UpdateMeta(Struct, frozen=True, kw_only=True):
     held_out_loss: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """Of the factors that came, before any step; None where nothing is held out."""
     held_out_count: Count = 0
-    """Tokens, or texts with a label, that this is the mean over."""
     held_out_right: Count | None = None
-    """Labels among them that were told right."""
+    """Tokens, or texts with a label, that this is the mean over; labels among them that were told right."""
     compute_s: Seconds = 0.0
     noise: Annotated[float, Meta(ge=0, le=1e12)] | None = None
     """Multiplier of the noise that is on it; None: none is."""
     epsilon: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """What the job has spent on this device."""
     peer_sent_bytes: Count = 0
-    """Tensors that went to other devices in the round."""
     peer_got_bytes: Count = 0
-    """That came from them."""
+    """Tensors that went to other devices in the round, and that came from them."""
+    own_s: Annotated[dict[Name, Seconds], Meta(max_length=limits.MAX_ENDS)] = {}
+    """Of who hears the states of devices with data first: how long each took by itself."""
 
 
 class Inquiry(Struct, frozen=True, kw_only=True):

@@ -241,6 +241,7 @@ class SplitWork(Answering):
                 self._complain(asked, "protocol", "says more than it was asked for", meta.device, shard)
                 return
             self._got_bytes += values.nbytes
+            self._came(parcel.kind, meta)
             self._said.append(Said(parcel.kind, parcel.request, meta, values.copy()))
             return
         held = sum(said.values.nbytes for device, said in self._early.items() if device != meta.device)
@@ -248,6 +249,9 @@ class SplitWork(Answering):
             self._early[meta.device] = Said(parcel.kind, parcel.request, meta, values.copy())
         else:
             self.tally.stale += 1
+
+    def _came(self, kind: Kind, meta: SplitMeta) -> None:
+        """Something of the round, which is looked at later."""
 
     def _say(self, asked: Asked, topic: str, kind: Kind, meta: SplitMeta, values: Floats | None) -> None:
         """To another worker of the round, now or at the next tick. Raises Misled where it takes nothing."""

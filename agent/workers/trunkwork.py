@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from agent.workers.answering import factors_of
+from agent.workers.owntimes import OwnTimes
 from agent.workers.questions import question_of
 from agent.workers.splitwork import Asked, Said, SplitWork
 from models.lora.adapter import Floats
@@ -44,6 +45,7 @@ class TrunkWork(SplitWork):
         self._heard_s: dict[str, float] = {}
         """When each device went on last."""
         self._judged: Counter[str] = Counter()
+        self._own = OwnTimes((), 0.0)
         self._judged_elsewhere: set[str] = set()
         """Devices whose last word was states to be judged, which other segments have now."""
 
@@ -91,6 +93,7 @@ class TrunkWork(SplitWork):
         kind = trunk_kind(self._task, place)
         self._round_of = kind(model.stage, model.shaped, self._task, asked.meta, start, asked.ends, place)
         self._told = False
+        self._own = OwnTimes(asked.ends, time.monotonic())
         self._judged.clear()
         self._judged_elsewhere.clear()
         self._begin_step(asked)
@@ -140,9 +143,14 @@ class TrunkWork(SplitWork):
             compute_s=self._busy_s,
             peer_sent_bytes=self._sent_bytes,
             peer_got_bytes=self._got_bytes,
+            own_s=self._own.own_s if asked.split.place == 0 else {},
         )
         self._told = True
         self._give(asked.request, asked.meta, update, tensor)
+
+    def _came(self, kind: Kind, meta: SplitMeta) -> None:
+        if meta.place is None and kind in (Kind.STATES, Kind.GRADIENT):
+            self._own.came(meta.device, time.monotonic(), last=kind is Kind.STATES)
 
     def _hear(self, asked: Asked, said: Said) -> None:
         made, at, device, step = self._round_of, asked.split.place, said.meta.device, said.meta.step
@@ -177,12 +185,14 @@ class TrunkWork(SplitWork):
         assert at is not None
         if found is None:
             return False
+        self._own.came(meta.device, time.monotonic(), last=True)  # where they came before the round was begun here
         if at == asked.last:
             answer = SplitMeta(device=meta.device, place=at, step=meta.step, judged=meta.judged)
             self._say(asked, asked.ends[meta.device], Kind.FEATURES, answer, found)
         else:
             self._say(asked, asked.segments[at + 1], Kind.STATES, msgspec.structs.replace(meta, place=at), found)
             (self._judged_elsewhere.add if meta.judged else self._judged_elsewhere.discard)(meta.device)
+        self._own.answered(meta.device, time.monotonic())
         return True
 
     def _forwards(self, made: TrunkRound, device: str, question: Question, samples: int) -> Floats | None:

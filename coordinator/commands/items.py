@@ -1,4 +1,4 @@
-"""`edgelam embed`, `edgelam label` and `edgelam infer`: items through a model that is no language model."""
+"""`edgelam embed` and `edgelam infer`: items through a model that is no language model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import typer
 
+from coordinator.client import Client
 from coordinator.commands.common import (
     AtLeast,
     AtMost,
@@ -20,7 +21,6 @@ from coordinator.commands.common import (
     Slots,
     Through,
     WhatFor,
-    adapter_name,
     client,
     model_name,
     print_json,
@@ -38,8 +38,6 @@ MAX_INPUT_BYTES: Final = 4 * 1024 * 1024
 """More does not fit a request (coordinator.bodies)."""
 SHOWN: Final = 5
 """Largest numbers of an output that are shown."""
-ALSO_SHOWN: Final = 3
-"""Labels of a text, the likeliest first."""
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -60,14 +58,16 @@ def embed(
 
     Example: edgelam embed minilm "A cat sat on the mat." "The kitten lay on a rug."
     """
-    given = _given(texts)
+    given = [line for line in sys.stdin.read().splitlines() if line] if texts == ["-"] else texts
     request = ItemsRequest(
         model=model_name(model), texts=tuple(given), objective=objective, topology=topology, slots=slots,
         boards_at_least=boards_at_least, boards_at_most=boards_at_most, replicas=replicas,
     )  # fmt: skip
-    vectors, end = _vectors(request, coordinator, site_key_file)
+    with client(coordinator, site_key_file) as there:
+        outputs, end = answered(there, request)
     if end.get("labels"):
         raise UsageError(f"{model} tells labels, and makes no vectors", try_="edgelam label")
+    vectors = [next(iter(output.values())).reshape(-1) for output in outputs]
     if json:
         print_json({"schema": "edgelam.embed/1", "vectors": [vector.tolist() for vector in vectors], **end})
         return
@@ -78,57 +78,6 @@ def embed(
     ]
     write_text(table(("", *names, "text"), rows, right=tuple(range(1, len(names) + 1))))
     print(figures_text(end), file=sys.stderr)
-
-
-def label(
-    model: ModelName,
-    texts: Annotated[list[str], typer.Argument(help="Texts; '-' reads them from stdin, one a line.")],
-    adapter: Annotated[
-        str, typer.Option("--adapter", help="What tells labels: a job of edgelam tune, or a folder with its adapter.")
-    ] = "",
-    objective: WhatFor = "latency",
-    topology: Through = "auto",
-    slots: Slots = None,
-    boards_at_least: AtLeast = 1,
-    boards_at_most: AtMost = 64,
-    replicas: Copies = 1,
-    json: Json = False,
-    coordinator: CoordinatorUrl = None,
-    site_key_file: SiteKeyFile = None,
-) -> None:
-    """Tell which label texts have, with a sentence encoder and what edgelam tune has taught it.
-
-    Example: edgelam label minilm "library for reading PNG files" --adapter packages
-    """
-    given = _given(texts)
-    request = ItemsRequest(
-        model=model_name(model), adapter=adapter_name(adapter), texts=tuple(given), objective=objective,
-        topology=topology, slots=slots, boards_at_least=boards_at_least, boards_at_most=boards_at_most,
-        replicas=replicas,
-    )  # fmt: skip
-    vectors, end = _vectors(request, coordinator, site_key_file)
-    labels = end.get("labels") or []
-    if not labels:
-        raise UsageError(f"{model} alone tells no labels", try_="--adapter JOB, of a job with labels (docs/tuning.md)")
-    found = [dict(zip(labels, vector.tolist(), strict=True)) for vector in vectors]
-    if json:
-        told = [
-            {"text": text, "label": max(one, key=one.__getitem__), "shares": one}
-            for text, one in zip(given, found, strict=True)
-        ]
-        print_json({"schema": "edgelam.label/1", "texts": told, **end})
-        return
-    rows = []
-    for text, shares in zip(given, found, strict=True):
-        first, *others = sorted(shares, key=lambda name: -shares[name])[:ALSO_SHOWN]
-        also = ", ".join(f"{name} {shares[name]:.0%}" for name in others)
-        rows.append((first, f"{shares[first]:.0%}", also, text[:60]))
-    write_text(table(("label", "share", "or else", "text"), rows, right=(1,)))
-    print(figures_text(end), file=sys.stderr)
-
-
-def _given(texts: list[str]) -> list[str]:
-    return [line for line in sys.stdin.read().splitlines() if line] if texts == ["-"] else texts
 
 
 def infer(
@@ -161,7 +110,8 @@ def infer(
         boards_at_most=boards_at_most,
         replicas=replicas,
     )
-    outputs, end = _answered(request, coordinator, site_key_file)
+    with client(coordinator, site_key_file) as there:
+        outputs, end = answered(there, request)
     if output is not None:
         write_file(
             output, _npz({f"{i}/{name}": value for i, item in enumerate(outputs) for name, value in item.items()})
@@ -176,28 +126,17 @@ def infer(
     print(figures_text(end), file=sys.stderr)
 
 
-def _vectors(
-    request: ItemsRequest, coordinator: str | None, site_key_file: Path | None
-) -> tuple[list[Any], dict[str, Any]]:
-    """The one output of each text, and the figures."""
-    outputs, end = _answered(request, coordinator, site_key_file)
-    return [next(iter(output.values())).reshape(-1) for output in outputs], end
-
-
-def _answered(
-    request: ItemsRequest, coordinator: str | None, site_key_file: Path | None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def answered(there: Client, request: ItemsRequest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The outputs of each item, and the figures."""
     outputs: list[dict[str, Any]] = []
     end: dict[str, Any] = {}
-    with client(coordinator, site_key_file) as there:
-        for event in there.stream("/v1/items", request):
-            if event.get("event") == "status":
-                status_line(event["text"])
-            elif event.get("event") == "item":
-                outputs.append({name: tensor_of(body) for name, body in event["outputs"].items()})
-            elif event.get("event") == "end":
-                end = {key: value for key, value in event.items() if key != "event"}
+    for event in there.stream("/v1/items", request):
+        if event.get("event") == "status":
+            status_line(event["text"])
+        elif event.get("event") == "item":
+            outputs.append({name: tensor_of(body) for name, body in event["outputs"].items()})
+        elif event.get("event") == "end":
+            end = {key: value for key, value in event.items() if key != "event"}
     if not end:
         raise Unreachable("the coordinator ended the answer early", try_="run again")
     return outputs, end

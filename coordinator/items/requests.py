@@ -4,13 +4,15 @@
     {"event": "item", "index", "outputs"}        in the order of the items; tensors as below
     {"event": "end", ..., "labels"}              coordinator.items.figures; whose shares come out, of labels
 A tensor is {"dtype": "f32", "shape": [1, 3, 224, 224], "data": its bytes in base64}, little-endian, row by row.
+
+POST /v1/inputs: which tensors a model takes; `inputs_of` has the form.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -19,11 +21,12 @@ from msgspec import Meta, Struct
 
 from coordinator.inference.progress import with_status
 from coordinator.items.figures import figures
-from coordinator.items.labels import Say
+from coordinator.items.labels import Labels, Say
 from coordinator.items.live import Item
-from coordinator.items.serve import MOST_ITEMS, Answers, ItemServing
+from coordinator.items.serve import MOST_ITEMS, Answers, ItemServing, item_model
 from coordinator.items.texts import text_items
 from coordinator.journal import DeployRequest
+from coordinator.operations import Operations
 from coordinator.shelf import Prepared
 from models.items.manifest import DTYPES, MAX_PORT_RANK, MAX_PORTS, ROWS, DtypeName, Port, bundle, views
 from models.items.pack import PackedItems
@@ -40,13 +43,20 @@ class TensorBody(Struct, frozen=True, kw_only=True):
     data: bytes
 
 
+class InputsRequest(Struct, frozen=True, kw_only=True):
+    """What a model, or what it becomes with an adapter, takes."""
+
+    model: str
+    adapter: str = ""
+
+
 class ItemsRequest(Struct, frozen=True, kw_only=True):
     """Either `texts` or `items`; of these each has a tensor for each input ('' names the only one). The other fields
     are a DeployRequest's."""
 
     model: str
     adapter: str = ""
-    """Of a job, or a folder: the encoder tells labels with it."""
+    """Of a job, or a folder: the encoder, or the net that takes pictures, tells labels with it."""
     texts: Annotated[tuple[Annotated[str, Meta(max_length=MAX_TEXT_CHARS)], ...], Meta(max_length=MOST_ITEMS)] = ()
     items: Annotated[
         tuple[Annotated[dict[str, TensorBody], Meta(max_length=MAX_PORTS)], ...], Meta(max_length=MOST_ITEMS)
@@ -63,6 +73,18 @@ class ItemsRequest(Struct, frozen=True, kw_only=True):
     def deploy(self) -> DeployRequest:
         shared = set(self.__struct_fields__) & set(DeployRequest.__struct_fields__)
         return DeployRequest(**{name: getattr(self, name) for name in shared})
+
+
+async def inputs_of(operations: Operations, labels: Labels, request: InputsRequest, say: Say) -> dict[str, Any]:
+    """{"event": "inputs", "inputs": {name: {"dtype", "shape"}}, "labels"}; a size of 0 is that of the item's rows.
+    Raises what packing raises, Refused for a language model."""
+    async with AsyncExitStack() as stack:
+        model = request.model
+        if request.adapter:
+            model = await stack.enter_async_context(labels.model_with(model, request.adapter, say))
+        config = item_model(await operations.preparing.prepare(model, "f32", say)).config
+    inputs = {port.name: {"dtype": port.dtype, "shape": port.shape} for port in config.inputs}
+    return {"event": "inputs", "inputs": inputs, "labels": config.labels}
 
 
 async def answer_events(serving: ItemServing, request: ItemsRequest) -> AsyncGenerator[dict[str, Any], None]:

@@ -78,8 +78,6 @@ def against_split(job: Job) -> list[str]:
 def _about_split(values: Mapping[str, Any], mode: str) -> list[str]:
     """What does not go with a model that is split: all boards make each step together."""
     rounds, found = values.get("rounds", Rounds()), []
-    if rounds.who in ("fastest", "scheduled"):
-        found.append(f"rounds.who: {rounds.who!r} means nothing with mode = {mode!r}, where all wait for one another")
     if rounds.aggregation not in ONE_SET:
         found.append(f"rounds.aggregation: {rounds.aggregation}; with mode = {mode!r} there is one set of factors")
     plain = {"middle": "mean", "most_change": None, "medium": "own", "rows_at_once": None}
@@ -139,6 +137,8 @@ def _about_looped(values: Mapping[str, Any]) -> list[str]:
         found.append("train: 'blocks' with mode = 'looped', which trains the weights of one block for all depths")
     if not values.get("labels"):
         found.append("labels: missing; mode = 'looped' is for sentence encoders, which learn labels")
+    if (who := values.get("rounds", Rounds()).who) in ("fastest", "scheduled"):
+        found.append(f"rounds.who: {who!r}; with mode = 'looped' nobody knows how long a board takes by itself")
     if len(values.get("trunk", ())) > MAX_SEGMENTS and not isinstance(values["trunk"], str):
         found.append(f"trunk: {len(values['trunk'])} boards, {MAX_SEGMENTS} at most")
     return found

@@ -143,6 +143,11 @@ class Exchange:
         """Since the last of its boards was ready and asked for the first time."""
         return time.monotonic() - max(self._asked_s.values(), default=time.monotonic())
 
+    @property
+    def undisturbed(self) -> bool:
+        """Whether all that it took is one round's time."""
+        return True
+
     def _vectors(self) -> list[tuple[UpdateMeta, Floats]]:
         """What the factors are made of, in the order of names."""
         found = [self.updates[device] for device in sorted(self.updates)]

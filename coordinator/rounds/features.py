@@ -12,9 +12,8 @@ from coordinator.operations import Operations
 from coordinator.rounds.bases import Base, Part, base_of
 from coordinator.rounds.job import Job
 from coordinator.shelf import Prepared
-from models.catalog import find
 from models.families.features import FeatureConfig
-from models.items.features import FeaturesPart, features_part
+from models.items.features import FeaturesPart, features_part, features_tensor
 from models.items.pack import PackedItems
 from models.training.features import AT_ONCE
 from models.training.kernels import FLOAT, VERSION, WORKING_BYTES, working_bytes
@@ -35,22 +34,19 @@ async def base_for(operations: Operations, job: Job, say: Callable[[str], None])
 
 def images_base(prepared: Prepared, job: Job, images: Images) -> Base:
     """The net as far as the features. Raises UsageError for one that takes no pictures, or has no such tensor."""
-    packed, entry = prepared.packed, find(job.model)
+    packed = prepared.packed
     try:
         if not isinstance(packed, PackedItems):
             raise ValueError(f"model: {job.model} takes no pictures")
-        found = features_part(packed, images.features or (entry.features if entry is not None else ""))
+        found = features_part(packed, features_tensor(job.model, images))
     except ValueError as error:
         raise UsageError(f"job {job.name}: {error}", try_="docs/tuning.md, labels of pictures") from None
-    made = hashlib.sha256(found.graph)
-    for digest in sorted(found.files):
-        made.update(digest.encode())
     part = Part(graph=found.graph, files=found.files, ends=True, end_block=0)
     return Base(
         config=FeatureConfig(hidden=found.hidden),
         parts={"whole": part},
         tokenizer=b"",
-        digest=f"sha256:{made.hexdigest()}",
+        digest=found.digest,
         end_id=None,
         wire_dtype="f32",
         most_samples=images.most_images,

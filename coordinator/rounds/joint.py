@@ -220,6 +220,10 @@ class JointExchange(Exchange):
             self._refuse(name, error.message)
         return True
 
+    @property
+    def undisturbed(self) -> bool:
+        return self._joint.attempt == 1
+
     def _works(self, name: str) -> bool:
         return name in self._trunk or self.state.wanted(name)
 
@@ -228,6 +232,10 @@ class JointExchange(Exchange):
         sent, up all else."""
         done = super().record(wall_s)
         devices = dict(done.devices)
+        first = self.updates.get(self._trunk[0])
+        for device, own_s in first[0].own_s.items() if first is not None else ():
+            if device in self._joint.together and device in devices:
+                devices[device] = msgspec.structs.replace(devices[device], own_s=min(own_s, wall_s))
         got_bytes = sum(meta.peer_got_bytes for name, (meta, _) in self.updates.items() if name not in self._trunk)
         sent_bytes = sum(told.sent_bytes for told in devices.values() if not told.refused)
         for name, at in zip(self._trunk, self._record.trunk, strict=True):

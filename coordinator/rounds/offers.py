@@ -27,9 +27,11 @@ class Timing(Struct, frozen=True, kw_only=True):
     """Of one device in one job."""
 
     compute_s: float = 0.0
-    """All of a round but the ways of the factors."""
+    """All of a round but the ways of the factors; of a split model's, all that it takes by itself, ways too."""
     bytes_per_s: float = 0.0
     """Each way, with the medium to itself; 0: only what its profile says."""
+    warm: bool = False
+    """Of a split model: timed twice at least. Its first round loads what later ones find there, and counts no more."""
 
 
 class Took(Struct, frozen=True, kw_only=True):
@@ -72,6 +74,28 @@ def learnt(timing: Timing | None, measured: float | None, took: Took) -> Timing:
     # What the ways do not explain at the rate that the next round is planned with is the device's, whatever it is.
     rest_s = max(told_s, took.wall_s - crossed / (heard or known or UNKNOWN_BYTES_PER_S))
     return Timing(compute_s=_mixed(before.compute_s or None, rest_s), bytes_per_s=heard)
+
+
+def joint_offer_of(device: str, timing: Timing, samples: int) -> Offer:
+    """Of a round of a split model: nothing crosses but what is in its own time."""
+    return Offer(device, timing.compute_s, 0.0, UNKNOWN_BYTES_PER_S, float(max(1, samples)))
+
+
+def learnt_together(
+    timing: Mapping[str, Timing], each_s: float | None, own_s: Mapping[str, float], took_s: float | None
+) -> tuple[dict[str, Timing], float | None]:
+    """What is known of devices, and of what each adds, after a round of a split model in which they took so long by
+    themselves; `took_s`: the round, None where it was begun more than once."""
+    found, warm = dict(timing), True
+    for device, own in own_s.items():
+        before = timing.get(device)
+        is_warm = before is not None and before.warm
+        known = before.compute_s if before is not None and is_warm else None
+        found[device] = Timing(compute_s=_mixed(known, own), warm=before is not None)
+        warm = warm and is_warm
+    if own_s and took_s is not None:
+        each_s = _mixed(each_s if warm else None, max(0.0, took_s - max(own_s.values())) / len(own_s))
+    return found, each_s
 
 
 def _mixed(before: float | None, now: float) -> float:

@@ -19,7 +19,16 @@ from coordinator.rounds.features import base_for
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.looped import LoopedExchange
-from coordinator.rounds.offers import Timing, Took, learnt, link_rate, offer_of, weights_of
+from coordinator.rounds.offers import (
+    Timing,
+    Took,
+    joint_offer_of,
+    learnt,
+    learnt_together,
+    link_rate,
+    offer_of,
+    weights_of,
+)
 from coordinator.rounds.orders import (
     PartName,
     Placed,
@@ -165,7 +174,7 @@ class Running:
         files = await asyncio.to_thread(files_of, base.config, self.record, factors, rounds)
         await asyncio.to_thread(self._store.write_adapter, job.name, files)
         digest = await asyncio.to_thread(self._store.write_next, self.record, factors)
-        record = self._learnt(base, done, took_s) if done.trained else self.record
+        record = self._learnt(base, done, took_s, round_.undisturbed) if done.trained else self.record
         self.record = self._store.finish_round(record, done, digest, state)
         self.tell(round_event(done))
 
@@ -224,6 +233,8 @@ class Running:
             self.record,
             trunk=tuple(trunk),
             trunk_because=found.because,
+            each_s=None,
+            timing={},
             passed_over=tuple(device for device in self.record.passed_over if device not in has_blocks),
         )
         self._say(where_text(trunk, found.because))
@@ -255,6 +266,9 @@ class Running:
         job = self.job
         parts = parts_of(job, number)
         samples = weights_of(samples_of(self._store.rounds(job.name)), able)
+        if job.is_split:
+            timing_of = self.record.timing
+            return [joint_offer_of(device, timing_of.get(device, Timing()), samples[device]) for device in able]
         sharers = len(able) if job.rounds.medium == "shared" else 1
         found = []
         for device in able:
@@ -269,8 +283,24 @@ class Running:
         """Bytes/s of a board's link, as it measured it."""
         return link_rate(self._coordinator.profiles().get(device))
 
-    def _learnt(self, base: Base, done: RoundRecord, took_s: float) -> JobRecord:
+    def _learnt(self, base: Base, done: RoundRecord, took_s: float, undisturbed: bool) -> JobRecord:
         """What the round says of the boards, for the next."""
+        if self.job.is_split:
+            record = self._timed_together(done, took_s if undisturbed else None)
+        else:
+            record = self._timed_apart(base, done)
+        if self.job.rounds.who == "scheduled":
+            queues = after(record.queues, knobs_of(self.job), self._able(), record.chosen, took_s)
+            record = msgspec.structs.replace(record, queues=queues)
+        return record
+
+    def _timed_together(self, done: RoundRecord, took_s: float | None) -> JobRecord:
+        record = self.record
+        own_s = {device: told.own_s for device, told in done.devices.items() if told.own_s and not told.refused}
+        timing, each_s = learnt_together(record.timing, record.each_s, own_s, took_s)
+        return msgspec.structs.replace(record, timing=timing, each_s=each_s)
+
+    def _timed_apart(self, base: Base, done: RoundRecord) -> JobRecord:
         record, job = self.record, self.job
         parts = parts_of(job, done.round)
         timing = dict(record.timing)
@@ -288,10 +318,7 @@ class Running:
                 sharers=len(record.chosen) if job.rounds.medium == "shared" else 1,
             )
             timing[device] = learnt(timing.get(device), self._rate(device), took)
-        queues = record.queues
-        if job.rounds.who == "scheduled":
-            queues = after(queues, knobs_of(job), self._able(), record.chosen, took_s)
-        return msgspec.structs.replace(record, timing=timing, queues=queues)
+        return msgspec.structs.replace(record, timing=timing)
 
     def _able(self) -> tuple[str, ...]:
         assert self._base is not None

@@ -52,13 +52,19 @@ class Choice(NamedTuple):
     split: Split
 
 
-def choose(offers: Sequence[Offer], medium: Medium, knobs: Knobs, queues: Queues, equally: bool = False) -> Choice:
-    """The best set of these, and how the medium is divided among it; `equally` divides it by number."""
-    members = _candidates(offers, medium, knobs, queues)
+def choose(
+    offers: Sequence[Offer], medium: Medium, knobs: Knobs, queues: Queues, equally: bool = False, each_s: float = 0.0
+) -> Choice:
+    """The best set of these, and how the medium is divided among it; `equally` divides it by number. A round takes
+    `each_s` longer for each device in it, beside what the slowest takes."""
+    if each_s and len(offers) > ALL_SETS_UP_TO:
+        members = _of_value(offers, knobs, queues)
+    else:
+        members = _candidates(offers, medium, knobs, queues)
     ends = np.array([_split(offers, medium, row, equally).tau_s for row in members]) if equally else ends_of(
         offers, medium, members
     )  # fmt: skip
-    costs = cost_of(offers, members, ends, knobs, queues)
+    costs = cost_of(offers, members, ends + each_s * members.sum(axis=1), knobs, queues)
     best = members[int(np.argmin(costs))]
     found = _split(offers, medium, best, equally)
     return Choice(tuple(sorted(found.shares)), found)
@@ -127,6 +133,24 @@ def _candidates(offers: Sequence[Offer], medium: Medium, knobs: Knobs, queues: Q
     for row, members in enumerate(sorted(rows)):
         made[row, list(members)] = True
     return made
+
+
+def _of_value(offers: Sequence[Offer], knobs: Knobs, queues: Queues) -> npt.NDArray[np.bool_]:
+    """[sets, devices] of many devices that share nothing but what each adds: of those that are over by the time at
+    which one of them is, so many as bring most, for each number. One is the best where the penalty is linear, or where
+    nothing is owed."""
+    weights, offset_s = (
+        np.array(values) for values in zip(*((one.weight, one.offset_s) for one in offers), strict=True)
+    )
+    by_value = np.argsort(-(knobs.tradeoff * weights / weights.sum() + _owed(offers, queues)), kind="stable")
+    rows: list[npt.NDArray[np.bool_]] = []
+    for end_s in np.unique(offset_s):
+        taken = by_value[offset_s[by_value] <= end_s]
+        made = np.zeros((len(taken), len(offers)), bool)
+        for number, device in enumerate(taken):
+            made[number:, device] = True
+        rows.append(made)
+    return np.concatenate(rows)
 
 
 def _owed(offers: Sequence[Offer], queues: Queues) -> Doubles:

@@ -23,17 +23,19 @@ def settled(record: JobRecord, able: Sequence[str], offers: Sequence[Offer], las
     record."""
     job = record.job
     rounds, medium = job.rounds, MEDIA[job.rounds.medium]
-    equally = rounds.airtime == "equal"
+    equally, each_s = rounds.airtime == "equal", record.each_s or 0.0
     if last:
         return {"chosen": tuple(sorted(able))}
     if rounds.who == "scheduled":
-        choice = choose(offers, medium, knobs_of(job), record.queues, equally)
+        choice = choose(offers, medium, knobs_of(job), record.queues, equally, each_s)
         chosen, divided = at_least(choice, offers, medium, rounds.at_least, equally)
     else:
         chosen = fastest(offers, rounds.devices) if rounds.who == "fastest" else drawn(able, job, record.round)
         divided = divide([offer for offer in offers if offer.device in chosen], medium, equally)
-    known = set(chosen) <= record.timing.keys()  # else nobody can say what it takes
-    found: dict[str, Any] = {"chosen": chosen, "expected_s": divided.tau_s if known else None}
+    # Where somebody was never timed nobody can say what it takes.
+    known = set(chosen) <= record.timing.keys() and (record.each_s is not None or not job.is_split)
+    expected_s = divided.tau_s + each_s * len(chosen)
+    found: dict[str, Any] = {"chosen": chosen, "expected_s": expected_s if known else None}
     if rounds.medium == "shared":
         by_name = {offer.device: offer for offer in offers}
         paces = {device: pace_of(by_name[device], share, rounds.timeout_s) for device, share in divided.shares.items()}

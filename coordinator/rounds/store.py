@@ -88,6 +88,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     queues: Queues = Queues()
     timing: dict[str, Timing] = {}
     """Of devices that took part."""
+    each_s: float | None = None
+    """What each of them adds to a round of a split model, whoever is the slowest; None: not known."""
     began_unix: float = 0.0
 
     @property
@@ -137,6 +139,8 @@ class DeviceRound(Struct, frozen=True, kw_only=True):
     sent_bytes: int = 0
     wall_s: float = 0.0
     """From the question to the whole answer; 0 where it was asked again, or by another coordinator."""
+    own_s: float = 0.0
+    """In a round of a split model: all but its waiting for the blocks and for others."""
     refused: str = ""
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from coordinator.rounds.bases import Base
 from coordinator.rounds.cutting import Cut, Holder, cut
-from coordinator.rounds.job import Job
+from coordinator.rounds.job import COUNTED, Job
 from coordinator.rounds.offers import link_rate
 from coordinator.rounds.orders import AMPLE, states_bytes, without_torch
 from coordinator.rounds.store import TrunkAt
@@ -148,7 +148,7 @@ def operations_of(base: Base, job: Job) -> float:
 
 def ends_of(job: Job, with_data: Collection[str]) -> int:
     """Boards that make a step together, at most."""
-    return min(len(with_data), job.rounds.devices) if job.rounds.who != "all" else len(with_data)
+    return min(len(with_data), job.rounds.devices) if job.rounds.who in COUNTED else len(with_data)
 
 
 def product_rate(profile: Profile | None) -> float | None:

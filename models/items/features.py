@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
 
+from models.catalog import find
 from models.items.cuts import live_at_cuts
 from models.items.ends import picture_size, width_of
 from models.items.pack import PackedItems
 from wire.limits import MAX_FEATURES
+from wire.samples import Images
 
 SAID: Final = 5
 """Tensors that are named where another one was."""
@@ -22,8 +25,24 @@ class FeaturesPart(Struct, frozen=True, kw_only=True):
     files: Mapping[str, Path]
     """Weights by digest."""
     hidden: int
+    shape: tuple[int, ...]
+    """Of the tensor that is a picture's features."""
     widest_bytes: int
     """The largest tensor on the way."""
+
+    @property
+    def digest(self) -> str:
+        """A name for what it computes."""
+        made = hashlib.sha256(self.graph)
+        for digest in sorted(self.files):
+            made.update(digest.encode())
+        return f"sha256:{made.hexdigest()}"
+
+
+def features_tensor(model: str, images: Images) -> str:
+    """Name of the tensor that pictures' features are: as it is said, or the catalog's for the model."""
+    entry = find(model)
+    return images.features or (entry.features if entry is not None else "")
 
 
 def features_part(packed: PackedItems, tensor: str) -> FeaturesPart:
@@ -53,5 +72,9 @@ def features_part(packed: PackedItems, tensor: str) -> FeaturesPart:
     ]
     sizes = [net.ports[name].size_bytes(1) for node in net.nodes[:end] for name in node.gives if name in net.ports]
     return FeaturesPart(
-        graph=graph, files={digest: packed.files[digest] for digest in digests}, hidden=hidden, widest_bytes=max(sizes)
+        graph=graph,
+        files={digest: packed.files[digest] for digest in digests},
+        hidden=hidden,
+        shape=net.ports[tensor].shape,
+        widest_bytes=max(sizes),
     )

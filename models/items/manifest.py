@@ -17,12 +17,16 @@ from msgspec import Meta, Struct
 from models.engine.base import EngineFailed
 from models.engine.manifest import WeightInfo, metadata_of
 from wire.errors import MalformedFrame
-from wire.limits import MAX_DIM, MAX_TENSOR_BYTES
+from wire.limits import MAX_DIM, MAX_LABELS, MAX_TENSOR_BYTES
+from wire.messages import Label
 
 Array = npt.NDArray[np.generic]
 DtypeName = Literal["f32", "f16", "i64", "i32", "u8", "i8", "bool"]
 
 KEY: Final = "edgelam.items"
+LABELS_KEY: Final = "edgelam.labels"
+"""In the metadata of a whole net that tells labels: which, as JSON."""
+Labels = Annotated[tuple[Label, ...], Meta(min_length=2, max_length=MAX_LABELS)]
 ROWS: Final = 0
 """Stands in a shape for the number of rows of the item at hand: the tokens of a text."""
 MAX_PORTS: Final = 32

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models.engine.manifest import WEIGHTS_LOCATION, WeightInfo
 from models.items.cuts import Node
-from models.items.manifest import KEY, ROWS, ItemManifest, Port
+from models.items.manifest import KEY, LABELS_KEY, ROWS, ItemManifest, Labels, Port
 from models.items.shapes import TYPES, shapes_of
 from wire.errors import CorruptData, Refused, UsageError
 from wire.limits import MAX_DIM, MAX_RANK
@@ -51,6 +51,8 @@ class Net:
         """`most_rows`: of an item, where the graph leaves a size open. Raises Refused, CorruptData."""
         self.name = name
         self.most_rows = most_rows
+        self.labels = _labels_of(model)
+        """Whose shares come out, where the file says so."""
         graph = model.graph
         self._opsets = list(model.opset_import)
         self._constants = _without_weights(graph)
@@ -71,6 +73,8 @@ class Net:
         _name_norms(self._protos, self._constants)
         self.given = [_known(self.ports, value.name, name) for value in inputs]
         self.wanted = [_known(self.ports, value.name, name) for value in graph.output]
+        if self.labels and [(port.dtype, port.shape) for port in self.wanted] != [("f32", (1, len(self.labels)))]:
+            raise CorruptData(f"{name}: says that it tells {len(self.labels)} labels, and gives other numbers")
         shapes = self._shapes_for(TYPICAL_ROWS)
         self.nodes = [self._node(proto, shapes) for proto in self._protos]
 
@@ -232,6 +236,14 @@ def net_of(data: bytes, name: str, most_rows: int) -> Net:
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         # Names that are no text, sizes that are no numbers: protobuf takes them, and so no list of them is complete.
         raise CorruptData(f"{name}: a damaged ONNX model: {error}") from error
+
+
+def _labels_of(model: onnx.ModelProto) -> tuple[str, ...]:
+    """As models.items.pictured writes them; raise ValueError for what are none."""
+    for told in model.metadata_props:
+        if told.key == LABELS_KEY:
+            return msgspec.json.decode(told.value, type=Labels)
+    return ()
 
 
 def _check(model: onnx.ModelProto, name: str) -> None:

@@ -104,6 +104,7 @@ def pack_items(path: Path, name: str, cache: Path) -> PackedItems:
     if folder is None:
         digest = file_digest(path, cache)
         net = open_net(path, MOST_ROWS)
+        labels = net.labels
     else:
         digest = file_digest(folder / "model.safetensors", cache)
         config = read_bert_config(folder)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
 from models.cache import file_digest, write_atomic
 from models.families.bert import BertConfig
@@ -23,23 +22,20 @@ from models.formats import safetensors
 from models.formats.bert import HEAD_BIAS, HEAD_WEIGHT, BertFile, matrix_name, read_bert_config
 from models.items.pack import pack_folder
 from models.lora.adapter import HEAD_FILE
-from models.lora.serving import check_base, kept_at, load, weights_in
-from wire.errors import CorruptData, Refused
-from wire.limits import MAX_LABELS
-from wire.messages import Label
+from models.lora.head import read_head
+from models.lora.serving import SHOWN, check_base, kept_at, load, weights_in
+from wire.errors import Refused
 
 CONFIG_FILE: Final = "config.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.json"
-_SHOWN: Final = 8
-"""Letters of an adapter's id in a name."""
 
 
 def merged(adapter_id: str, model: str, source: Path, digest: str, cache: Path) -> Path:
     """The folder of an encoder (in `source`, its weights with this digest) with a kept adapter. Raises Refused for an
     adapter that is not one for labels, or of another model; CorruptData; OSError when the cache can't be written."""
     kept = kept_at(adapter_id, cache)
-    folder = kept / f"{model}-{adapter_id[:_SHOWN]}"
+    folder = kept / f"{model}-{adapter_id[:SHOWN]}"
     if (folder / CONFIG_FILE).is_file():
         return folder
     check_base(kept, digest)
@@ -69,16 +65,19 @@ def merged(adapter_id: str, model: str, source: Path, digest: str, cache: Path) 
 
 
 def merged_at(adapter_id: str, cache: Path) -> list[Path]:
-    """The folders that were made with an adapter."""
+    """The models that were made with an adapter: folders, and the nets of models.items.pictured."""
     kept = kept_at(adapter_id, cache)
-    return sorted(path.parent for path in kept.glob(f"*/{CONFIG_FILE}"))
+    return sorted([*(path.parent for path in kept.glob(f"*/{CONFIG_FILE}")), *kept.glob("*.onnx")])
 
 
-def forget(folder: Path, cache: Path) -> None:
-    """Remove such a folder, and what was packed from it: both can be made again."""
+def forget(made: Path, cache: Path) -> None:
+    """Remove such a model, and what was packed from it: both can be made again."""
     with contextlib.suppress(OSError):
-        shutil.rmtree(pack_folder(file_digest(folder / WEIGHTS_FILE, cache), cache), ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+        weights = made if made.suffix == ".onnx" else made / WEIGHTS_FILE
+        shutil.rmtree(pack_folder(file_digest(weights, cache), cache), ignore_errors=True)
+    if made.suffix == ".onnx":
+        made.unlink(missing_ok=True)
+    shutil.rmtree(made, ignore_errors=True)
 
 
 def _task_module(kept: Path, config: BertConfig) -> tuple[tuple[str, ...], Any, Any]:
@@ -86,18 +85,10 @@ def _task_module(kept: Path, config: BertConfig) -> tuple[tuple[str, ...], Any, 
     path = kept / HEAD_FILE
     if not path.is_file():
         raise Refused(f"the adapter has no {HEAD_FILE}: it tells no labels", try_="a job with labels (docs/tuning.md)")
-    file = safetensors.open_safetensors(path)
-    try:
-        labels = msgspec.json.decode(file.metadata["labels"], type=tuple[Label, ...])
-        weight, bias = (np.array(file.float32(name), np.float32) for name in ("weight", "bias"))
-    except (KeyError, msgspec.MsgspecError) as error:
-        raise CorruptData(f"{path}: {error}", try_="the adapter as it was written") from None
-    wanted = (len(labels), config.hidden_size)
-    if not 2 <= len(labels) <= MAX_LABELS or weight.shape != wanted or bias.shape != wanted[:1]:
+    head = read_head(path)
+    if head.weight.shape[1] != config.hidden_size:
         raise Refused(
-            f"{path}: a weight of {list(weight.shape)} for {len(labels)} labels, {list(wanted)} is due",
+            f"{path}: a weight of {list(head.weight.shape)}, {config.hidden_size} columns are due",
             try_="the model that the adapter was trained for",
         )
-    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-        raise CorruptData(f"{path}: has values that are no numbers")
-    return labels, weight, bias
+    return head.labels, head.weight, head.bias

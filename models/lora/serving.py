@@ -29,6 +29,7 @@ from models.families.bert import BertConfig
 from models.families.config import LlamaConfig, matrix_size
 from models.formats import safetensors
 from models.lora.adapter import HEAD_FILE, MATRICES, Config, from_peft, sizes
+from models.lora.head import MOST_HEAD_BYTES
 from models.lora.whole import tensors_of
 from models.packed import finish, known_files, write_file
 from wire.errors import CorruptData, Refused, UsageError
@@ -47,7 +48,8 @@ PROVENANCE: Final = "provenance.json"
 MOST_CONFIG_BYTES: Final = 1 << 20
 MOST_TENSOR_BYTES: Final = 1 << 30
 MOST_PROVENANCE_BYTES: Final = 1 << 26
-MOST_HEAD_BYTES: Final = 1 << 26
+SHOWN: Final = 8
+"""Letters of an adapter's id in the name of a model that was made with it."""
 MOST_WIDTH: Final = 512
 """Ranks of all adapters of a deployment."""
 
@@ -111,9 +113,10 @@ class Adapter(Struct, frozen=True, eq=False, kw_only=True):
 
 def keep(folder: Path, cache: Path) -> str:
     """Copy an adapter's two files into the cache, with its task module if it has one and the checkpoint that it says it
-    is of, and give the id that they have there: equal for equal ones. Raises UsageError (no adapter), Refused (too
-    big), CorruptData."""
-    found = {name: _content(folder / name, most) for name, most in _FILES.items()}
+    is of, and give the id that they have there: equal for equal ones. A task module may be alone. Raises UsageError (no
+    adapter), Refused (too big), CorruptData."""
+    alone = (folder / HEAD_FILE).is_file() and not any((folder / name).exists() for name in _FILES)
+    found = {} if alone else {name: _content(folder / name, most) for name, most in _FILES.items()}
     if (folder / HEAD_FILE).is_file():
         found[HEAD_FILE] = _content(folder / HEAD_FILE, MOST_HEAD_BYTES)
     if (folder / PROVENANCE).is_file():
@@ -135,7 +138,13 @@ def kept_at(adapter_id: str, cache: Path) -> Path:
 
 
 def is_kept(adapter_id: str, cache: Path) -> bool:
-    return all((kept_at(adapter_id, cache) / name).is_file() for name in _FILES)
+    kept = kept_at(adapter_id, cache)
+    return all((kept / name).is_file() for name in _FILES) or is_alone(kept)
+
+
+def is_alone(kept: Path) -> bool:
+    """Whether a kept one is a task module, and no adapter beside it."""
+    return (kept / HEAD_FILE).is_file() and not (kept / CONFIG).is_file()
 
 
 _FILES: Final[Mapping[str, int]] = {CONFIG: MOST_CONFIG_BYTES, TENSORS: MOST_TENSOR_BYTES}
@@ -197,6 +206,10 @@ def load(adapter_id: str, config: Config, cache: Path) -> Adapter:
 
 
 def _config_of(path: Path) -> _Config:
+    if is_alone(path.parent):
+        raise Refused(
+            "it tells labels of readings or pictures, and is no adapter", try_="edgelam label FILE --adapter JOB"
+        )
     try:
         return msgspec.json.decode(_content(path, MOST_CONFIG_BYTES), type=_Config)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -23,6 +23,7 @@ from wire.errors import CorruptData, UsageError
 from wire.samples import Images
 
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 KINDS: Final = (".png", ".jpg", ".jpeg")
 FORMATS: Final = ("PNG", "JPEG")
@@ -67,8 +68,18 @@ def pictures(path: Path, labels: Sequence[str], keep_all: bool = False) -> Itera
 
 
 def pixels_of(picture: Picture, images: Images, width: int, height: int) -> Floats | BadRow:
-    """[3, height, width] from the middle of a picture, scaled to fit, as the net wants it. Nothing is decoded of a file
-    that says it is larger than the job wants. Raises UsageError where there is no Pillow."""
+    """[3, height, width] of `fitted`, as the net wants it."""
+    found = fitted(picture, images.most_pixels, width, height)
+    if isinstance(found, BadRow):
+        return found
+    values = found.transpose(1, 2, 0).astype(np.float32) / 255
+    values = (values - np.array(images.mean, np.float32)) / np.array(images.deviation, np.float32)
+    return np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)
+
+
+def fitted(picture: Picture, most_pixels: int, width: int, height: int) -> Bytes | BadRow:
+    """[3, height, width] red, green and blue from the middle of a picture, scaled to fit. Nothing is decoded of a file
+    that says it is larger. Raises UsageError where there is no Pillow."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -84,18 +95,16 @@ def pixels_of(picture: Picture, images: Images, width: int, height: int) -> Floa
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(picture.file, formats=FORMATS)
         with opened as image:
-            if image.width * image.height > images.most_pixels:
-                return BadRow(picture.where, f"{image.width} x {image.height}, at most {images.most_pixels} pixels")
+            if image.width * image.height > most_pixels:
+                return BadRow(picture.where, f"{image.width} x {image.height}, at most {most_pixels} pixels")
             if image.mode not in MODES:
                 return BadRow(picture.where, f"has colours as {image.mode}, with more than 8 bits")
             image.draft("RGB", (width, height))  # a JPEG of more than twice that is decoded at half its size, or less
             ImageOps.exif_transpose(image, in_place=True)
             mixable = image.convert("RGB") if image.mode in INDEXED else image
-            fitted = ImageOps.fit(mixable, (width, height), method=Image.Resampling.BILINEAR)
-            values = np.asarray(fitted.convert("RGB"), np.float32) / 255
+            scaled = ImageOps.fit(mixable, (width, height), method=Image.Resampling.BILINEAR)
+            return np.ascontiguousarray(np.asarray(scaled.convert("RGB"), np.uint8).transpose(2, 0, 1))
     except Image.DecompressionBombError as error:
         return BadRow(picture.where, str(error))
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, MemoryError) as error:
         return BadRow(picture.where, f"no picture: {error}")
-    values = (values - np.array(images.mean, np.float32)) / np.array(images.deviation, np.float32)
-    return np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)

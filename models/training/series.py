@@ -31,6 +31,14 @@ MOST: Final = 1e15
 """Of a reading behind centre and scale: what is more is no reading, and sums of it might be no numbers."""
 
 
+class Row(NamedTuple):
+    """One of a file: its number (of a .csv the line's), and its time where there are times, else 0."""
+
+    file: Path
+    number: int
+    time: float
+
+
 class Window(NamedTuple):
     """`values` [window, columns], centred and scaled; `label`: its place among the job's, or IGNORED; `stretch`: number
     of the rows without a break that it was cut from, which windows may share."""
@@ -38,13 +46,15 @@ class Window(NamedTuple):
     values: Floats
     label: int
     stretch: int
+    first: Row
+    last: Row
 
 
 class Readings(NamedTuple):
     values: tuple[float, ...]
     label: str
     id: str
-    time: float
+    row: Row
 
 
 def windows(path: Path, series: Series, labels: Sequence[str], keep_all: bool = False) -> Iterator[Window | BadRow]:
@@ -52,32 +62,50 @@ def windows(path: Path, series: Series, labels: Sequence[str], keep_all: bool = 
     and windows of them have the label IGNORED: their number then says nothing of labels. Raises UsageError for what
     can't be read, CorruptData that names all columns that are missing."""
     place = {label: number for number, label in enumerate(labels)}
+    yield from _windows(path, _Columns(series), place, keep_all)
+
+
+def unlabelled(path: Path, series: Series) -> Iterator[Window | BadRow]:
+    """The same of readings whose labels nobody knows: files need no column of labels, none is looked at where there is
+    one, and all windows have the label IGNORED."""
+    yield from _windows(path, _Columns(series, labelled=False), {}, keep_all=True)
+
+
+def _windows(path: Path, columns: _Columns, place: Mapping[str, int], keep_all: bool) -> Iterator[Window | BadRow]:
     files = files_of(path, KINDS)
-    _check_columns(path, files, series)
-    cutter = _Cutter(series)
+    _check_columns(path, files, columns)
+    cutter = _Cutter(columns.series)
     for file in files:
         cutter.cut()
-        for found in _rows(file, series):
+        for found in _rows(file, columns):
             if isinstance(found, BadRow):
                 cutter.cut()
                 yield found
                 continue
-            where, row = found
-            label = place.get(row.label, IGNORED)
+            label = place.get(found.label, IGNORED)
             if label == IGNORED and not keep_all:
                 cutter.cut()
-                yield BadRow(where, "its label is none of the job's")
+                yield BadRow(_where(found.row), "its label is none of the job's")
                 continue
-            values = cutter.taken(row)
-            if values is not None:
-                yield Window(values, label, cutter.stretch)
+            window = cutter.taken(found, label)
+            if window is not None:
+                yield window
+
+
+class _Columns:
+    """Which of a file are read."""
+
+    def __init__(self, series: Series, labelled: bool = True) -> None:
+        self.series = series
+        self.label = series.label if labelled else ""
+        self.wanted = tuple(dict.fromkeys((*series.columns, *filter(None, (self.label, series.id, series.time)))))
 
 
 class _Cutter:
     def __init__(self, series: Series) -> None:
         self.stretch = 0
         self._series = series
-        self._rows: list[tuple[float, ...]] = []
+        self._rows: list[Readings] = []
         self._last: Readings | None = None
         self._skip = 0
 
@@ -87,7 +115,7 @@ class _Cutter:
         self._last, self._skip = None, 0
         self.stretch += 1
 
-    def taken(self, row: Readings) -> Floats | None:
+    def taken(self, row: Readings, label: int) -> Window | None:
         """A window, if the row is the last of one."""
         if self._last is not None and not self._follows(self._last, row):
             self.cut()
@@ -95,11 +123,12 @@ class _Cutter:
         if self._skip:
             self._skip -= 1
             return None
-        self._rows.append(row.values)
+        self._rows.append(row)
         series = self._series
         if len(self._rows) < series.window:
             return None
-        made = np.array(self._rows, np.float32)
+        values = np.array([kept.values for kept in self._rows], np.float32)
+        made = Window(values, label, self.stretch, self._rows[0].row, row.row)
         self._skip = max(0, series.step - series.window)
         del self._rows[: series.step]
         return made
@@ -109,27 +138,27 @@ class _Cutter:
             return False
         if not self._series.time:
             return True
-        gap = row.time - last.time
+        gap = row.row.time - last.row.time
         return gap > 0 and (self._series.most_gap is None or gap <= self._series.most_gap)
 
 
-def _wanted(series: Series) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*series.columns, series.label, *filter(None, (series.id, series.time)))))
+def _where(row: Row) -> str:
+    return f"{row.file.name}:{row.number}"
 
 
-def _check_columns(path: Path, files: Sequence[Path], series: Series) -> None:
+def _check_columns(path: Path, files: Sequence[Path], columns: _Columns) -> None:
     """Raise CorruptData that says what is missing in which file. What is there instead is not said: this text leaves
     the board."""
     said = []
     for file in files:
         there = parquet.columns(file) if file.suffix.lower() == ".parquet" else _header(file)
-        missing = [name for name in _wanted(series) if name not in there]
+        missing = [name for name in columns.wanted if name not in there]
         if missing:
             said.append(f"{file.name} has no column {', '.join(map(repr, missing))} among its {len(there)}")
     if said:
         more = f"; and {len(said) - 3} more files" if len(said) > 3 else ""
         raise CorruptData(
-            f"data {path.name}: {'; '.join(said[:3])}{more}", try_="the names of columns as boards have them"
+            f"data {path.name}: {'; '.join(said[:3])}{more}", try_="columns as the job's [series] names them"
         )
 
 
@@ -141,10 +170,10 @@ def _header(file: Path) -> list[str]:
         raise UsageError(f"data {file}: {error}", try_="a first line that names the columns") from None
 
 
-def _rows(file: Path, series: Series) -> Iterator[tuple[str, Readings] | BadRow]:
+def _rows(file: Path, columns: _Columns) -> Iterator[Readings | BadRow]:
     if file.suffix.lower() == ".parquet":
-        for number, row in parquet.rows(file, _wanted(series), _wanted(series)):
-            yield _row(f"{file.name}:{number}", row, series)
+        for number, row in parquet.rows(file, columns.wanted, columns.wanted):
+            yield _row(Row(file, number, 0.0), row, columns)
         return
     try:
         with file.open(encoding="utf-8", errors="replace", newline="") as lines:
@@ -152,29 +181,31 @@ def _rows(file: Path, series: Series) -> Iterator[tuple[str, Readings] | BadRow]
             try:
                 header = next(rows, [])
                 for cells in rows:
-                    where = f"{file.name}:{rows.line_num}"
+                    at = Row(file, rows.line_num, 0.0)
                     if len(cells) != len(header):
-                        yield BadRow(where, f"{len(cells)} columns, the first line has {len(header)}")
+                        yield BadRow(_where(at), f"{len(cells)} columns, the first line has {len(header)}")
                     else:
-                        yield _row(where, dict(zip(header, cells, strict=True)), series)
+                        yield _row(at, dict(zip(header, cells, strict=True)), columns)
             except csv.Error as error:
                 yield BadRow(f"{file.name}:{rows.line_num}", f"{error}; the rest of the file is left out")
     except OSError as error:
         raise UsageError(f"data {file}: {(error.strerror or str(error)).lower()}", try_="see --data") from None
 
 
-def _row(where: str, row: Mapping[str, Any], series: Series) -> tuple[str, Readings] | BadRow:
+def _row(at: Row, row: Mapping[str, Any], columns: _Columns) -> Readings | BadRow:
+    series = columns.series
     centre, scale = series.centre or (0.0,) * len(series.columns), series.scale or (1.0,) * len(series.columns)
     values = []
     for name, middle, unit in zip(series.columns, centre, scale, strict=True):
         reading = _number(row[name])
         if reading is None or not abs(value := (reading - middle) / unit) < MOST:
-            return BadRow(where, f"{name!r} is no number")
+            return BadRow(_where(at), f"{name!r} is no number")
         values.append(value)
     time = _number(row[series.time]) if series.time else 0.0
     if time is None:
-        return BadRow(where, f"{series.time!r} is no number")
-    return where, Readings(tuple(values), _text(row[series.label]), _text(row[series.id]) if series.id else "", time)
+        return BadRow(_where(at), f"{series.time!r} is no number")
+    label = _text(row[columns.label]) if columns.label else ""
+    return Readings(tuple(values), label, _text(row[series.id]) if series.id else "", at._replace(time=time))
 
 
 def _number(cell: Any) -> float | None:

@@ -231,6 +231,10 @@ def test_segments_come_to_what_one_trunk_comes_to_bit_by_bit(
     for device in ENDS:
         assert cut.updates()[device][0].held_out_loss == bench.updates()[device][0].held_out_loss
     assert all(cut.updates()[name][0].samples == 4 + 5 for name in cut.segments)
+    for one in (bench, cut):
+        first, *others = (one.updates()[name][0].own_s for name in one.segments)
+        assert set(first) == set(ENDS) and min(first.values()) > 0, "timed by who hears their states first"
+        assert not any(others)
     assert all(not work.live and not work.runnable and not work._waiting for work in cut.works.values())
 
 

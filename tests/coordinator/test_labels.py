@@ -16,9 +16,11 @@ from coordinator.adapters import AdapterShelf
 from coordinator.items.labels import Labels
 from coordinator.shelf import ItemSource, Shelf
 from models.formats.bert import read_bert_config
+from models.items.pack import pack_items
 from models.items.words import WordTokenizer
 from tests.lora.test_merged import JOB, LABELS, Trained
 from wire.errors import Refused, UsageError
+from wire.samples import Images
 
 
 class Site:
@@ -48,7 +50,7 @@ class Site:
         source = self.trained.source
         words = WordTokenizer.beside(source)
         checkpoint = None if model == "words" else ItemSource(source, words, self.trained.digest)
-        return SimpleNamespace(name=model, checkpoint=checkpoint)
+        return SimpleNamespace(name=model, checkpoint=checkpoint, packed=None)
 
     async def remove(self, name: str) -> None:
         self.removed.append(name)
@@ -93,6 +95,30 @@ def test_what_was_made_of_an_earlier_adapter_goes_when_nothing_uses_it(site: Sit
     first, second = asyncio.run(two_at_once())
     assert second != first and site.model() == second
     assert site.removed == ["first"] and not first.exists() and second.exists()
+
+
+def test_a_task_module_on_features_makes_a_net_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    from tests.models.test_pictured import Trained as OfPictures
+
+    site = Site(tmp_path)
+    of_pictures = OfPictures(tmp_path, "vit", Images(features="pooled"))
+    packed = pack_items(of_pictures.source, "vit", site.trained.cache)
+
+    async def prepare(model: str, _precision: str, _say: Any) -> Any:
+        return SimpleNamespace(name=model, checkpoint=ItemSource(of_pictures.source, None), packed=packed)
+
+    site.prepare = prepare  # type: ignore[method-assign]
+    shutil.copytree(of_pictures.adapter, site.jobs / "photos")
+    first = site.model("vit", "photos")
+    assert pack_items(first, "vit-p", site.trained.cache).config.labels == of_pictures.job.labels
+    site.deploy("of-first", first)
+    of_pictures.write(seed=2)
+    shutil.copytree(of_pictures.adapter, site.jobs / "photos", dirs_exist_ok=True)
+    second = site.model("vit", "photos")
+    assert second != first and not first.exists() and site.removed == ["of-first"]
+    with pytest.raises(Refused, match="no sentence encoder"):
+        site.model("vit", "told")
 
 
 def test_what_can_not_be_is_refused(site: Site) -> None:

@@ -57,3 +57,46 @@ def test_blocks_leave_a_board_that_could_not_have_them_if_there_is_another(anoth
             assert set(made.rounds()[-1]["devices"]) == {"z", trunk.device}
 
     play(scenario)
+
+
+def timed(own_s: dict[str, float]) -> Any:
+    """A trunk that says how long boards took by themselves."""
+
+    def answer(board: Trainer, parcel: Parcel, meta: RoundMeta) -> Parcel:
+        assert meta.split is not None
+        made = update(board, parcel, meta)
+        ends = [peer.device for peer in meta.split.ends]
+        told = msgspec.json.decode(made.meta, type=UpdateMeta)
+        told = msgspec.structs.replace(told, own_s={device: own_s[device] for device in (*ends, "stranger")})
+        return msgspec.structs.replace(made, meta=msgspec.json.encode(told))
+
+    return answer
+
+
+@pytest.mark.parametrize("who", ["fastest", "scheduled"])
+def test_a_slow_board_is_left_out_of_steps_that_all_make_together_when_it_is_known(who: str, play: Any) -> None:
+    fields = {"delay_s": 1e-9, "tradeoff": 1e-12, "least_share": 0.0} if who == "scheduled" else {"devices": 2}
+    rounds = msgspec.structs.replace(JOB.rounds, who=who, count=7, **fields)
+    own_s = {"a": 1e-5, "b": 50.0, "c": 2e-5, "stranger": 1.0}
+
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            await made.with_trainers(t=timed(own_s), a=ends_update, b=ends_update, c=ends_update)
+            for trainer in made.trainers:
+                info = next(one.info for one in made.lab.coordinator.devices() if one.name == trainer.name)
+                data = info.data if trainer.name != "t" else ()
+                trainer.say(topics.INFO, msgspec.structs.replace(info, knows_split=True, data=data), trainer.name)
+            await until(lambda: all(one.info.knows_split for one in made.lab.coordinator.devices()), "infos")
+            end = await made.through(msgspec.structs.replace(JOB, mode="split", trunk="t", rounds=rounds))
+            assert end["state"] == "done", end
+            trained = [set(one["devices"]) - {"t"} for one in made.rounds()[:-1]]
+            assert [number for number, devices in enumerate(trained) if "b" in devices] == [0], "tried, and then known"
+            assert trained[-1] == ({"a", "c"} if who == "fastest" else {"a"})
+            record = made.store.records()["n"]
+            assert set(record.timing) == {"a", "b", "c"} and record.timing["a"].compute_s == pytest.approx(1e-5)
+            first, last = made.rounds()[0], made.rounds()[-2]
+            assert record.timing["b"].compute_s == first["devices"]["b"]["own_s"] <= first["wall_s"], "not as it says"
+            assert first["expected_s"] is None and last["expected_s"] > 1e-5
+            assert record.each_s > 0 and made.rounds()[-1]["expected_s"] is None
+
+    play(scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,25 @@ def test_labels_of_pictures_are_learnt_where_they_are(photo_site: Site, tmp_path
     model = onnx.load_from_string(net.read_bytes())
     model.graph.output.append(onnx.helper.make_tensor_value_info(images.features, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    told = []
+    told, files = [], []
     for number, label in enumerate(LABELS * 5):
-        pixels = pixels_of(Picture(draw(tmp_path / label / "new.png", label, 500 + number), 0), images, SIZE, SIZE)
+        files.append(str(draw(tmp_path / "new" / f"{number}.png", label, 500 + number)))
+        pixels = pixels_of(Picture(Path(files[-1]), 0), images, SIZE, SIZE)
         assert isinstance(pixels, np.ndarray)
         [features] = session.run([images.features], {"picture": pixels[None]})[0]
         scores = head.view("weight") @ (features / np.sqrt(np.square(features).mean())) + head.view("bias")
-        told.append(LABELS[int(scores.argmax())] == label)
-    assert sum(told) >= 14
+        told.append(LABELS[int(scores.argmax())])
+    assert sum(one == label for one, label in zip(told, LABELS * 5, strict=True)) >= 14
+    # The boards tell the same, over one of them or two.
+    (tmp_path / "new" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    for adapter, boards, given in (("photos", "2", files), (str(tmp_path / "out"), "1", [str(tmp_path / "new")])):
+        done = site.cli(
+            "label", *given, "--adapter", adapter, "--json", "--boards-at-least", boards, "--boards-at-most", boards
+        )
+        assert done.returncode == (0 if given is files else 5), done.stderr
+        shown = json.loads(done.stdout)
+        assert {one["file"]: one["label"] for one in shown["pictures"]} == dict(zip(files, told, strict=True))
+        assert len(shown["bad"]) == int(given is not files) and len(shown["stages"]) == int(boards)
     for changed, said in (
         ({"images": Images(features="nothing")}, "'nothing' is no tensor"),
         ({"images": Images()}, "images.features"),

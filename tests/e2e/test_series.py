@@ -21,7 +21,7 @@ from coordinator.rounds.orders import task_of
 from models.families.features import FeatureConfig
 from models.formats import safetensors
 from models.lora.adapter import HEAD, flat, initial, named, shapes
-from models.training.features import kernels_of, series_features
+from models.training.features import series_features
 from models.training.heads import TrainedHead
 from models.training.rounds import Round
 from testbed import commands
@@ -131,15 +131,29 @@ def test_activities_are_learnt_of_readings_that_stay_where_they_are(watch_site: 
     head = safetensors.open_safetensors(tmp_path / "out" / "head.safetensors")
     np.testing.assert_allclose(head.view("weight"), expected[HEAD][:, :-1], atol=1e-4)
     assert msgspec.json.decode(head.metadata["labels"]) == list(LABELS)
-    # The file says all that telling an activity takes.
-    schema = msgspec.json.decode(head.metadata["series"], type=Series)
-    kernels = kernels_of(schema, int(head.metadata["seed"]))
-    told = []
-    for number, label in enumerate(LABELS * 5):
-        rows = [row.split(",")[:2] for row in recording(label, schema.window, 1000 + number)]
-        features = kernels.features(np.array([rows], np.float32))[0]
-        told.append(LABELS[int((head.view("weight") @ features + head.view("bias")).argmax())] == label)
-    assert sum(told) >= 13
+    # Of each board's file as many are told right as the formulas say, by the job's name or the folder it left.
+    for board in TRAINED:
+        file = str(site.folder / "watch" / f"{board}.csv")
+        found = site.cli("label", file, "--adapter", "watch", "--json")
+        assert found.returncode == 0, found.stderr
+        shown = json.loads(found.stdout)
+        assert shown["bad_rows"] == 1
+        assert found.stdout == site.cli("label", file, "--adapter", str(tmp_path / "out"), "--json").stdout
+        by_rows = {one["last_row"]: one["label"] for one in shown["windows"]}
+        features = series_features(site.folder / "watch" / f"{board}.csv", SCHEMA, LABELS, wanted.seed)
+        scores = features.values @ expected[HEAD][:, :-1].T + expected[HEAD][:, -1]
+        rows = (site.folder / "watch" / f"{board}.csv").read_text().splitlines()
+        right = [rows[last - 1].endswith(label) for last, label in by_rows.items()]
+        of_features = scores.argmax(axis=1) == [row.label for row in features.rows]
+        assert np.mean(right) > 0.75 and np.mean(of_features) > 0.9
+    new = tmp_path / "new.csv"
+    new.write_text("\n".join(["ax,ay", *(row.rpartition(",")[0] for row in recording("fast", 90, 1000))]))
+    told = site.cli("label", str(new), "--adapter", "watch")
+    assert told.returncode == 0 and told.stdout.count("new.csv") == 3 and told.stdout.count("\nfast") == 3, told
+    missing = site.cli("label", str(site.folder / "watch" / "other.csv"), "--adapter", "watch")
+    assert missing.returncode == 1 and "other.csv has no column 'ax', 'ay' among its 3" in missing.stderr
+    refused = site.cli("run", "series", "--prompt", "hello", "--adapter", "watch")
+    assert refused.returncode != 0 and "Traceback" not in refused.stderr
     shown = site.cli("tune", "report", "watch")
     assert shown.returncode == 0 and "right" in shown.stdout and "other.csv has no column" in shown.stdout
 

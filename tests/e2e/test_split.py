@@ -21,6 +21,7 @@ from models.lora.adapter import HEAD, flat, initial, named, shapes, to_peft
 from models.lora.whole import to_file, weights_of
 from models.training.data import read
 from models.training.samples import Split, encoder_of, labelled_rows, split
+from testbed.links import LinkSpec
 from tests.e2e.site import Site
 from tests.e2e.tuning import (
     BOARDS,
@@ -32,6 +33,7 @@ from tests.e2e.tuning import (
     kill_the_coordinator_of,
     rounds_of,
     same,
+    site_of,
     tuning_site,
     worker_of,
 )
@@ -129,6 +131,32 @@ def test_all_weights_of_an_encoder_are_trained_and_tell_labels(mode: Any, tuning
     told = site.cli("label", str(folder), "board 0 says hello world 3 times on the mat", "--adapter", wanted.name)
     assert told.returncode == 0, told.stderr
     assert any(label in told.stdout for label in LABELS), told.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["split", "pipeline"])
+def test_a_schedule_knows_boards_by_what_they_took_together(mode: Any, tiny_model: str, tmp_path: Path) -> None:
+    """Features and gradients of eight steps cross a link of 50 ms sixteen times, so rounds with that board are long."""
+    steps, delay_s = 8, 0.05
+    far = LinkSpec(delay_s=delay_s)
+    with site_of(
+        tmp_path / "far", ("board1", "board2", "far", "idle"), ("board1", "board2", "far"), {"far": far}
+    ) as site:
+        rounds = {"count": 14, "steps": steps, "who": "scheduled", "delay_s": 1.0}
+        trunk = "idle" if mode == "split" else ("idle", "board1")
+        wanted = split_job(tiny_model, f"timed-{mode}", trunk=trunk, rounds=rounds)
+        found = rounds_of(site, msgspec.structs.replace(wanted, mode=mode))[:-1]
+    own_s = [{board: told["own_s"] for board, told in one["devices"].items() if told["own_s"]} for one in found]
+    for one, own in zip(found, own_s, strict=True):
+        print(f"{', '.join(own)}: {one['wall_s']:.2f} s, planned {one['expected_s']}")
+        assert own.get("far", 1e9) >= 2 * steps * delay_s and max(own.values()) < one["wall_s"]
+    assert set(own_s[0]) == {"board1", "board2", "far"} and found[0]["expected_s"] is None, "all are tried"
+    later = found[2:], own_s[2:]
+    with_it, without = (
+        [one["expected_s"] for one, own in zip(*later, strict=True) if ("far" in own) is far] for far in (True, False)
+    )
+    assert with_it and without and min(with_it) > 2 * steps * delay_s > np.median(without)
+    assert all({"board1", "board2"} & set(own) for own in own_s)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from coordinator.rounds.job import Adapter, Job, Rounds
 from models.formats import safetensors
 from testbed import commands
 from testbed.boards import BoardSpec, with_data
+from testbed.links import LinkSpec
 from testbed.site import CoordinatorProcess
 from tests.e2e.site import Site, prefer_own_ports
 from wire.errors import EdgelamError
@@ -36,10 +37,12 @@ def tuning_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @contextlib.contextmanager
-def site_of(folder: Path, boards: Sequence[str], trained: Sequence[str]) -> Iterator[Site]:
-    """Boards of which some have notes."""
+def site_of(
+    folder: Path, boards: Sequence[str], trained: Sequence[str], links: Mapping[str, LinkSpec] | None = None
+) -> Iterator[Site]:
+    """Boards of which some have notes, and some a link that is shaped."""
     notes = folder / "notes"
-    notes.mkdir()
+    notes.mkdir(parents=True)
     for number, board in enumerate(trained):
         lines = [
             {
@@ -55,7 +58,9 @@ def site_of(folder: Path, boards: Sequence[str], trained: Sequence[str]) -> Iter
     coordinator = CoordinatorProcess(folder, name)
     site = Site(folder, coordinator, coordinator.start())
     try:
-        specs = with_data(tuple(BoardSpec(name=board, memory_bytes=2 << 30) for board in boards), "notes", notes)
+        link = (links or {}).get
+        specs = tuple(BoardSpec(name=board, memory_bytes=2 << 30, link=link(board)) for board in boards)
+        specs = with_data(specs, "notes", notes)
         site.testbed = commands.up(commands.UpOptions(site=name, boards=specs, state_dir=folder / "testbed"))
         site.testbed.await_connected(print)
         site.await_states(dict.fromkeys(boards, "online"))

@@ -76,9 +76,9 @@ def test_what_boards_can_t_hold_is_split(base: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_does_not_go_with_it_is_not_split(base: Any) -> None:
-    scheduled = msgspec.structs.replace(JOB, rounds=Rounds(who="scheduled", delay_s=3.0))
-    mode, because = settled(boards("a"), base, scheduled)
-    assert mode == "federated" and because.startswith("federated: rounds.who: 'scheduled' means nothing")
+    shared = msgspec.structs.replace(JOB, rounds=Rounds(medium="shared"))
+    mode, because = settled(boards("a"), base, shared)
+    assert mode == "federated" and because.startswith("federated: rounds.medium: 'shared' means nothing")
     secure = msgspec.structs.replace(JOB, secure=True, rounds=Rounds(at_least=3))
     assert settled(boards("a"), base, secure)[1].startswith("federated: secure: not with mode = 'split'")
     assert settled(boards("a", knows_split=False), base) == ("federated", "federated: no boards can have the blocks")

@@ -5,8 +5,19 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from coordinator.rounds.offers import UNKNOWN_BYTES_PER_S, Timing, Took, learnt, offer_of, weights_of
-from coordinator.rounds.settling import LEAST_PACE, pace_of
+from coordinator.rounds.job import Job, Rounds
+from coordinator.rounds.offers import (
+    UNKNOWN_BYTES_PER_S,
+    Timing,
+    Took,
+    joint_offer_of,
+    learnt,
+    learnt_together,
+    offer_of,
+    weights_of,
+)
+from coordinator.rounds.settling import LEAST_PACE, pace_of, settled
+from coordinator.rounds.store import JobRecord
 
 LINK = 1e6
 
@@ -48,6 +59,38 @@ def test_a_board_that_keeps_to_its_pace_is_not_taken_for_slow() -> None:
     assert learnt(None, LINK, took).bytes_per_s == 0.0, "2 MB in 3 s: its pace and some overhead"
     slower = msgspec.structs.replace(took, wall_s=9.0)
     assert learnt(None, LINK, slower).bytes_per_s == pytest.approx((LINK + 2e6 / 8) / 2)
+
+
+def test_what_a_round_takes_beyond_its_slowest_board_is_shared_by_number() -> None:
+    timing, each_s = learnt_together({}, None, {"a": 1.0, "b": 3.0}, 4.0)
+    assert timing == {"a": Timing(compute_s=1.0), "b": Timing(compute_s=3.0)} and each_s == 0.5
+    timing, each_s = learnt_together(timing, each_s, {"b": 2.0}, 3.0)
+    assert timing == {"a": Timing(compute_s=1.0), "b": Timing(compute_s=2.0, warm=True)}, (
+        "the first round was to warm up"
+    )
+    assert each_s == 1.0, "the same"
+    timing, each_s = learnt_together(timing, each_s, {"b": 4.0}, 6.0)
+    assert timing["b"].compute_s == 3.0 and each_s == 1.5, "half of the old and half of the new"
+    timing, each_s = learnt_together(timing, each_s, {"b": 7.0}, None)
+    assert timing["b"].compute_s == 5.0 and each_s == 1.5, "a round that was begun anew says nothing of that"
+    assert learnt_together(timing, each_s, {}, 9.0) == (timing, 1.5)
+    found = joint_offer_of("b", timing["b"], 7)
+    assert (found.offset_s, found.sent_bytes, found.weight) == (5.0, 0.0, 7.0)
+    assert joint_offer_of("new", Timing(), 0).offset_s == 0.0, "so it is tried"
+
+
+def test_a_round_that_all_make_together_is_planned_by_its_slowest_and_their_number() -> None:
+    job = Job(name="n", model="m", data="d", mode="split", rounds=Rounds(who="fastest", devices=2))
+    timing = {"a": Timing(compute_s=1.0), "b": Timing(compute_s=3.0), "c": Timing(compute_s=2.0)}
+    record = JobRecord(job=job, state="running", timing=timing, each_s=0.25)
+    offers = [joint_offer_of(name, known, 1) for name, known in timing.items()]
+    found = settled(record, list(timing), offers, False)
+    assert found["chosen"] == ("a", "c") and found["expected_s"] == pytest.approx(2.5)
+    assert settled(msgspec.structs.replace(record, each_s=None), list(timing), offers, False)["expected_s"] is None
+    new = [*offers, joint_offer_of("d", Timing(), 1)]
+    assert settled(record, [*timing, "d"], new, False) == {"chosen": ("a", "d"), "expected_s": None}, "it is tried"
+    everybody = msgspec.structs.replace(record, job=msgspec.structs.replace(job, rounds=Rounds()))
+    assert settled(everybody, list(timing), offers, False)["expected_s"] == pytest.approx(3.75)
 
 
 def test_nobody_is_told_to_send_more_slowly_than_the_round_lasts() -> None:

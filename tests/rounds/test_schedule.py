@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.rounds.airtime import Medium, Offer, Shared, split, split_equally
-from coordinator.rounds.schedule import Choice, Knobs, Queues, after, choose, fastest
+from coordinator.rounds.airtime import Medium, Offer, Own, Shared, split, split_equally
+from coordinator.rounds.schedule import ALL_SETS_UP_TO, Choice, Knobs, Queues, after, choose, fastest
 from tests.rounds.radio import DENSITY, Radio
 from tests.rounds.test_airtime import FOUR
 
@@ -55,6 +55,60 @@ def test_no_set_is_better(rng: object, count: int, penalty: str, equally: bool) 
     found = choose(offers, Shared(), wanted, queues, equally)
     taken = tuple(offer for offer in offers if offer.device in found.devices)
     assert cost(taken, found.split.tau_s) == pytest.approx(best, rel=1e-6, abs=1e-9)
+
+
+def together_s(offers: Sequence[Offer], each_s: float) -> float:
+    """Of a round of a split model: the slowest, and what each adds."""
+    return max(offer.offset_s for offer in offers) + each_s * len(offers)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(1, 10), st.sampled_from(("linear", "quadratic")), st.booleans())
+def test_no_set_is_better_where_all_make_each_step_together(rng: object, count: int, penalty: str, fair: bool) -> None:
+    """With a quadratic penalty and more devices than all sets are tried of, where nothing is owed."""
+    draw = rng.uniform  # type: ignore[attr-defined]
+    fair = fair and (penalty == "linear" or count <= ALL_SETS_UP_TO)
+    offers = [Offer(f"d{number}", draw(0, 2), 0.0, 1e9, draw(0.1, 3)) for number in range(count)]
+    queues = Queues(late_s=draw(0, 10), owed={offer.device: draw(0, 3) * fair for offer in offers})
+    wanted, each_s = knobs(draw(0.1, 50), penalty=penalty), draw(0.01, 1)
+    total = sum(offer.weight for offer in offers)
+
+    def cost(chosen: Sequence[Offer]) -> float:
+        left_out = 1 - sum(offer.weight for offer in chosen) / total
+        lost = left_out**2 if penalty == "quadratic" else left_out
+        owed = sum(queues.owed[offer.device] for offer in chosen)
+        return wanted.tradeoff * lost + queues.late_s * together_s(chosen, each_s) - owed
+
+    sets = (chosen for m in range(1, count + 1) for chosen in itertools.combinations(offers, m))
+    found = choose(offers, Own(), wanted, queues, each_s=each_s)
+    taken = [offer for offer in offers if offer.device in found.devices]
+    assert cost(taken) == pytest.approx(min(map(cost, sets)), rel=1e-9, abs=1e-9)
+    assert found.split.tau_s == pytest.approx(max(offer.offset_s for offer in taken))
+
+
+def test_how_many_make_a_step_together_in_a_worked_example() -> None:
+    """Rounds of 1, 2, 3, 4 boards take 1.5, 2.5, 3.5, 7 s; with penalty u^2, tradeoff 16 and a queue of q that costs
+    9 + 1.5 q, 4 + 2.5 q, 1 + 3.5 q, 7 q: four boards up to q = 2 / 7, three to 3, two to 5, then one."""
+    offers = [Offer(name, own_s, 0.0, 1e9) for name, own_s in (("a", 1.0), ("b", 1.5), ("c", 2.0), ("d", 5.0))]
+    for late_s, devices in ((0.28, "abcd"), (0.29, "abc"), (2.9, "abc"), (3.1, "ab"), (4.9, "ab"), (5.1, "a")):
+        found = choose(offers, Own(), knobs(16.0), Queues(late_s=late_s), each_s=0.5)
+        assert "".join(found.devices) == devices, late_s
+
+
+def test_the_queue_bounds_how_late_steps_made_together_are() -> None:
+    rng = np.random.default_rng(7)
+    queues, seconds, wanted = Queues(), [], knobs(30 * 2.0, delay_s=2.0, least_share=0.1)
+    parts: dict[str, int] = {}
+    for _ in range(300):
+        offers = [Offer(f"d{n}", 0.2 * (n + 1) * float(rng.uniform(0.8, 1.2)), 0.0, 1e9) for n in range(12)]
+        found = choose(offers, Own(), wanted, queues, each_s=0.2)
+        took_s = found.split.tau_s + 0.2 * len(found.devices)
+        queues = after(queues, wanted, [offer.device for offer in offers], found.devices, took_s)
+        seconds.append(took_s)
+        for device in found.devices:
+            parts[device] = parts.get(device, 0) + 1
+    assert queues.late_s / 300 >= np.mean(seconds) - 2.0 - 1e-9
+    assert 1.9 < np.mean(seconds) <= 1.2 * 2.0 and min(parts.values()) >= 15 and len(parts) == 12
 
 
 def test_of_many_devices_the_choice_is_near_the_best_of_few_kinds() -> None:

@@ -133,6 +133,8 @@ def test_who_has_ample_memory_keeps_what_gradients_need() -> None:
     assert not keeps_all(coordinator, JOB, base, Cut("nobody", 0, 4), ("x",))
     few = msgspec.structs.replace(JOB, rounds=Rounds(who="random", devices=2))
     assert ends_of(few, ("a", "b", "c")) == 2 and ends_of(JOB, ("a", "b", "c")) == 3
+    scheduled = msgspec.structs.replace(JOB, rounds=Rounds(who="scheduled", delay_s=1.0))
+    assert ends_of(scheduled, ("a", "b", "c")) == 3, "all of them, in some round"
 
 
 def test_rates_are_of_float32_and_nothing_where_there_are_none() -> None:
