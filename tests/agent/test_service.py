@@ -24,7 +24,6 @@ from wire.messages import (
     DeviceInfo,
     DeviceState,
     Event,
-    Privacy,
     Reply,
     StageOrder,
     Telemetry,
@@ -32,6 +31,7 @@ from wire.messages import (
     decode,
     encode,
 )
+from wire.privacy import Privacy
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.jobfile import checked, load_job
 from wire.errors import UsageError
-from wire.messages import Channel, Privacy
+from wire.privacy import Channel, Privacy
 from wire.samples import Images, Series
 
 SMALL = 'model = "smollm2"\ndata = "notes"\n'

@@ -15,7 +15,7 @@ from coordinator.rounds.store import DeviceRound, RoundRecord
 from hwprofiles.report.page import page
 from hwprofiles.report.plots import NoPlot, Plot
 from hwprofiles.report.render import markdown_of, plain_of
-from wire.messages import Privacy
+from wire.privacy import Privacy
 
 
 def round_of(number: int, loss: float | None, held_out: float | None, **devices: DeviceRound) -> RoundRecord:
