@@ -85,6 +85,8 @@ class AgentConfig(Struct, frozen=True, kw_only=True):
     """(name, file or folder) of what this board may be trained on; it stays here."""
     data_epsilon: tuple[tuple[str, float], ...] = ()
     """(name, epsilon): those of them that private jobs alone may use, and how much these may come to know in all."""
+    data_states: tuple[str, ...] = ()
+    """Those of these whose states may leave the board in jobs that split their model, although no noise covers them."""
     site_key: str = ""
     log_level: str = "info"
 
@@ -267,6 +269,11 @@ def _data_epsilon(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(found.items())
 
 
+def _data_states(text: str) -> tuple[str, ...]:
+    """'notes,mail'"""
+    return tuple(checked_name(part, "data set") for part in _addresses(text))
+
+
 def _addresses(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (piece.strip() for piece in text.split(","))))
 
@@ -306,6 +313,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     Setting("data_address", "data-address", "H:P", _data_address, "where others reach that broker (tunnels)"),
     Setting("data", "data", "NAME=FILE,...", _data, "what jobs may train this board on; it stays here"),
     Setting("data_epsilon", "data-epsilon", "NAME=E,...", _data_epsilon, "most that jobs may come to know of it"),
+    Setting("data_states", "data-states", "NAME,...", _data_states, "those of these whose states may leave the board"),
     Setting("site_key", "site-key-file", "FILE", _key, "file with the site's key, for broker and artifacts"),
     Setting("log_level", "log-level", "LEVEL", _level, "debug, info, warning or error"),
 )  # fmt: skip
@@ -330,6 +338,12 @@ def load(flags: Mapping[str, str | None], environment: Mapping[str, str] | None 
     for name, _ in config.data_epsilon:
         if name not in dict(config.data):
             raise UsageError(f"--data-epsilon {name}: there is no such data set", try_=f"--data {name}=FILE beside it")
+    for name in config.data_states:
+        if name not in dict(config.data_epsilon):
+            raise UsageError(
+                f"--data-states {name}: of data without a bound states may leave the board anyway",
+                try_=f"--data-epsilon {name}=8 beside it",
+            )
     return config
 
 

@@ -36,10 +36,12 @@ def device_info(survey: Survey, config: AgentConfig, boot: str) -> DeviceInfo:
         data=tuple(name for name, _ in config.data),
         knows_features=True,
         knows_privacy=True,
+        knows_private_split=True,
         knows_split=True,
         knows_looped=True,
         knows_secure=importlib.util.find_spec("cryptography") is not None,
         private_data=tuple(name for name, _ in config.data_epsilon),
+        told_states=config.data_states,
     )
 
 

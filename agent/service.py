@@ -355,6 +355,7 @@ class Service:
             gpu=config.engines is None or "torch-cuda" in config.engines,
             data=dict(config.data),
             epsilons=dict(config.data_epsilon),
+            told_states=config.data_states,
             ledger_path=str(config.state_dir / "privacy"),
         )
         self._stages = Stages(
@@ -375,15 +376,9 @@ class Service:
             cache_folder=str(self._store.folder),
         )
         self._measuring = Measuring(
-            subject,
-            self._launcher,
-            self._store,
-            self._fetcher,
-            self._login,
-            self._artifact_url,
-            self._survey_now,
+            subject, self._launcher, self._store, self._fetcher, self._login, self._artifact_url, self._survey_now,
             self._data_broker,
-        )
+        )  # fmt: skip
 
     def link_up(self) -> None:
         if self.state in (State.DIALLING, State.SERVING, State.MEASURING, State.DRAINING):

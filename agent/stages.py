@@ -6,7 +6,7 @@ Belongs to the supervisor's thread. `converge` may be called as often as one lik
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -52,6 +52,8 @@ class Bench(Struct, frozen=True, kw_only=True):
     """Name -> file or folder of what may be trained on."""
     epsilons: Mapping[str, float] = {}
     """Name -> most that all jobs together may come to know of it."""
+    told_states: Collection[str] = ()
+    """Names of those of these whose states may leave the board."""
     ledger_path: str = ""
 
 
@@ -257,6 +259,9 @@ class Stages:
             stage.impossible = (
                 f"data {task.data!r} of this board are for private jobs, without losses (edgelam-agent --data-epsilon)"
             )
+            return
+        if task is not None and task.role == "ends" and data in bench.epsilons and data not in bench.told_states:
+            stage.impossible = f"states of data {task.data!r} are not to leave this board (edgelam-agent --data-states)"
             return
         self._store.touch([ref.digest for ref in converge.files_of(order)])
         self._launches += 1

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from wire import limits
 from wire.errors import PeerError
+from wire.privacy import Privacy
 from wire.samples import Images, Series
 from wire.shares import Share, Turn
 from wire.version import PROTOCOL
@@ -86,6 +87,10 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Whether it can train a task module on other samples than texts: older software refuses such orders."""
     knows_privacy: bool = False
     """Whether it does what `TrainingTask.privacy` asks for: older software overlooks it."""
+    knows_private_split: bool = False
+    """The same with the ends of a model that is split."""
+    told_states: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    """Those of `private_data` whose states may leave the board, which no noise covers."""
     knows_secure: bool = False
     """Whether it can do what `TrainingTask.secure` asks for."""
     knows_looped: bool = False
@@ -116,35 +121,6 @@ Label = Annotated[str, Meta(min_length=1, max_length=64)]
 
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """Matrices of a block that can have low-rank factors."""
-
-
-class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An emulated uplink (models.privacy.channel)."""
-
-    power: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
-    """Most that a board sends with."""
-    gain: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
-    """Mean |h|, Rayleigh in each round."""
-    sigma: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
-    """Of the channel's noise."""
-
-
-class Privacy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a job may come to know of the data, and what a device does for that."""
-
-    epsilon: Annotated[float, Meta(gt=0, le=1e6)]
-    """Of each device, over all rounds of the job."""
-    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
-    unit: Literal["sample", "device"] = "sample"
-    """Whose presence can't be told: 'sample': one sample; noise goes on each step's gradient, a sum of clipped ones of
-    samples that were drawn by chance. 'device': all data of the device; noise goes on what a round has changed."""
-    clip: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
-    """Most that the norm of a sample's gradient, or of a device's change, is left with."""
-    by: Literal["joint", "per-factor"] = "joint"
-    """'per-factor': A and B are clipped to `clip` each."""
-    losses: bool = False
-    """Whether losses are told, in the clear."""
-    channel: Channel | None = None
 
 
 Role = Literal["whole", "ends", "trunk", "hub", "shard"]

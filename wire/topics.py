@@ -27,8 +27,8 @@ class Tells(Enum):
 
     NOTHING = "nothing: names, counts and times only"
     UPDATES = (
-        "updates of a private job: covered by its noise; of a secure one: masked; activations, tokens, other updates,"
-        " states and gradients of split models: not covered"
+        "updates of a private job, gradients of one that splits its model: covered by its noise; updates of a secure"
+        " one: masked; activations, states, tokens, other updates and gradients: not covered"
     )
 
 

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -36,6 +36,17 @@ class Spent(EdgelamError):
     """What would be told next costs more than is left of a budget."""
 
 
+class Steps(Struct, kw_only=True):
+    """The newest round of a job whose steps are releases by themselves."""
+
+    round: str = ""
+    """Its name, by all that its steps are made of beside what others say meanwhile."""
+    before: int = 0
+    """Releases of the job before it: who comes back to a round behind another one draws others for it."""
+    told: dict[int, list[str]] = {}
+    """Step -> the releases that were made with the samples that were drawn for it."""
+
+
 class Account(Struct, kw_only=True):
     """Of one job, or of a whole data set."""
 
@@ -44,6 +55,7 @@ class Account(Struct, kw_only=True):
     releases: int = 0
     last: str = ""
     """The newest release."""
+    steps: Steps = msgspec.field(default_factory=Steps)
 
     @property
     def spent(self) -> Doubles:
@@ -79,33 +91,93 @@ class Ledger:
         book as it was, if that would be more than `most_epsilon` for this job or than the board's owner allows;
         CorruptData for a book that can't be read: nothing is told then."""
         with self._locked():
-            book, key = self._read(), self._key()
-            digest = hashlib.sha256(key).hexdigest()
-            if book.key not in ("", digest):
-                raise CorruptData(f"{self._folder}/key: not the one of {self._path.name}", try_=BACKUP)
-            book.key = digest
+            book, key = self._opened()
             account = book.jobs.get(job, Account())
             if account.last != release:
-                mine, all_jobs = account.spent + cost, book.all.spent + cost
-                if epsilon(mine, delta) > most_epsilon * (1 + 1e-9):
-                    raise Spent(
-                        f"the budget of {job} is spent: epsilon {epsilon(account.spent, delta):.4g}"
-                        f" of {most_epsilon:.4g}, a round more is {epsilon(mine, delta):.4g}"
-                    )
-                if self._most is not None and epsilon(all_jobs, OWN_DELTA) > self._most:
-                    raise Spent(
-                        f"what this board allows for its data is spent: epsilon"
-                        f" {epsilon(book.all.spent, OWN_DELTA):.4g} of {self._most:.4g} over all jobs"
-                    )
-                releases = account.releases + count
-                account = Account(cost=mine.tolist(), releases=releases, last=release)
-                book.jobs.pop(job, None)
-                book.jobs[job] = account  # the newest last
-                while len(book.jobs) > MOST_JOBS:
-                    del book.jobs[next(iter(book.jobs))]
-                book.all = Account(cost=all_jobs.tolist(), releases=book.all.releases + count)
-                write_atomically(self._path, msgspec.json.format(msgspec.json.encode(book)))
-            return Stream(key, release), epsilon(account.spent, delta)
+                account = self._entered(book, job, Account(last=release), cost, count, most_epsilon, delta)
+        return Stream(key, release), epsilon(account.spent, delta)
+
+    def steps(self, job: str, round_name: str) -> Steps:
+        """What was told of a round, and behind how many releases. Raises CorruptData."""
+        with self._locked():
+            book, _ = self._opened()
+        return _steps_of(book.jobs.get(job, Account()), round_name)
+
+    def draws(self, label: str) -> Stream:
+        """Numbers that say who takes part. Nothing is told by these. Raises CorruptData."""
+        with self._locked():
+            _, key = self._opened()
+        return Stream(key, label)
+
+    def spend_step(
+        self,
+        job: str,
+        round_name: str,
+        step: int,
+        release: str,
+        cost_again: Callable[[int], Doubles],
+        most_epsilon: float,
+        delta: float,
+    ) -> tuple[Stream, float]:
+        """The same for one step of a round: `cost_again(times)` is what a release costs with samples that had been used
+        so many times. One that was told before costs nothing, also if others were since, of the same round. Raises as
+        `spend`."""
+        with self._locked():
+            book, key = self._opened()
+            account = book.jobs.get(job, Account())
+            steps = _steps_of(account, round_name)
+            told = steps.told.get(step, [])
+            if release not in told:
+                steps.told[step] = [*told, release]
+                named = Account(last=account.last, steps=steps)
+                account = self._entered(book, job, named, cost_again(len(told)), 1, most_epsilon, delta)
+        return Stream(key, release), epsilon(account.spent, delta)
+
+    def check(self, job: str, cost: Doubles, most_epsilon: float, delta: float) -> None:
+        """Raise Spent if so much more would be too much, and CorruptData."""
+        with self._locked():
+            book, _ = self._opened()
+        self._check(book, job, cost, most_epsilon, delta)
+
+    def _entered(
+        self, book: Book, job: str, named: Account, cost: Doubles, count: int, most_epsilon: float, delta: float
+    ) -> Account:
+        """The account with so much more, on disk; `named` says of which releases."""
+        mine, all_jobs = self._check(book, job, cost, most_epsilon, delta)
+        releases = book.jobs.get(job, Account()).releases + count
+        account = msgspec.structs.replace(named, cost=mine.tolist(), releases=releases)
+        book.jobs.pop(job, None)
+        book.jobs[job] = account  # the newest last
+        while len(book.jobs) > MOST_JOBS:
+            del book.jobs[next(iter(book.jobs))]
+        book.all = Account(cost=all_jobs.tolist(), releases=book.all.releases + count)
+        write_atomically(self._path, msgspec.json.format(msgspec.json.encode(book)))
+        return account
+
+    def _check(self, book: Book, job: str, cost: Doubles, most_epsilon: float, delta: float) -> tuple[Doubles, Doubles]:
+        """What job and data set come to with so much more; raises Spent."""
+        spent = book.jobs.get(job, Account()).spent
+        mine, all_jobs = spent + cost, book.all.spent + cost
+        if epsilon(mine, delta) > most_epsilon * (1 + 1e-9):
+            raise Spent(
+                f"the budget of {job} is spent: epsilon {epsilon(spent, delta):.4g}"
+                f" of {most_epsilon:.4g}, with what is due it is {epsilon(mine, delta):.4g}"
+            )
+        if self._most is not None and epsilon(all_jobs, OWN_DELTA) > self._most:
+            raise Spent(
+                f"what this board allows for its data is spent: epsilon"
+                f" {epsilon(book.all.spent, OWN_DELTA):.4g} of {self._most:.4g} over all jobs"
+            )
+        return mine, all_jobs
+
+    def _opened(self) -> tuple[Book, bytes]:
+        """The book, and the key that it is of; raises CorruptData."""
+        book, key = self._read(), self._key()
+        digest = hashlib.sha256(key).hexdigest()
+        if book.key not in ("", digest):
+            raise CorruptData(f"{self._folder}/key: not the one of {self._path.name}", try_=BACKUP)
+        book.key = digest
+        return book, key
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -144,3 +216,8 @@ class Ledger:
 def release_of(*parts: object) -> str:
     """A name for what is told, from all that it is made of."""
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()
+
+
+def _steps_of(account: Account, round_name: str) -> Steps:
+    """What is known of a round: nothing, if it is not the newest."""
+    return account.steps if account.steps.round == round_name else Steps(round=round_name, before=account.releases)

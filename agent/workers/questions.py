@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from agent.workers.splitwork import Said
+from models.privacy.plan import step_rows
 from models.training.split import Misled, Question
 from wire.messages import StageOrder
 
@@ -14,7 +15,7 @@ def question_of(order: StageOrder, said: Said) -> Question:
     task, meta, states = order.training, said.meta, said.values
     assert task is not None
     lengths = np.array(meta.lengths, np.int64)
-    rows, most, hidden = task.batch_rows, task.row_tokens, order.hidden
+    rows, most, hidden = step_rows(task.batch_rows, task.privacy), task.row_tokens, order.hidden
     fits = states.ndim == 3 and 1 <= len(states) <= rows and 1 <= states.shape[1] <= most
     if not fits or states.shape[2] != hidden:
         raise Misled(f"states of {list(states.shape)}, [1-{rows}, 1-{most}, {hidden}] were due", meta.device)

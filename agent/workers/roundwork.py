@@ -18,17 +18,13 @@ import msgspec
 from agent.workers.answering import Answering, factors_of
 from agent.workers.ledger import Spent, release_of
 from models.engine.base import EngineFailed
-from models.privacy.plan import measure_of
+from models.privacy.plan import Measure, measure_of
 from models.training.private import Guard
 from models.training.rounds import Diverged, Round
 from wire.errors import CorruptData
 from wire.frames import Parcel, Tensor
-from wire.messages import (
-    Privacy,
-    RoundMeta,
-    TrainingTask,
-    UpdateMeta,
-)
+from wire.messages import RoundMeta, StageOrder, TrainingTask, UpdateMeta
+from wire.privacy import Privacy
 
 
 class Told(NamedTuple):
@@ -125,12 +121,9 @@ class RoundWork(Answering):
 
     def _paid(self, task: TrainingTask, privacy: Privacy, meta: RoundMeta, start: Any, seed: int) -> tuple[Guard, Told]:
         """Noise for a round, entered in the ledger before there is anything to tell."""
-        model, order = self._model, self.order
+        model, job = self._model, job_of(self.order)
         measure = measure_of(task, len(model.rows.trained), len(meta.parts), seed, meta.round)
-        job = f"{order.deployment}/{order.epoch}"
-        words = hashlib.sha256(start.tobytes() + msgspec.json.encode(task)).hexdigest()
-        made_of = (self._device, measure.noise, measure.deviation, model.fingerprint, words)
-        release = release_of(job, meta.round, *meta.parts, *made_of)
+        release = name_of(self.order, self._device, model.fingerprint, measure, meta, start.tobytes())
         stream, spent = model.ledger.spend(job, release, measure.cost, measure.releases, privacy.epsilon, privacy.delta)
         return Guard(privacy, measure, stream), Told(measure.noise, spent)
 
@@ -166,6 +159,20 @@ class RoundWork(Answering):
             print(f"round {under_way.meta.round}: {text}", file=sys.stderr, flush=True)
             text = "it could not train; its own log says why"
         self._tell(under_way.meta.reply.topic, under_way.request, "engine", text)
+
+
+def job_of(order: StageOrder) -> str:
+    """As which a ledger knows it."""
+    return f"{order.deployment}/{order.epoch}"
+
+
+def name_of(
+    order: StageOrder, device: str, fingerprint: str, measure: Measure, meta: RoundMeta, start: bytes = b""
+) -> str:
+    """Of a private round: by all that it is made of, with the factors that it begins with, if it is sent some."""
+    words = hashlib.sha256(start + msgspec.json.encode(order.training)).hexdigest()
+    made_of = (device, measure.noise, measure.deviation, fingerprint, words)
+    return release_of(job_of(order), meta.round, *meta.parts, *made_of)
 
 
 def device_seed(seed: int, device: str) -> int:

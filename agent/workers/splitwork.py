@@ -23,12 +23,13 @@ import numpy as np
 
 from agent.orders import is_inbox
 from agent.workers.answering import Answering
+from agent.workers.ledger import Spent
 from agent.workers.sending import UNSENT
 from models.engine.base import EngineFailed
 from models.lora.adapter import Floats
 from models.training.rounds import Diverged
 from models.training.split import Misled
-from wire.errors import PeerError
+from wire.errors import CorruptData, PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
 from wire.limits import MAX_ENDS, MAX_PARTIAL_BYTES
 from wire.messages import RoundMeta, SplitMeta, SplitRound, decode
@@ -119,7 +120,7 @@ class SplitWork(Answering):
 
     @abstractmethod
     def _begin(self, asked: Asked, tensor: Tensor | None, /) -> None:
-        """Raises ValueError for what a round can't begin with."""
+        """Raises ValueError for what a round can't begin with, and what a ledger raises."""
 
     @abstractmethod
     def _hear(self, asked: Asked, said: Said) -> None:
@@ -146,16 +147,30 @@ class SplitWork(Answering):
             self._fits()
         except Misled as error:
             self._complain(asked, "protocol", error.message, error.device, error.shard)
-        except (Diverged, EngineFailed, ValueError, RuntimeError) as error:  # RuntimeError: torch, out of memory mostly
+        except (Spent, CorruptData, OSError) as error:  # of a board's ledger
             self._drop_round()
             self.ended += 1
             self._complain(asked, "engine", str(error))
+        except (Diverged, EngineFailed, ValueError, RuntimeError) as error:  # RuntimeError: torch, out of memory mostly
+            self._drop_round()
+            self.ended += 1
+            self._complain(asked, "engine", self._told_of(error))
         finally:
             busy_s = self._stretch.end()
-            self._busy_s += busy_s
-            self.tally.prefill_steps += 1
-            self.tally.prefill_busy_s += busy_s
+            if self._tells_times:
+                self._busy_s += busy_s
+                self.tally.prefill_steps += 1
+                self.tally.prefill_busy_s += busy_s
         return True
+
+    @property
+    def _tells_times(self) -> bool:
+        """Whether anybody may know what steps took."""
+        return True
+
+    def _told_of(self, error: Exception) -> str:
+        """What others are told of what went wrong here."""
+        return str(error)
 
     def tick(self, _now_s: float) -> None:
         self._again()
@@ -197,7 +212,7 @@ class SplitWork(Answering):
             shards = [peer.inbox.topic for peer in meta.split.shards]
             asked = Asked(parcel.request, meta, meta.split, ends, segments, shards)
             self._begin(asked, parcel.tensor)
-        except ValueError as error:
+        except (ValueError, Spent, CorruptData, OSError) as error:
             self._refuse(str(error))
             self._tell(meta.reply.topic, parcel.request, "engine", str(error))
             return

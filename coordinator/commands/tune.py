@@ -120,6 +120,9 @@ def _status(there: Client, name: str, json: bool) -> None:
             for row in rows
         ]
         write_text(table(head, lines))
+        for row in rows:
+            if row.get("uncovered"):
+                write_text(f"{row['job']}: {row['uncovered']}")
 
 
 def _follow(there: Client, path: str, body: Struct, name: str, output: Path | None, json: bool) -> None:
@@ -221,6 +224,7 @@ def _row_text(row: dict[str, Any]) -> str:
     return (
         f"job {row['job']} {row['state']}{because}; {row['round']} of {row['rounds']} rounds, held out {_losses(row)}"
         + (f", epsilon {spent}" if spent else "")
+        + (f" ({row['uncovered']})" if row.get("uncovered") else "")
         + (", updates masked" if row.get("secure") else "")
     )
 

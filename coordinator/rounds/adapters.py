@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -34,6 +34,9 @@ from wire.version import VERSION
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+
+GRADIENTS_ALONE: Final = "only gradients are covered; activations are not"
+"""By the noise of a private job that splits its model: people are told wherever its epsilon is shown."""
 
 
 def spec_of(job: Job, device: str = "") -> AdapterSpec:
@@ -144,11 +147,16 @@ def spent_by(rounds: Sequence[RoundRecord]) -> dict[str, float]:
     return found
 
 
+def uncovered(job: Job) -> str:
+    """What of a private job no noise is on, in words; '' where nothing more than docs/tuning.md says of all."""
+    return GRADIENTS_ALONE if job.privacy is not None and job.is_split else ""
+
+
 def privacy_of(job: Job, rounds: Sequence[RoundRecord]) -> Any:
     """For a job's provenance: what was asked for, and what each device spent of it."""
     if job.privacy is None:
         return "none: updates were sent without noise"
-    return {**msgspec.to_builtins(job.privacy), "spent": spent_by(rounds)}
+    return {**msgspec.to_builtins(job.privacy), "spent": spent_by(rounds), "covers": uncovered(job) or "updates"}
 
 
 def _peft(config: Config, job: Job, spec: AdapterSpec) -> dict[str, Any]:

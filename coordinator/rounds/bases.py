@@ -81,14 +81,17 @@ class Base(Struct, frozen=True, kw_only=True):
 
     def ends_bytes(self, job: Job) -> int:
         """The same of one that has the ends of a split model."""
-        tokens = job.rounds.batch_rows * job.rounds.row_tokens
+        tokens = job.step_rows * job.rounds.row_tokens
         assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
-        lowrank = job.uplink_grad == "lowrank"
-        return ends_peak_bytes(self.config, self.parts["ends"].weight_bytes, spec_of(job), tokens, lowrank)
+        lowrank, weights, rows = job.uplink_grad == "lowrank", self.parts["ends"].weight_bytes, job.rounds.batch_rows
+        if job.privacy is not None and not job.privacy.losses:
+            rows = 1  # samples one by one; losses are of batches
+        said_tokens = rows * job.rounds.row_tokens
+        return ends_peak_bytes(self.config, weights, spec_of(job), tokens, lowrank, said_tokens)
 
     def trunk_bytes(self, job: Job, ends: int, remember: bool, blocks: int | None = None) -> int:
         """The same of one that has all blocks, or so many, for so many of those."""
-        tokens, weights = job.rounds.batch_rows * job.rounds.row_tokens, self.parts["trunk"].weight_bytes
+        tokens, weights = job.step_rows * job.rounds.row_tokens, self.parts["trunk"].weight_bytes
         assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
         return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks)
 

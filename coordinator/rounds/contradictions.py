@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, Adapter, Job, Rounds
 from models.lora.aggregate import ANY_RANKS
 from models.privacy.accountant import noise_for
+from models.privacy.plan import most_drawn
 from wire.ids import is_name
 from wire.limits import LEAST_SUMMED, MAX_SEGMENTS, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
-from wire.messages import Privacy
+from wire.privacy import Privacy
 from wire.samples import Series
+
+MOST_PRIVATE_STEPS: Final = 1000
+"""Of a round of a private job that splits its model: a board's ledger names each."""
 
 
 def contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -91,10 +95,34 @@ def _about_split(values: Mapping[str, Any], mode: str) -> list[str]:
     if rounds.batch_rows > MAX_SPLIT_ROWS:
         found.append(f"rounds.batch_rows: {rounds.batch_rows}; with mode = {mode!r} at most {MAX_SPLIT_ROWS}")
     if values.get("privacy") is not None:
-        found.append(f"privacy: not with mode = {mode!r}: states and gradients would have to be covered, and are not")
+        found += _about_private_split(values, mode)
     if values.get("secure"):
         found.append(
             f"secure: not with mode = {mode!r}: states and gradients can't be masked, each is needed by itself"
+        )
+    return found
+
+
+def _about_private_split(values: Mapping[str, Any], mode: str) -> list[str]:
+    """What a board's noise can't cover: all but a step's gradient by B alone."""
+    rounds, privacy = values.get("rounds", Rounds()), values["privacy"]
+    if mode == "looped" or values.get("uplink_grad", "cut") != "lowrank":
+        wants = "goes with mode = 'split' or 'pipeline' and uplink_grad = 'lowrank'"
+        return [f"privacy: not with mode = {mode!r} so: noise on gradients of a split model {wants} alone"]
+    found = []
+    if privacy.unit != "sample":
+        found.append(f"privacy.unit: {privacy.unit!r}; with mode = {mode!r} each step is told, so noise is by sample")
+    if rounds.aggregation != "ffa":
+        found.append(
+            f"rounds.aggregation: {rounds.aggregation}; privacy with mode = {mode!r} wants 'ffa': B alone is trained,"
+            " noise would be on each token's gradient by A"
+        )
+    if rounds.steps > MOST_PRIVATE_STEPS:
+        found.append(f"rounds.steps: {rounds.steps}; boards remember what each told, {MOST_PRIVATE_STEPS} at most")
+    if rounds.batch_rows <= MAX_SPLIT_ROWS < (most := most_drawn(rounds.batch_rows)):
+        found.append(
+            f"rounds.batch_rows: {rounds.batch_rows}; by chance it may be {most}, with mode = {mode!r}"
+            f" at most {MAX_SPLIT_ROWS}"
         )
     return found
 

@@ -20,8 +20,10 @@ from msgspec import Meta, Struct
 
 from coordinator.rounds.schedule import Penalty
 from models.lora.aggregate import Middle
+from models.privacy.plan import most_drawn
 from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS
-from wire.messages import Label, Matrix, Privacy
+from wire.messages import Label, Matrix
+from wire.privacy import Privacy
 from wire.samples import Images, Series
 
 COUNTED: Final = ("random", "round-robin", "fastest")
@@ -133,6 +135,12 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def is_split(self) -> bool:
         return self.mode in SPLIT
+
+    @property
+    def step_rows(self) -> int:
+        """Most samples of a board's step: private ones are drawn by chance."""
+        by_chance = self.privacy is not None and self.is_split
+        return most_drawn(self.rounds.batch_rows) if by_chance else self.rounds.batch_rows
 
     @property
     def trunks(self) -> tuple[str, ...]:

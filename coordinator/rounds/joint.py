@@ -288,6 +288,8 @@ class JointExchange(Exchange):
             vector = checked(meta, parcel.tensor, named, self.number, began, self._farthest)
         elif place is None and meta.samples < 1:
             raise PeerError("is of no samples")
+        elif place is None and self.train and self._record.job.privacy is not None and meta.noise is None:
+            raise PeerError("says nothing of noise, in a private job")
         self._counted(device, meta, vector)
 
     def _request(self, name: str) -> int:

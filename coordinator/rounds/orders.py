@@ -162,12 +162,16 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = f"has no data {job.data!r}"
         elif job.data in info.private_data and (job.privacy is None or job.privacy.losses):
             unable[device.name] = "its data are for private jobs alone, without losses"
+        elif job.data in info.private_data and job.is_split and job.data not in info.told_states:
+            unable[device.name] = "states of its data, which no noise covers, are not to leave it"
         elif job.is_split and not info.knows_split:
             unable[device.name] = f"its software, {info.software}, knows no split models"
         elif job.on_features and not info.knows_features:
             unable[device.name] = f"its software, {info.software}, knows samples that are texts alone"
         elif job.privacy is not None and not info.knows_privacy:
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
+        elif job.privacy is not None and job.is_split and not info.knows_private_split:
+            unable[device.name] = f"its software, {info.software}, knows no private jobs of split models"
         elif job.secure and not info.knows_secure:
             unable[device.name] = (
                 f"its software, {info.software}, can't mask updates; pip install 'edgelam[train]' there may help"
@@ -223,7 +227,7 @@ def states_bytes(base: Base, job: Job) -> int:
     behind = length_of(shaped, ("c",))
     if job.uplink_grad == "lowrank":
         width, behind = width + job.adapter.rank, length_of(shaped, ("b",))
-    return 4 * (rounds.batch_rows * rounds.row_tokens * width + behind)
+    return 4 * (job.step_rows * rounds.row_tokens * width + behind)
 
 
 def most_ends(base: Base, job: Job) -> int:

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
-from coordinator.rounds.adapters import spent_by
+from coordinator.rounds.adapters import spent_by, uncovered
 from coordinator.rounds.job import Adapter, Job
 from coordinator.rounds.store import DeviceRound, RoundRecord
 from hwprofiles.plain import clean
@@ -51,6 +51,8 @@ def part_of(report: JobReport) -> Part:
     if report.job.privacy is None:
         sent = "states and gradients" if report.job.is_split else "updates"
         notes.append(f"Privacy: none, {sent} were sent without noise")
+    elif uncovered(report.job):
+        notes.append(f"Warning: {uncovered(report.job)}: who has the states that were sent can find out the texts")
     if report.job.secure:
         notes.append("Updates were masked: of each round the coordinator learnt their sum alone")
     return Part(
@@ -85,6 +87,8 @@ def _job(report: JobReport) -> Table:
     if job.privacy is not None:
         worst = max(spent.values(), default=0.0)
         items.append(("epsilon", f"{worst:.3g} of {job.privacy.epsilon:g}, delta {job.privacy.delta:g}"))
+        if uncovered(job):
+            items.append(("noise", uncovered(job)))
     return Table(title="Job", columns=ITEMS, rows=tuple(items), headed=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import files_of, parts_of, spec_of
+from coordinator.rounds.adapters import files_of, parts_of, spec_of, uncovered
 from coordinator.rounds.airtime import Offer
 from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.cutting import Cut
@@ -52,7 +52,8 @@ from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
 from wire.limits import MAX_DEVICES, MAX_SUMMED
-from wire.messages import Applied, Privacy, StageReport, TrainingTask
+from wire.messages import Applied, StageReport, TrainingTask
+from wire.privacy import Privacy
 
 RETURN_S: Final = 5.0
 LEAST_TRUNK_STAGE: Final = MAX_DEVICES // 2
@@ -110,7 +111,7 @@ class Running:
         tokenizer = artifacts.add_bytes(base.tokenizer, "tokenizer.json") if base.tokenizer else None
         task = task_of(job, tokenizer, base.end_id)
         if job.privacy is not None:
-            self._say(private_text(job.privacy))
+            self._say(private_text(job, job.privacy))
         if job.secure:
             self._say(SECURE_TEXT)
         await self._await_return()
@@ -430,11 +431,12 @@ def samples_of(rounds: Sequence[RoundRecord]) -> dict[str, int]:
     return {device: told.samples for done in rounds for device, told in done.devices.items() if told.samples}
 
 
-def private_text(privacy: Privacy) -> str:
+def private_text(job: Job, privacy: Privacy) -> str:
     """What a job comes to know, in a line."""
+    warning = f"{said}, and who has them can find out the texts; " if (said := uncovered(job)) else ""
     clear = ["how many samples there are", "when a board answers", *(["losses"] if privacy.losses else [])]
     return (
-        f"private: epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.unit} of a board;"
+        f"private: {warning}epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.unit} of a board;"
         f" in the clear: {', '.join(clear)}"
     )
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import spent_by
+from coordinator.rounds.adapters import spent_by, uncovered
 from coordinator.rounds.features import base_for
 from coordinator.rounds.job import Job
 from coordinator.rounds.modes import settled_mode
@@ -246,6 +246,7 @@ class Tuning:
             "held_out_accuracy": right[-1] if right else None,
             "epsilon": None if record.job.privacy is None else max(spent_by(rounds).values(), default=0.0),
             "most_epsilon": None if record.job.privacy is None else record.job.privacy.epsilon,
+            "uncovered": uncovered(record.job),
             "secure": record.job.secure,
             "sent_bytes": sum(done.down_bytes + done.up_bytes for done in rounds),
             "files": [file for file in FILES if (self._store.folder_of(record.name) / file).is_file()],

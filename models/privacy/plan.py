@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from models.privacy.accountant import Doubles, cost, noise_for
 from models.privacy.channel import gain_of, power_for
-from wire.messages import Privacy, TrainingTask
+from wire.messages import TrainingTask
+from wire.privacy import Privacy
+
+OVERFLOW: Final = 1e-18
+"""Chance that more samples are drawn for a step than `most_drawn`."""
 
 
 class Measure(NamedTuple):
@@ -25,6 +29,13 @@ class Measure(NamedTuple):
     @property
     def cost(self) -> Doubles:
         return self.releases * cost(self.noise, self.share)
+
+    def cost_again(self, times: int) -> Doubles:
+        """Of one step's release more, where the samples that were drawn for it were used `times` times before. So many
+        sums of the same samples, with noise of z each, tell as much as one with noise of z / sqrt(times): the moments
+        of their likelihood ratio multiply, also where each sum depends on those before it."""
+        found = cost(self.noise / math.sqrt(times + 1), self.share)
+        return found if times == 0 else found - cost(self.noise / math.sqrt(times), self.share)
 
 
 def measure_of(task: TrainingTask, samples: int, parts: int, seed: int, round_number: int) -> Measure:
@@ -59,3 +70,18 @@ def share_of(task: TrainingTask, samples: int) -> float:
 @lru_cache(maxsize=64)
 def _least_noise(epsilon: float, delta: float, releases: int, share: float) -> float:
     return noise_for(epsilon, delta, releases, share)
+
+
+def most_drawn(batch_rows: int) -> int:
+    """Samples that a step has at most where `batch_rows` are drawn on average, each by itself: what is drawn beyond is
+    left out, so that messages have a bound. More are drawn with a chance of OVERFLOW at most (Chernoff's bound
+    e^-b (e b / c)^c), which is what that adds to delta for each step, times 1 + e^epsilon."""
+    most = batch_rows + 1
+    while most * (1 + math.log(batch_rows / most)) - batch_rows > math.log(OVERFLOW):
+        most += 1
+    return most
+
+
+def step_rows(batch_rows: int, privacy: Privacy | None) -> int:
+    """Most samples of a step of a split model."""
+    return batch_rows if privacy is None else most_drawn(batch_rows)

@@ -82,13 +82,19 @@ def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens
 
 
 def ends_peak_bytes(
-    config: LlamaConfig | BertConfig, weight_bytes: int, spec: AdapterSpec, tokens: int, lowrank: bool = False
+    config: LlamaConfig | BertConfig,
+    weight_bytes: int,
+    spec: AdapterSpec,
+    tokens: int,
+    lowrank: bool = False,
+    said_tokens: int | None = None,
 ) -> int:
     """Of a device that has the ends of a split model, and trains them on so many tokens at once. `lowrank`: it sends
-    gradients by what the last matrix's factors make."""
+    gradients by what the last matrix's factors make. `said_tokens`: so many of a language model's tokens are said at
+    one time; None: all."""
     states = FLOAT * config.hidden * tokens
     if isinstance(config, LlamaConfig):
-        logits = tokens * ENDS_LOGITS_COPIES * FLOAT * config.vocabulary
+        logits = (tokens if said_tokens is None else said_tokens) * ENDS_LOGITS_COPIES * FLOAT * config.vocabulary
         factor = HEAD_COPIES * FLOAT * spec.rank * (config.hidden + tokens) if lowrank else 0
         return ENCODER_BYTES + weight_bytes + ENDS_COPIES * states + logits + factor
     words = max(FLOAT * config.hidden, PAGE) * min(tokens, config.vocabulary)

@@ -20,7 +20,7 @@ from models.privacy.noise import Stream, clipped, noised
 from models.privacy.plan import Measure
 from models.training.samples import Batch, Row, batch_of
 from models.training.tensors import given, taken
-from wire.messages import Privacy
+from wire.privacy import Privacy
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -55,9 +55,14 @@ class Guard:
             loss_of(batch_of([rows[number]])).backward()
             own = {name: taken(leaf.grad) for name, leaf in leaves.items()}
             total += self.clipped(flat(own, shaped, parts), shaped, parts)
-        mean = noised(total, self.measure.deviation, self._stream) / np.float32(self.measure.share * len(rows))
+        mean = self.mean(total, len(rows))
         for name, gradient in named(mean, shaped, parts).items():
             leaves[name].grad = given(gradient.copy())
+
+    def mean(self, total: Floats, rows: int) -> Floats:
+        """Of a sum of clipped gradients, noised, as of so many samples as take part on average out of `rows`."""
+        found: Floats = noised(total, self.measure.deviation, self._stream) / np.float32(self.measure.share * rows)
+        return found
 
     def changed(self, start: Floats, end: Floats, shaped: Shapes, parts: tuple[str, ...]) -> Floats:
         """`end` with what was changed clipped and noised."""

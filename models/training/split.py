@@ -73,7 +73,8 @@ class EndsRound(Judging):
         self._stage, self._rows, self._task = stage, rows, task
         self._head = shaped.get(HEAD)
         self._seed, self._number = seed, asked.round
-        super().__init__(batches(rows.held_out, task.batch_rows))
+        tells = task.privacy is None or task.privacy.losses
+        super().__init__(batches(rows.held_out, task.batch_rows) if tells else [])
         self._to_train = task.steps if asked.train and rows.trained else 0
         self._done = 0
         self._loss = 0.0
@@ -85,8 +86,7 @@ class EndsRound(Judging):
         self._batch = self._to_judge
         judged = self._batch is not None
         if not judged and self._done < self._to_train:
-            rows, count = self._rows.trained, self._task.batch_rows
-            self._batch = drawn(rows, count, self._seed, self._number, self._done)
+            self._batch = self._next_batch()
         if self._batch is None:
             return None
         with torch.no_grad():
@@ -116,6 +116,10 @@ class EndsRound(Judging):
     @property
     def loss(self) -> float | None:
         return self._loss / self._done if self._done else None
+
+    def _next_batch(self) -> Batch:
+        """Of the step that is due."""
+        return drawn(self._rows.trained, self._task.batch_rows, self._seed, self._number, self._done)
 
     def _length_behind(self, _rows: int) -> int:
         """Numbers behind the features of so many rows."""

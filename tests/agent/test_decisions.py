@@ -50,6 +50,14 @@ def test_a_budget_belongs_to_data_that_are_there() -> None:
     assert found.data_epsilon == (("mail", 2.5),) and [name for name, _ in found.data] == ["notes", "mail"]
 
 
+def test_states_leave_a_board_that_has_a_budget_only_where_its_owner_says_so() -> None:
+    flags = {"data": "notes=/srv/n.jsonl,mail=/srv/m", "data-epsilon": "mail=2.5,notes=1"}
+    assert load(flags, {"HOME": "/nonexistent"}).data_states == ()
+    assert load({**flags, "data-states": "notes, mail"}, {"HOME": "/nonexistent"}).data_states == ("notes", "mail")
+    with pytest.raises(UsageError, match="of data without a bound"):
+        load({**flags, "data-epsilon": "notes=1", "data-states": "mail"}, {"HOME": "/nonexistent"})
+
+
 def test_every_setting_has_a_variable_and_a_field() -> None:
     fields = load({}, {"HOME": "/nonexistent"}).__struct_fields__
     assert {setting.field for setting in SETTINGS} == set(fields)

@@ -11,7 +11,7 @@ import pytest
 
 from agent.workers import ledger as module
 from agent.workers.ledger import Book, Ledger, Spent, release_of
-from models.privacy.accountant import ORDERS, cost, epsilon
+from models.privacy.accountant import ORDERS, Doubles, cost, epsilon
 from wire.errors import CorruptData
 
 COST = 4 * cost(8.0)
@@ -104,3 +104,54 @@ def test_old_jobs_are_forgotten_but_not_what_they_cost(tmp_path: Path, monkeypat
 
 def test_a_release_is_named_by_all_that_it_is_made_of() -> None:
     assert release_of("a", 1, "b") == release_of("a", 1, "b") != release_of("a", 2, "b")
+
+
+def spend_step(folder: Path, step: int, release: str, name: str = "round 1", most: float = 9.0) -> float:
+    """Epsilon of the job with it."""
+    return Ledger(folder, "notes").spend_step("a/1", name, step, release, again, most, DELTA)[1]
+
+
+def again(times: int) -> Doubles:
+    return (1 + times) * COST
+
+
+def test_steps_of_a_round_are_remembered_and_cost_once(tmp_path: Path) -> None:
+    before = Ledger(tmp_path, "notes").steps("a/1", "round 1").before
+    for step, release in enumerate(("x", "y", "x2")):
+        spend_step(tmp_path, step, release)
+    told = (tmp_path / "notes.json").read_bytes()
+    noise = [Ledger(tmp_path, "notes").spend_step("a/1", "round 1", 1, "y", again, 9.0, DELTA)[0] for _ in range(2)]
+    assert (noise[0].normal(5) == noise[1].normal(5)).all()
+    assert spend_step(tmp_path, 0, "x") == pytest.approx(epsilon(3 * COST, DELTA))
+    assert (tmp_path / "notes.json").read_bytes() == told
+    assert Ledger(tmp_path, "notes").steps("a/1", "round 1").before == before == 0
+
+
+def test_another_release_with_the_same_samples_costs_what_that_costs(tmp_path: Path) -> None:
+    spend_step(tmp_path, 0, "x")
+    assert spend_step(tmp_path, 0, "other") == pytest.approx(epsilon(3 * COST, DELTA)), "COST, and twice that"
+    assert spend_step(tmp_path, 0, "x") == pytest.approx(epsilon(3 * COST, DELTA)), "both are remembered"
+    assert book(tmp_path).jobs["a/1"].releases == 2
+
+
+def test_who_comes_back_to_a_round_behind_another_begins_it_as_a_new_one(tmp_path: Path) -> None:
+    """Others are drawn then, since nobody remembers how often the first ones were used."""
+    spend_step(tmp_path, 0, "x", "round 1")
+    spend_step(tmp_path, 0, "x", "round 2")
+    steps = Ledger(tmp_path, "notes").steps("a/1", "round 1")
+    assert (steps.before, steps.told) == (2, {})
+    assert Ledger(tmp_path, "notes").steps("a/1", "round 2").before == 1
+
+
+def test_a_step_beyond_a_budget_is_not_entered(tmp_path: Path) -> None:
+    spend_step(tmp_path, 0, "x", most=ONE)
+    before = (tmp_path / "notes.json").read_bytes()
+    with pytest.raises(Spent, match="the budget of a/1 is spent"):
+        spend_step(tmp_path, 1, "y", most=(ONE + TWO) / 2)
+    ledger = Ledger(tmp_path, "notes", (ONE + TWO) / 2)
+    with pytest.raises(Spent, match="what this board allows"):
+        ledger.spend_step("b/1", "round 1", 0, "x", again, 99.0, DELTA)
+    with pytest.raises(Spent, match="what this board allows"):
+        ledger.check("b/1", COST, 99.0, DELTA)
+    ledger.check("b/1", 0.1 * COST, 99.0, DELTA)
+    assert (tmp_path / "notes.json").read_bytes() == before

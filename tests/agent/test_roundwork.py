@@ -20,16 +20,8 @@ from models.training.rounds import Diverged  # noqa: E402
 from models.training.samples import Row, Split  # noqa: E402
 from tests.agent.training_fakes import Delivery, Sender  # noqa: E402
 from wire.frames import Kind, Parcel, Tensor  # noqa: E402
-from wire.messages import (  # noqa: E402
-    ArtifactRef,
-    InboxAddress,
-    Privacy,
-    RoundMeta,
-    StageError,
-    StageOrder,
-    TrainingTask,
-    UpdateMeta,
-)
+from wire.messages import ArtifactRef, InboxAddress, RoundMeta, StageError, StageOrder, TrainingTask, UpdateMeta  # noqa: E402
+from wire.privacy import Privacy  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

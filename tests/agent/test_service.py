@@ -24,7 +24,6 @@ from wire.messages import (
     DeviceInfo,
     DeviceState,
     Event,
-    Privacy,
     Reply,
     StageOrder,
     Telemetry,
@@ -32,6 +31,7 @@ from wire.messages import (
     decode,
     encode,
 )
+from wire.privacy import Privacy
 
 
 @pytest.fixture
@@ -492,20 +492,30 @@ def training(data: str, **changes: object) -> StageOrder:
     return order_of(engine="torch", runs="rounds", training=task)
 
 
+def ends_of(data: str, **changes: object) -> StageOrder:
+    return msgspec.structs.replace(training(data, role="ends", **changes), end_block=0)
+
+
 def test_data_with_a_budget_are_for_private_jobs_alone(lab: Lab, tmp_path: Path) -> None:
     launcher = FakeLauncher()
     data = (("notes", str(tmp_path / "notes.jsonl")), ("poems", str(tmp_path / "poems.txt")))
-    service = serving(lab, launcher, data=data, data_epsilon=(("notes", 8.0),))
+    data = (*data, ("diary", str(tmp_path / "diary.txt")))
+    bounds = (("notes", 8.0), ("diary", 2.0))
+    service = serving(lab, launcher, data=data, data_epsilon=bounds, data_states=("diary",))
     found = lab.retained(topics.INFO, DeviceInfo)
-    assert isinstance(found, DeviceInfo) and (found.data, found.private_data) == (("notes", "poems"), ("notes",))
+    assert isinstance(found, DeviceInfo) and found.data == ("notes", "poems", "diary")
+    assert (found.private_data, found.told_states) == (("notes", "diary"), ("diary",)) and found.knows_private_split
     lab.store(service, b"graph", b"weights")
     refused = "are for private jobs, without losses"
     for epoch, (order, said) in enumerate(
         [
-            (training("mail"), "no data set 'mail' on this board; there are: notes, poems"),
+            (training("mail"), "no data set 'mail' on this board; there are: diary, notes, poems"),
             (training("notes"), refused),
             (training("notes", privacy=Privacy(epsilon=1.0, losses=True)), refused),
             (training("notes", privacy=Privacy(epsilon=1.0)), ""),
+            (ends_of("notes", privacy=Privacy(epsilon=1.0)), "are not to leave this board"),
+            (ends_of("diary", privacy=Privacy(epsilon=1.0)), ""),
+            (ends_of("diary"), refused),
             (msgspec.structs.replace(training("mail", role="trunk"), embedding=False, head=False), ""),
             (training("poems"), ""),
         ],

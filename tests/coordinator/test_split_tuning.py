@@ -7,11 +7,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from coordinator.rounds.job import Adapter
 from tests.coordinator.memory_site import until
 from tests.coordinator.test_tuning import JOB, Trainer, operations, play, update
 from wire import topics
+from wire.errors import Refused
 from wire.frames import Kind, Parcel
 from wire.messages import RoundMeta, StageError, UpdateMeta
+from wire.privacy import Privacy
 
 __all__ = ["operations", "play"]
 
@@ -98,5 +101,47 @@ def test_a_slow_board_is_left_out_of_steps_that_all_make_together_when_it_is_kno
             assert record.timing["b"].compute_s == first["devices"]["b"]["own_s"] <= first["wall_s"], "not as it says"
             assert first["expected_s"] is None and last["expected_s"] > 1e-5
             assert record.each_s > 0 and made.rounds()[-1]["expected_s"] is None
+
+
+def test_a_private_job_takes_nobody_who_does_not_know_how_and_nothing_that_has_no_noise(play: Any) -> None:
+    wanted = msgspec.structs.replace(
+        JOB, mode="split", uplink_grad="lowrank", privacy=Privacy(epsilon=4.0), trunk="t", devices=("z",),
+        adapter=Adapter(rank=2, matrices=("down",), blocks="last"),
+        rounds=msgspec.structs.replace(JOB.rounds, aggregation="ffa"),
+    )  # fmt: skip
+
+    async def scenario(bench: Any) -> None:
+        async with bench() as made:
+            await made.with_trainers(t=lambda *_: None, z=ends_update)
+            told = {"knows_split": True, "knows_privacy": True, "private_data": ("d",)}
+
+            async def says(**more: Any) -> None:
+                told.update(more)
+                for trainer in made.trainers:
+                    info = next(one.info for one in made.lab.coordinator.devices() if one.name == trainer.name)
+                    data = info.data if trainer.name == "z" else ()
+                    told["private_data"] = data
+                    trainer.say(topics.INFO, msgspec.structs.replace(info, **told, data=data), trainer.name)
+                known = told.items()
+                await until(
+                    lambda: all(
+                        getattr(one.info, key) == value
+                        for one in made.lab.coordinator.devices() if one.name == "z"
+                        for key, value in known if key != "private_data"
+                    ),
+                    "infos",
+                )  # fmt: skip
+
+            await says()
+            with pytest.raises(Refused, match="states of its data, which no noise covers, are not to leave it"):
+                await made.tuning.begin(wanted, lambda _: None)
+            await says(told_states=(JOB.data,))
+            with pytest.raises(Refused, match="knows no private jobs of split models"):
+                await made.tuning.begin(wanted, lambda _: None)
+            await says(knows_private_split=True)
+            end = await made.through(wanted)
+            assert end["state"] == "failed" and "z: says nothing of noise" in end["because"]
+            said = [event["text"] for event in made.events if event["event"] == "status"]
+            assert any("only gradients are covered; activations are not" in text for text in said)
 
     play(scenario)

@@ -28,7 +28,8 @@ from wire.channel import Inbox, Outbox
 from wire.errors import EdgelamError, Refused, UsageError
 from wire.frames import Kind, Parcel, Tensor
 from wire.memory import MemoryBroker
-from wire.messages import DeviceInfo, EngineInfo, Privacy, RoundMeta, StageError, StageReport, UpdateMeta
+from wire.messages import DeviceInfo, EngineInfo, RoundMeta, StageError, StageReport, UpdateMeta
+from wire.privacy import Privacy
 
 JOB = Job(name="n", model="tiny", data="notes", precision="f32", adapter=Adapter(rank=1, matrices=("q",)),
           rounds=Rounds(count=2, learning_rate=0.01, steps=1))  # fmt: skip

@@ -26,7 +26,7 @@ from tests.e2e.tuning import (
     worker_of,
 )
 from wire.errors import EdgelamError
-from wire.messages import Privacy
+from wire.privacy import Privacy
 
 pytestmark = pytest.mark.torch
 

@@ -30,7 +30,8 @@ from testbed.site import CoordinatorProcess
 from tests.e2e.site import Site, prefer_own_ports
 from tests.e2e.tuning import follow
 from wire.errors import EdgelamError
-from wire.messages import InboxAddress, Privacy, RoundMeta, UpdateMeta
+from wire.messages import InboxAddress, RoundMeta, UpdateMeta
+from wire.privacy import Privacy
 from wire.samples import Series
 
 pytestmark = pytest.mark.torch

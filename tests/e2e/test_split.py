@@ -41,6 +41,7 @@ from tests.models.tiny_bert import write_bert
 from tests.training.split_models import InOnePlace, bert
 from wire.errors import EdgelamError
 from wire.messages import ArtifactRef
+from wire.privacy import Privacy
 
 pytestmark = pytest.mark.torch
 
@@ -269,6 +270,48 @@ def test_gradients_by_a_low_rank_matrix_come_to_the_same_for_fewer_bytes(tuning_
         "run", tiny_model, "--prompt", "hello", "--raw", "--max-tokens", "4", "--context", "128", "--adapter", "by-rank"
     )
     assert said.returncode == 0, said.stderr
+
+
+def test_a_private_job_is_paid_for_once_whoever_is_killed_and_says_what_is_not_covered(
+    tuning_site: Site, tiny_model: str
+) -> None:
+    steps, killed, events = 4, [], []
+    wanted = msgspec.structs.replace(
+        split_job(tiny_model, "private-halves", rounds={"count": 2, "steps": steps, "aggregation": "ffa"}),
+        uplink_grad="lowrank", privacy=Privacy(epsilon=3.0), trunk="idle",
+        adapter=Adapter(rank=2, matrices=("down",), blocks="last"),
+    )  # fmt: skip
+
+    def kill_once(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "round" and not killed:
+            killed.append(worker_of(tuning_site, "board2"))
+            killed[0].kill()
+
+    end = follow(tuning_site, wanted, kill_once)
+    assert killed and (end["state"], end["most_epsilon"]) == ("done", 3.0), end
+    assert 2.9 < end["epsilon"] <= 3.0, "noise is no more than the budget asks for"
+    said = "only gradients are covered; activations are not"
+    assert any(said in event.get("text", "") for event in events)
+    rounds = [event for event in events if event["event"] == "round"]
+    assert [one["round"] for one in rounds] == [0, 1], "nothing is judged where losses are not told"
+    for one in rounds:
+        assert one["loss"] is None and one["held_out_loss"] is None and set(one["devices"]) == set(BOARDS)
+        for board in TRAINED:
+            told = one["devices"][board]
+            assert told["noise"] > 0.5 and told["compute_s"] == 0 and told["sent_bytes"] > 4 * steps * 64 * 2
+    books = [msgspec.json.decode(path.read_bytes()) for path in tuning_site.folder.rglob("privacy/notes.json")]
+    mine = [
+        account for book in books for name, account in book["jobs"].items() if name.startswith("tune-private-halves/")
+    ]
+    assert [account["releases"] for account in mine] == [2 * steps] * 2, "each step once, though some were made again"
+    assert all(values.any() for values in adapter_of(tuning_site, "private-halves").values()), "B has moved"
+    with tuning_site.client() as there:
+        provenance = msgspec.json.decode(there.file("/v1/jobs/private-halves/provenance.json"))
+    assert provenance["privacy"]["covers"] == said and set(provenance["privacy"]["spent"]) == set(TRAINED)
+    for command in ("status", "report"):
+        shown = tuning_site.cli("tune", command, "private-halves")
+        assert said in " ".join(shown.stdout.split()) and "of 3" in shown.stdout, shown.stdout
 
 
 @pytest.mark.slow

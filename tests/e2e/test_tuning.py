@@ -40,7 +40,8 @@ from tests.e2e.tuning import (
 from tests.models.tiny import random_tensors, tiny_config, write_gguf
 from tests.models.tiny_bert import write_bert
 from wire.errors import EdgelamError, UsageError
-from wire.messages import ArtifactRef, InboxAddress, Privacy, RoundMeta, Sampling, UpdateMeta
+from wire.messages import ArtifactRef, InboxAddress, RoundMeta, Sampling, UpdateMeta
+from wire.privacy import Privacy
 
 pytestmark = pytest.mark.torch
 

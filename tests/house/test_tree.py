@@ -36,6 +36,7 @@ ALLOWED_ELSEWHERE = {
     "models/training/looped.py": {"torch"},
     "models/training/looping.py": {"torch"},
     "models/training/private.py": {"torch"},
+    "models/training/privateends.py": {"torch"},
     "models/training/rounds.py": {"torch"},
     "models/training/split.py": {"torch"},
     "models/training/trunk.py": {"torch"},

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.privacy.accountant import NOTHING, ORDERS, cost, epsilon, noise_for
+from models.privacy.plan import OVERFLOW, Measure, most_drawn
 
 DELTA = 1e-5
 
@@ -129,3 +130,31 @@ def test_more_releases_less_noise_and_more_of_the_samples_cost_more(noise: float
     assert found <= epsilon(count * cost(noise * 0.9, share), DELTA) + 1e-12
     assert found <= epsilon(count * cost(noise, min(1.0, share * 1.3)), DELTA) * (1 + 1e-9) + 1e-9
     assert np.all(np.diff(cost(noise, share)) >= -1e-12), "no order costs less than one below it"
+
+
+@pytest.mark.parametrize(("noise", "share"), [(1.5, 0.2), (3.0, 0.6)])
+def test_two_sums_of_the_same_samples_cost_what_an_integral_says(noise: float, share: float) -> None:
+    """Of the likelihood ratio to the power of the order, over both sums; the sample is in both, or in neither."""
+    axis = np.linspace(-12 * noise, 14 * noise, 1201)
+    step = axis[1] - axis[0]
+    without = np.exp(-(axis**2) / (2 * noise**2)) / (noise * math.sqrt(2 * math.pi))
+    with_it = np.exp(-((axis - 1) ** 2) / (2 * noise**2)) / (noise * math.sqrt(2 * math.pi))
+    neither = np.outer(without, without)
+    both = np.outer(with_it, with_it)
+    measure = Measure(noise, share, 1, 1.0)
+    found = measure.cost_again(0) + measure.cost_again(1)
+    for order in (2, 3, 5):
+        ratio = (1 - share) + share * both / neither
+        expected = math.log(float((neither * ratio**order).sum() * step**2)) / (order - 1)
+        assert found[ORDERS.index(float(order))] == pytest.approx(expected, rel=1e-6)
+    assert np.allclose(measure.cost_again(0), cost(noise, share))
+    assert (measure.cost_again(1) >= measure.cost_again(0) * (1 - 1e-9)).all(), "no less than drawn anew"
+    assert np.allclose(Measure(noise, 1.0, 1, 1.0).cost_again(3), cost(noise)), "where all take part it is all the same"
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32, 700])
+def test_more_than_messages_hold_are_drawn_almost_never(rows: int) -> None:
+    """The exact chance, of Poisson numbers, which no sum of chances with that mean exceeds so far out."""
+    most = most_drawn(rows)
+    terms = [-rows + count * math.log(rows) - math.lgamma(count + 1) for count in range(most + 1, most + 400)]
+    assert OVERFLOW * 1e-6 < sum(map(math.exp, terms)) <= OVERFLOW

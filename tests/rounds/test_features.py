@@ -15,7 +15,8 @@ from coordinator.rounds.updates import farthest_of
 from models.formats.safetensors import open_safetensors
 from models.lora.adapter import flat, initial, length_of, shapes
 from tests.rounds.test_trunks import Coordinator, info_of
-from wire.messages import Privacy, UpdateMeta
+from wire.messages import UpdateMeta
+from wire.privacy import Privacy
 from wire.samples import Series
 
 SCHEMA = Series(columns=("x", "y"), window=30, kernels=20)

@@ -10,7 +10,7 @@ import pytest
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.jobfile import checked, load_job
 from wire.errors import UsageError
-from wire.messages import Channel, Privacy
+from wire.privacy import Channel, Privacy
 from wire.samples import Images, Series
 
 SMALL = 'model = "smollm2"\ndata = "notes"\n'
@@ -200,6 +200,46 @@ def test_gradients_by_a_low_rank_matrix_go_with_factors_at_the_last_matrix_alone
         "adapter.blocks: 'all'; uplink_grad = 'lowrank' wants 'last'",
         "adapter.matrices: q, v; uplink_grad = 'lowrank' wants down alone, the last before the cut",
     ]
+
+
+PRIVATE = (
+    SMALL
+    + """
+    mode = "split"
+    uplink_grad = "lowrank"
+    [adapter]
+    blocks = "last"
+    matrices = ["down"]
+    [privacy]
+    epsilon = 4
+"""
+)
+
+
+@pytest.mark.parametrize("mode", ["split", "pipeline"])
+def test_a_split_model_is_private_where_noise_can_be_on_all_gradients(mode: str, tmp_path: Path) -> None:
+    text = PRIVATE.replace("split", mode)
+    assert load(tmp_path, text + "[rounds]\naggregation = 'ffa'\n").privacy == Privacy(epsilon=4.0)
+    for more, key in (
+        ("", "rounds.aggregation"),
+        ("[rounds]\naggregation = 'rolora'\n", "rounds.aggregation"),
+        ("unit = 'device'\n[rounds]\naggregation = 'ffa'\n", "privacy.unit"),
+        ("[rounds]\naggregation = 'ffa'\nsteps = 1001\n", "rounds.steps"),
+        ("[rounds]\naggregation = 'ffa'\nbatch_rows = 800\n", "rounds.batch_rows"),
+    ):
+        assert [line.split(":")[0] for line in problems(tmp_path, text + more)] == [key], more
+    [said] = problems(tmp_path, text.replace('uplink_grad = "lowrank"', "") + "[rounds]\naggregation = 'ffa'\n")
+    assert said.startswith("privacy: not with") and "uplink_grad = 'lowrank'" in said
+    job = load(tmp_path, text + "[rounds]\naggregation = 'ffa'\nbatch_rows = 4\n")
+    assert job.step_rows > 4 == msgspec.structs.replace(job, privacy=None).step_rows
+
+
+def test_with_any_split_job_are_private_ones_that_are_not(tmp_path: Path) -> None:
+    """Sentence encoders, whose task module is trained beside the factors, and one block at every depth."""
+    labels = 'mode = "split"\nlabels = ["a", "b"]\n[privacy]\nepsilon = 4\n'
+    assert [line.split(":")[0] for line in problems(tmp_path, SMALL + labels)] == ["privacy"]
+    looped = 'mode = "looped"\ntrain = "blocks"\nlabels = ["a", "b"]\n[privacy]\nepsilon = 4\n'
+    assert "privacy" in {line.split(":")[0] for line in problems(tmp_path, SMALL + looped)}
 
 
 def test_a_job_that_came_as_json_is_checked_too() -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.job import Adapter, Job, Rounds
 from coordinator.rounds.orders import states_bytes, task_of
 from coordinator.rounds.trunks import operations_of
@@ -16,6 +17,7 @@ from models.families.bert import BertConfig
 from models.training.memory import encoder_peak_bytes, ends_peak_bytes, peak_bytes, trunk_peak_bytes
 from tests.models.tiny import tiny_config
 from wire.messages import ArtifactRef
+from wire.privacy import Privacy
 
 CONFIG = tiny_config("llama")
 BERT = BertConfig(
@@ -65,6 +67,21 @@ def test_blocks_that_no_gradient_goes_through_keep_nothing(remember: bool) -> No
 def test_a_board_with_the_ends_has_b_too() -> None:
     spec = spec_of(LOWRANK)
     assert ends_peak_bytes(CONFIG, 1000, spec, TOKENS, True) > ends_peak_bytes(CONFIG, 1000, spec, TOKENS)
+
+
+def test_samples_that_are_drawn_by_chance_have_room_and_are_said_one_by_one() -> None:
+    none = Part(graph=b"", files={}, ends=True, end_block=0)
+    base = Base(
+        config=CONFIG, parts={"ends": none, "trunk": none}, tokenizer=b"", digest="", end_id=None, wire_dtype="f32"
+    )
+    private = msgspec.structs.replace(LOWRANK, privacy=Privacy(epsilon=4.0))
+    tokens, spec = private.step_rows * 16, spec_of(private)
+    assert tokens > 10 * TOKENS and states_bytes(base, private) > 10 * states_bytes(base, LOWRANK)
+    assert base.trunk_bytes(private, 3, True) > base.trunk_bytes(LOWRANK, 3, True)
+    assert base.ends_bytes(private) == ends_peak_bytes(CONFIG, 0, spec, tokens, True, 16)
+    assert base.ends_bytes(LOWRANK) == ends_peak_bytes(CONFIG, 0, spec, TOKENS, True)
+    telling = msgspec.structs.replace(private, privacy=Privacy(epsilon=4.0, losses=True))
+    assert base.ends_bytes(telling) == ends_peak_bytes(CONFIG, 0, spec, tokens, True, TOKENS), "batches are judged"
 
 
 def test_a_step_goes_back_through_the_last_block_alone() -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from coordinator.rounds.adapters import privacy_of, uncovered
 from coordinator.rounds.job import Job, Rounds
 from coordinator.rounds.report import JobReport, csv_of, part_of, plots_of
+from coordinator.rounds.running import private_text
 from coordinator.rounds.store import DeviceRound, RoundRecord
 from hwprofiles.report.page import page
 from hwprofiles.report.plots import NoPlot, Plot
 from hwprofiles.report.render import markdown_of, plain_of
-from wire.messages import Privacy
+from wire.privacy import Privacy
 
 
 def round_of(number: int, loss: float | None, held_out: float | None, **devices: DeviceRound) -> RoundRecord:
@@ -73,6 +75,26 @@ def test_a_private_job_has_its_loss_against_epsilon_and_tells_no_counts() -> Non
     assert [row[3] for row in boards.rows] == ["not told", "not told"] and [row[-1] for row in boards.rows] == [
         "1.6", "1.5",
     ]  # fmt: skip
+
+
+def test_of_a_private_job_that_was_split_it_says_what_no_noise_was_on() -> None:
+    said = "only gradients are covered; activations are not"
+    report = private()
+    assert said not in str(part_of(report))
+    split = msgspec.structs.replace(report, job=msgspec.structs.replace(report.job, mode="split"))
+    part = part_of(split)
+    assert any(note.startswith(f"Warning: {said}") for note in part.notes)
+    assert dict(part.tables[0].rows)["noise"] == said
+    assert privacy_of(split.job, EACH)["covers"] == said and privacy_of(report.job, EACH)["covers"] == "updates"
+    assert said in private_text(split.job, split.job.privacy) and said not in private_text(
+        report.job, Privacy(epsilon=1)
+    )
+    assert (
+        uncovered(PLAIN.job)
+        == uncovered(report.job)
+        == ""
+        == uncovered(msgspec.structs.replace(PLAIN.job, mode="split"))
+    )
 
 
 def test_who_took_part_and_who_was_left_out() -> None:

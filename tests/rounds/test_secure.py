@@ -17,7 +17,8 @@ from models.privacy.plan import norm_of
 from tests.rounds.secure_table import NAMES, Table, decoded, job_of, shuffled
 from wire.errors import Refused
 from wire.frames import Kind, Parcel, Tensor
-from wire.messages import Privacy, StageError, UpdateMeta
+from wire.messages import StageError, UpdateMeta
+from wire.privacy import Privacy
 from wire.sums import SecureMeta
 
 pytestmark = pytest.mark.torch

@@ -13,7 +13,8 @@ from coordinator.rounds.updates import checked, farthest_of
 from models.privacy.plan import measure_of
 from wire.errors import PeerError
 from wire.frames import Tensor
-from wire.messages import ArtifactRef, Privacy, TrainingTask, UpdateMeta
+from wire.messages import ArtifactRef, TrainingTask, UpdateMeta
+from wire.privacy import Privacy
 
 START = np.linspace(-1, 1, 8, dtype=np.float32)
 META = UpdateMeta(round=2, device="pi4", samples=5)
