@@ -28,6 +28,10 @@ Killed: jobs in which somebody is killed at a random moment, in all modes (bench
 Footprint: what an agent that can train takes while it does nothing, and what its worker takes beyond torch and a model
 (benchmarks/parts/footprint).
 
+Together: models that boards train together, beside one place (benchmarks/parts/together).
+
+Foretold: rounds beside what mode 'auto' says that they take (benchmarks/parts/foretold).
+
 Private: what a budget leaves of learning, with one factor or both (benchmarks/parts/private).
 
 Perplexity: SmolLM2 with frozen 4 bit weights on boards that each have a part of a real text (benchmarks/texts); that on
@@ -51,7 +55,19 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower, footprint, killed, peaks, policies, private, sections, series, served, together
+from benchmarks.parts import (
+    flower,
+    footprint,
+    foretold,
+    killed,
+    peaks,
+    policies,
+    private,
+    sections,
+    series,
+    served,
+    together,
+)
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import MODEL, await_links, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
@@ -85,6 +101,7 @@ PARTS = (
     "killed",
     "footprint",
     "together",
+    "foretold",
 )
 TEXT = Path(__file__).parent / "texts" / "python_reference.txt"
 KNOWN_AFTER = 4
@@ -300,6 +317,8 @@ def main() -> int:
         figures += footprint.measure()
     if "together" in given.parts:
         figures += together.measure()
+    if "foretold" in given.parts:
+        figures += foretold.measure()
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

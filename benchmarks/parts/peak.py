@@ -91,7 +91,7 @@ class Work(NamedTuple):
         if self.role == "ends":
             return ends_peak_bytes(config, weight_bytes, spec, tokens, self.lowrank)
         if self.role == "trunk":
-            return trunk_peak_bytes(config, weight_bytes, spec, tokens, ENDS, remember)
+            return trunk_peak_bytes(config, weight_bytes, spec, tokens, ENDS, remember, None, self.lowrank)
         if isinstance(config, BertConfig):
             return encoder_peak_bytes(config, weight_bytes, spec, tokens, remember)
         return peak_bytes(config, weight_bytes, spec, tokens, remember)

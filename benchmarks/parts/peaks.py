@@ -35,10 +35,10 @@ PEAKS: Final = (
     "int4 4 64 8 last:down keep trunk lowrank",
     "encoder 2 48 8 blocks keep hub",
     "encoder 16 64 8 blocks keep hub",
-    "encoder 32 128 8 blocks keep hub",
+    "encoder 16 128 8 blocks keep hub",
     "encoder 2 48 8 blocks keep shard",
     "encoder 16 64 8 blocks keep shard",
-    "encoder 32 128 8 blocks keep shard",
+    "encoder 16 128 8 blocks keep shard",
 )
 """benchmarks.parts.peak."""
 WAYS: Final = ("keep", "again")

@@ -22,6 +22,7 @@ import numpy as np
 from agent.workers.roundwork import device_seed
 from benchmarks.parts import sections
 from benchmarks.parts.jobs import events_of
+from benchmarks.parts.peaks import peak_of
 from benchmarks.parts.sites import MODEL, Site, packed_model, whole_site
 from benchmarks.report import Figure, at_most
 from coordinator.client import Client
@@ -80,6 +81,9 @@ CASES: Final = (
 )
 
 
+DEPTHS: Final = (("shard", 3), ("shard", 12), ("hub", 3), ("hub", 12))
+
+
 class Learnt(NamedTuple):
     """In one place."""
 
@@ -94,7 +98,18 @@ def measure() -> list[Figure]:
     for case in CASES:
         with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
             figures += _measured(case, Path(folder))
-    return figures
+    return [*figures, *_deep()]
+
+
+def _deep() -> list[Figure]:
+    """What processes take that have a part of one block for all depths."""
+    deep = {(part, depth): peak_of(f"encoder 16 128 8 blocks keep {part} {depth}") for part, depth in DEPTHS}
+    shard = deep["shard", 12].measured / deep["shard", 3].measured
+    hub = deep["hub", 12].measured / deep["hub", 3].measured
+    return [
+        at_most("memory of a shard at depth 12 / at depth 3", shard, "ratio", 1.05),
+        Figure("memory of a hub at depth 12 / at depth 3", hub, "ratio"),
+    ]
 
 
 def _measured(case: Case, folder: Path) -> list[Figure]:
