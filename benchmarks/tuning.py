@@ -10,8 +10,8 @@ and what crosses the loopback interface in a round beside twice the factors (to 
 Schedule: the same boards on links of their own, told how fast to send as if they shared one: what rounds take beside
 what was planned for them, and what an outbox at a pace takes beside bytes / pace.
 
-Memory: what a process that trains SmolLM2 takes at its peak beside what was foretold, for six ways of doing it; MiniLM,
-for three; and parts of both, for five.
+Memory: what a process that trains SmolLM2 or MiniLM takes at its peak beside what was foretold, whole and in parts
+(benchmarks/parts/peaks).
 
 Served: what adapters in a deployment cost a decode step (benchmarks/parts/served).
 
@@ -23,10 +23,14 @@ Series: which exercise somebody makes, by the watch at their wrist: a board per 
 
 Policies: what each way of choosing who takes part comes to in the same time (benchmarks/parts/policies).
 
-Killed: jobs in which somebody is killed at a random moment, in modes federated and split (benchmarks/parts/killed).
+Killed: jobs in which somebody is killed at a random moment, in all modes (benchmarks/parts/killed).
 
 Footprint: what an agent that can train takes while it does nothing, and what its worker takes beyond torch and a model
 (benchmarks/parts/footprint).
+
+Together: models that boards train together, beside one place (benchmarks/parts/together).
+
+Foretold: rounds beside what mode 'auto' says that they take (benchmarks/parts/foretold).
 
 Private: what a budget leaves of learning, with one factor or both (benchmarks/parts/private).
 
@@ -40,7 +44,6 @@ import argparse
 import itertools
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,7 +55,19 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.parts import flower, footprint, killed, policies, private, sections, series, served, together
+from benchmarks.parts import (
+    flower,
+    footprint,
+    foretold,
+    killed,
+    peaks,
+    policies,
+    private,
+    sections,
+    series,
+    served,
+    together,
+)
 from benchmarks.parts.jobs import events_of
 from benchmarks.parts.sites import MODEL, await_links, whole_site
 from benchmarks.report import Figure, at_least, at_most, emit, machine
@@ -86,28 +101,8 @@ PARTS = (
     "killed",
     "footprint",
     "together",
+    "foretold",
 )
-PEAKS = (
-    "int4 1 64 8 q,v keep",
-    "int4 4 128 8 q,v keep",
-    "int4 1 32 64 q,v,o,down keep",
-    "int4 4 128 8 q,k,v,o,gate,up,down again",
-    "int8 2 64 8 q,v again",
-    "f32 2 64 8 q,v again",
-    "encoder 16 32 8 q,v keep",
-    "encoder 32 128 8 q,k,v,o,up,down keep",
-    "encoder 32 128 8 q,v again",
-    "encoder 16 64 8 blocks keep",
-    "int4 4 64 8 q,v keep ends",
-    "int4 2 64 8 q,v keep trunk",
-    "int4 4 64 8 q,v again trunk",
-    "encoder 16 128 8 q,v keep ends",
-    "encoder 16 64 8 q,v keep trunk",
-    "encoder 16 64 8 blocks keep trunk",
-)
-"""benchmarks.parts.peak."""
-WAYS = ("keep", "again")
-"""What ends those of whole models."""
 TEXT = Path(__file__).parent / "texts" / "python_reference.txt"
 KNOWN_AFTER = 4
 """Rounds in which boards are timed."""
@@ -250,21 +245,6 @@ def paced(rate: float = 500e3, total: int = 2_000_000) -> Figure:
     return at_most("an outbox off its pace", 100 * abs(took_s * rate / total - 1), "%", 10)
 
 
-def peaks() -> list[Figure]:
-    figures = []
-    for words in PEAKS:
-        command = [sys.executable, "-m", "benchmarks.parts.peak", *words.split()]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        print(f"... {words}: {found}", file=sys.stderr)
-        figures.append(Figure(f"{words}: peak", found["measured"] / 1e6, "MB"))
-        off = 100 * abs(found["foretold"] / found["measured"] - 1)
-        figures.append(at_most(f"{words}: foretold is off by", off, "%", 15))
-    whole = [figure.value for words, figure in zip(PEAKS, figures[::2], strict=True) if words.split()[-1] in WAYS]
-    figures.append(at_most("smallest of whole models", min(whole), "MB", 700))
-    return figures
-
-
 def learnt(precision: str, rounds: int) -> list[Figure]:
     """What SmolLM2 learns of a text that lies on two boards."""
     paragraphs = [part for part in TEXT.read_text(encoding="utf-8").split("\n\n") if len(part) > LEAST_LETTERS]
@@ -319,7 +299,7 @@ def main() -> int:
     if "schedule" in given.parts:
         figures += [paced(), *planned(given.boards[0] if len(given.boards) == 1 else 4, given.link, given.rounds)]
     if "memory" in given.parts:
-        figures += peaks()
+        figures += peaks.measure()
     if "served" in given.parts:
         figures += served.measure(given.precision)
     if "sections" in given.parts:
@@ -337,6 +317,8 @@ def main() -> int:
         figures += footprint.measure()
     if "together" in given.parts:
         figures += together.measure()
+    if "foretold" in given.parts:
+        figures += foretold.measure()
     if "perplexity" in given.parts:
         figures += learnt(given.precision, given.rounds)
     conditions = {**machine(), "rank": RANK, "rounds": given.rounds, "link": given.link, "parts": given.parts}

@@ -22,14 +22,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import psutil
 
 from benchmarks.report import Figure, at_least, at_most
 from coordinator.rounds.job import Adapter, Job, Rounds
+from models.lora.adapter import HEAD_FILE
+from models.lora.serving import TENSORS
 from testbed import commands
 from testbed.boards import BoardSpec, with_data
 from testbed.site import CoordinatorProcess, until
 from tests.e2e.site import Site, prefer_own_ports, write_tiny_model
+from tests.models.tiny_bert import write_bert
 from wire.errors import EdgelamError, UsageError
 
 BOARDS: Final = ("board1", "board2")
@@ -38,7 +42,9 @@ PATIENCE_S: Final = 180.0
 """For one job, whatever happens in it."""
 
 
-MODES = ("federated", "split", "pipeline")
+MODES = ("federated", "split", "pipeline", "looped")
+LABELS: Final = ("odd", "even")
+"""Where there is no text to learn but that of a sentence encoder."""
 
 
 class Found(NamedTuple):
@@ -54,7 +60,7 @@ def measure(trials: int, mode: str) -> list[Figure]:
     killed: Counter[str] = Counter()
     same = 0
     took_s: list[float] = []
-    with running() as (site, model):
+    with running(mode) as (site, model):
         calm_s, calm = undisturbed(site, model, mode)
         for number in itertools.count():
             if killed.total() == trials:
@@ -80,14 +86,15 @@ def measure(trials: int, mode: str) -> list[Figure]:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[tuple[Site, str]]:
-    """A coordinator and two boards with notes."""
+def running(mode: str = "federated") -> Iterator[tuple[Site, str]]:
+    """A coordinator and two boards with notes, and a model for jobs of a mode."""
     with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as name:
         folder = Path(name)
         notes = folder / "notes"
         notes.mkdir()
         for number, board in enumerate(BOARDS):
-            lines = [json.dumps({"text": f"board {number} says hello world {line} times"}) for line in range(12)]
+            said = [f"board {number} says hello world {line} times" for line in range(12)]
+            lines = [json.dumps({"text": text, "label": LABELS[line % 2]}) for line, text in enumerate(said)]
             (notes / f"{board}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         prefer_own_ports(folder)
         coordinator = CoordinatorProcess(folder, folder.name.replace("_", "-").lower())
@@ -97,15 +104,18 @@ def running() -> Iterator[tuple[Site, str]]:
             options = commands.UpOptions(site=coordinator.site, boards=specs, state_dir=folder / "testbed")
             with commands.up(options) as site.testbed:
                 site.await_states(dict.fromkeys(BOARDS, "online"))
-                yield site, str(write_tiny_model(folder))
+                yield site, str(write_bert(folder / "bert") if mode == "looped" else write_tiny_model(folder))
         finally:
             coordinator.stop()
 
 
 def job_of(model: str, name: str, mode: str) -> Job:
     rounds = Rounds(count=4, steps=3, row_tokens=24, batch_rows=2, learning_rate=0.02, held_out=0.2)
-    adapter = Adapter(rank=2, matrices=("q", "v", "down"))
-    return Job(name=name, model=model, data="notes", mode=mode, precision="f32", seed=5, adapter=adapter, rounds=rounds)  # type: ignore[arg-type]
+    job = Job(name=name, model=model, data="notes", mode=mode, precision="f32", seed=5, rounds=rounds)  # type: ignore[arg-type]
+    if mode == "looped":
+        slower = msgspec.structs.replace(rounds, learning_rate=0.002)
+        return msgspec.structs.replace(job, labels=LABELS, train="blocks", rounds=slower)
+    return msgspec.structs.replace(job, adapter=Adapter(rank=2, matrices=("q", "v", "down")))
 
 
 def undisturbed(site: Site, model: str, mode: str) -> tuple[float, bytes]:
@@ -205,5 +215,7 @@ def kill_of(pid: int, words: str) -> bool:
 
 
 def adapter_of(site: Site, name: str) -> bytes:
+    """With the task module, if there is one."""
+    files = (TENSORS, HEAD_FILE) if "looped" in name else (TENSORS,)
     with site.client() as there:
-        return there.file(f"/v1/jobs/{name}/adapter_model.safetensors")
+        return b"".join(there.file(f"/v1/jobs/{name}/{file}") for file in files)

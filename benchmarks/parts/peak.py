@@ -1,8 +1,10 @@
 """One process that trains SmolLM2 or MiniLM for some steps and says what it took at its peak, beside what was foretold.
 
-python -m benchmarks.parts.peak PRECISION|encoder ROWS TOKENS RANK MATRIX,... keep|again [ends|trunk]
+python -m benchmarks.parts.peak PRECISION|encoder ROWS TOKENS RANK MATRIX,... keep|again [PART [lowrank|DEPTH]]
 
-The last word: the part of a split model that a board with data has, or the trunk of ENDS such boards.
+MATRIX,...: also `last:MATRIX,...`, of the last block alone, or `blocks`. PART: of a split model `ends`, which a board
+with data has, or `trunk`, for ENDS of those; of one block at every depth `hub`, or `shard`, one of SHARDS. The last
+word: that gradients go by a low-rank matrix, or how deep the model is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
@@ -26,19 +29,35 @@ from models.engine.base import StageSpec
 from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.families.bert import BertConfig
+from models.families.features import FeatureConfig
 from models.formats.bert import BertFile, read_bert_config
 from models.lora.adapter import HEAD, PARTS, AdapterSpec, Config, Floats, flat, initial, length_of, shapes
+from models.lora.looped import shapes_of_hub, shapes_of_shard
 from models.training.encoder import TrainedEncoder
 from models.training.llama import TrainedStage
-from models.training.memory import encoder_peak_bytes, ends_peak_bytes, peak_bytes, trunk_peak_bytes
+from models.training.looped import Hub, Shard
+from models.training.looping import HubRound, ShardRound
+from models.training.lowrank import LowRankCut, ends_kind, trunk_kind
+from models.training.memory import (
+    encoder_peak_bytes,
+    ends_peak_bytes,
+    hub_peak_bytes,
+    peak_bytes,
+    shard_peak_bytes,
+    trunk_peak_bytes,
+)
 from models.training.rounds import Round
 from models.training.samples import Row, Split
-from models.training.split import EndsRound, Question
-from models.training.trunk import TrunkRound
+from models.training.split import Question
+from models.training.trunk import Place
 from wire.messages import ArtifactRef, InboxAddress, Role, RoundMeta, TrainingTask
+from wire.shares import PartOfBlock, Share
 
 STEPS = 3
 ENDS = 4
+BOARDS = tuple(f"board{number}" for number in range(ENDS))
+SHARDS = 2
+LAST = "last:"
 WHOLE = "blocks"
 """Instead of matrices: all weights of the blocks are trained."""
 LABELS = tuple(f"label {number}" for number in range(30))
@@ -50,22 +69,38 @@ class Loaded(NamedTuple):
     foretold: int
 
 
-def foretold_of(
-    role: Role, config: Config, weight_bytes: int, spec: AdapterSpec, rows: int, tokens: int, remember: bool
-) -> int:
-    if role == "ends":
-        return ends_peak_bytes(config, weight_bytes, spec, rows * tokens)
-    if role == "trunk":
-        return trunk_peak_bytes(config, weight_bytes, spec, rows * tokens, ENDS, remember)
-    if isinstance(config, BertConfig):
-        return encoder_peak_bytes(config, weight_bytes, spec, rows * tokens, remember)
-    return peak_bytes(config, weight_bytes, spec, rows * tokens, remember)
+class Work(NamedTuple):
+    """What a process does."""
+
+    spec: AdapterSpec
+    task: TrainingTask
+    asked: RoundMeta
+    role: Role
+
+    @property
+    def tokens(self) -> int:
+        return self.task.batch_rows * self.task.row_tokens
+
+    @property
+    def lowrank(self) -> bool:
+        return self.task.uplink_grad == "lowrank"
+
+    def foretold(self, config: Config, weight_bytes: int) -> int:
+        spec, tokens, remember = self.spec, self.tokens, self.task.remember
+        assert not isinstance(config, FeatureConfig)
+        if self.role == "ends":
+            return ends_peak_bytes(config, weight_bytes, spec, tokens, self.lowrank)
+        if self.role == "trunk":
+            return trunk_peak_bytes(config, weight_bytes, spec, tokens, ENDS, remember, None, self.lowrank)
+        if isinstance(config, BertConfig):
+            return encoder_peak_bytes(config, weight_bytes, spec, tokens, remember)
+        return peak_bytes(config, weight_bytes, spec, tokens, remember)
 
 
-def language_model(precision: str, spec: AdapterSpec, rows: int, tokens: int, remember: bool, role: Role) -> Loaded:
+def language_model(precision: str, work: Work) -> Loaded:
     packed = packed_model(precision)
-    graph, config = packed.graph, packed.config
-    part = part_of(packed, role)
+    graph, config, tokens = packed.graph, packed.config, work.task.row_tokens
+    part = part_of(packed, work.role)
     stage_spec = StageSpec(
         embedding=part.ends, head=part.ends, first_block=0, end_block=part.end_block, hidden=graph.hidden,
         vocabulary=graph.vocabulary, wire_dtype=graph.wire_dtype, context_tokens=tokens, slots=1, threads=1,
@@ -75,41 +110,61 @@ def language_model(precision: str, spec: AdapterSpec, rows: int, tokens: int, re
         path.write_bytes(part.graph)
         _, manifest = load_graph(path, stage_spec)
     weights = map_weights(manifest.weights, list(part.files.values()))
-    stage = TrainedStage(manifest, weights.tensors, spec, {} if role == "ends" else initial(config, spec), tokens)
-    return Loaded(stage, config, foretold_of(role, config, part.weight_bytes, spec, rows, tokens, remember))
+    factors = {} if work.role == "ends" else initial(config, work.spec)
+    stage = TrainedStage(manifest, weights.tensors, work.spec, factors, tokens)
+    return Loaded(stage, config, work.foretold(config, part.weight_bytes))
 
 
-def encoder(spec: AdapterSpec, rows: int, tokens: int, remember: bool, role: Role) -> Loaded:
+def encoder(work: Work) -> Loaded:
+    config, path = encoder_file()
+    factors = initial(config, work.spec)
+    held = {HEAD: factors[HEAD]} if work.role == "ends" else factors
+    stage = TrainedEncoder(BertFile.open(config, path), work.spec, held)
+    return Loaded(stage, config, work.foretold(config, path.stat().st_size))
+
+
+def encoder_file() -> tuple[BertConfig, Path]:
     source = resolve("minilm", cache_dir())
     folder = source if source.is_dir() else source.parent
-    config, path = read_bert_config(folder), folder / "model.safetensors"
-    factors = initial(config, spec)
-    stage = TrainedEncoder(BertFile.open(config, path), spec, {HEAD: factors[HEAD]} if role == "ends" else factors)
-    return Loaded(stage, config, foretold_of(role, config, path.stat().st_size, spec, rows, tokens, remember))
+    return read_bert_config(folder), folder / "model.safetensors"
 
 
-def run_ends(stage: Any, shaped: Any, rows: Split, task: TrainingTask, asked: RoundMeta) -> None:
+def run_whole(loaded: Loaded, rows: Split, work: Work) -> None:
+    shaped = shapes(loaded.config, work.spec)
+    start = flat(initial(loaded.config, work.spec), shaped)
+    made = Round(loaded.stage, shaped, rows, work.task, 1, work.asked, start)
+    while made.step():
+        pass
+    made.vector()
+
+
+def run_ends(loaded: Loaded, rows: Split, work: Work) -> None:
     """With features as the trunk might give."""
-    made, rng = EndsRound(stage, shaped, rows, task, 1, asked), np.random.default_rng(1)
-    head = length_of(shaped, ("c",))
+    shaped, rng = shapes(loaded.config, work.spec), np.random.default_rng(1)
+    made = ends_kind(work.task)(loaded.stage, shaped, rows, work.task, 1, work.asked)
     while (question := made.question()) is not None:
-        count, _, hidden = question.states.shape
-        size = count * hidden if task.labels else question.states.size
-        made.answered(rng.standard_normal(size + head).astype(np.float32))
+        count, tokens, hidden = question.states.shape
+        behind = length_of(shaped, ("c",))
+        if work.lowrank:
+            behind = LowRankCut(shaped, work.task, work.asked.parts).length_behind(count * tokens, question.step)
+        size = count * hidden if work.task.labels else question.states.size
+        made.answered(rng.standard_normal(size + behind).astype(np.float32))
 
 
-def run_trunk(stage: Any, shaped: Any, task: TrainingTask, asked: RoundMeta, start: Floats, hidden: int) -> None:
+def run_trunk(loaded: Loaded, work: Work) -> None:
     """With states as boards might send."""
-    names, rng = [f"board{number}" for number in range(ENDS)], np.random.default_rng(1)
-    made = TrunkRound(stage, shaped, task, asked, start, names)
-    lengths = np.full(task.batch_rows, task.row_tokens, np.int64)
+    task, shaped, rng = work.task, shapes(loaded.config, work.spec), np.random.default_rng(1)
+    start = flat(initial(loaded.config, work.spec), shaped)
+    made = trunk_kind(task, Place())(loaded.stage, shaped, task, work.asked, start, BOARDS)
     while not made.over:
         step, sent = made.step, {}
-        for name in names:
-            states = rng.standard_normal((task.batch_rows, task.row_tokens, hidden)).astype(np.float32)
-            features = made.forwards(name, Question(step, False, states, lengths), 1)
+        for name in BOARDS:
+            features = made.forwards(name, Question(step, False, *states_of(rng, task, loaded.config.hidden)), 1)
             assert features is not None
-            sent[name] = np.zeros_like(features)
+            due = len(features)
+            if work.lowrank:
+                due = LowRankCut(shaped, task, work.asked.parts).length_back(work.tokens)
+            sent[name] = np.zeros(due, np.float32)
         for name, gradients in sent.items():
             made.take(name, step, gradients)
         while made.addable:
@@ -118,38 +173,97 @@ def run_trunk(stage: Any, shaped: Any, task: TrainingTask, asked: RoundMeta, sta
     made.vector()
 
 
-def main(precision: str, rows: str, tokens: str, rank: str, matrices: str, keep: str, part: Role = "whole") -> None:
-    torch.set_num_threads(1)
-    assert worker.Trainee is not None  # a worker's imports are among what it takes
-    labels, remember, count, length = LABELS if precision == "encoder" else (), keep == "keep", int(rows), int(tokens)
-    named: Any = ("q", "v") if matrices == WHOLE else tuple(matrices.split(","))
+def states_of(rng: np.random.Generator, task: TrainingTask, hidden: int) -> tuple[Floats, Any]:
+    """Of a batch, and how long its texts are."""
+    states = rng.standard_normal((task.batch_rows, task.row_tokens, hidden), np.float32)
+    return states, np.full(task.batch_rows, task.row_tokens, np.int64)
+
+
+def run_hub(config: BertConfig, work: Work) -> int:
+    """With states as boards might send, and answers as shards might; gives what is foretold."""
+    task, shaped, rng = work.task, shapes_of_hub(shapes(config, work.spec)), np.random.default_rng(1)
+    begun = {name: np.zeros(shape, np.float32) for name, shape in shaped.items()}
+    made = HubRound(Hub(config, begun), shaped, task, work.asked, flat(begun, shaped), BOARDS, config.blocks)
+
+    def through() -> Floats | None:
+        found = None
+        while made.busy:
+            asked = np.ascontiguousarray(made.wanted.values, np.float32)
+            shape = asked.shape[-3:]
+            found = made.answered([rng.standard_normal(shape, np.float32) for _ in range(SHARDS)])
+        return found
+
+    while not made.over:
+        step = made.step
+        for name in BOARDS:
+            made.begin(name, Question(step, False, *states_of(rng, task, config.hidden)), 1)
+            features = through()
+            assert features is not None
+            made.take(name, step, np.zeros_like(features))
+        while made.addable:
+            made.begin_back()
+            through()
+        made.make_step(made.square([0.0] * SHARDS))
+    made.vector()
+    return hub_peak_bytes(config, work.spec, work.tokens, ENDS, SHARDS)
+
+
+def run_shard(config: BertConfig, work: Work) -> int:
+    """With turns as a hub might ask; gives what is foretold."""
+    heads, columns = config.num_attention_heads // SHARDS, config.intermediate_size // SHARDS
+    share = Share(first_head=0, end_head=heads, first_column=0, end_column=columns)
+    task, shaped, rng = work.task, shapes_of_shard(config, share), np.random.default_rng(1)
+    begun = {name: np.zeros(shape, np.float32) for name, shape in shaped.items()}
+    made = ShardRound(Shard(config, share, begun), shaped, task, work.asked, flat(begun, shaped))
+    turns: tuple[PartOfBlock, ...] = ("attention", "feed-forward")
+    while not made.over:
+        for back in (False, True):
+            for part in turns * (config.blocks * ENDS):
+                values, lengths = states_of(rng, task, config.hidden)
+                made.answer(part, back, np.stack([values, values]) if back else values, lengths)
+        made.make_step(made.square())
+    made.vector()
+    return shard_peak_bytes(config, heads, columns, work.tokens, task.row_tokens)
+
+
+def work_of(rows: str, tokens: str, rank: str, matrices: str, keep: str, part: Role, more: str, labels: Any) -> Work:
+    last, blocks = matrices.startswith(LAST), matrices == WHOLE
+    named: Any = ("q", "v") if blocks else tuple(matrices.removeprefix(LAST).split(","))
     spec = AdapterSpec(
-        rank=int(rank), alpha=2.0 * int(rank), matrices=named, labels=len(labels), blocks=matrices == WHOLE
-    )
-    if labels:
-        stage, config, foretold = encoder(spec, count, length, remember, part)
-    else:
-        stage, config, foretold = language_model(precision, spec, count, length, remember, part)
-    rng = np.random.default_rng(0)
-    label = 1 if labels else None
-    made = tuple(Row(rng.integers(0, config.vocabulary, length), 1, label) for _ in range(count))
+        rank=int(rank), alpha=2.0 * int(rank), matrices=named, labels=len(labels), blocks=blocks, last_only=last,
+        looped=part in ("hub", "shard"),
+    )  # fmt: skip
     task = TrainingTask(
         data="d", tokenizer=ArtifactRef(digest=f"sha256:{0:064x}", size_bytes=0), rank=spec.rank, alpha=spec.alpha,
-        matrices=spec.matrices, row_tokens=length, batch_rows=count, steps=STEPS, learning_rate=1e-4,
-        most_norm=1.0, held_out=0.0, seed=1, remember=remember, labels=labels,
+        matrices=spec.matrices, row_tokens=int(tokens), batch_rows=int(rows), steps=STEPS, learning_rate=1e-4,
+        most_norm=1.0, held_out=0.0, seed=1, remember=keep == "keep", labels=labels, last_only=last,
+        uplink_grad="lowrank" if more == "lowrank" else "cut",
     )  # fmt: skip
     asked = RoundMeta(reply=InboxAddress(topic="t"), round=0, parts=PARTS if labels else ("a", "b"))
-    shaped = shapes(config, spec)
-    start = flat(initial(config, spec), shaped)
-    if part == "ends":
-        run_ends(stage, shaped, Split(made, ()), task, asked)
-    elif part == "trunk":
-        run_trunk(stage, shaped, task, asked, start, config.hidden)
+    return Work(spec, task, asked, part)
+
+
+def main(
+    precision: str, rows: str, tokens: str, rank: str, matrices: str, keep: str, part: Role = "whole", more: str = ""
+) -> None:
+    torch.set_num_threads(1)
+    assert worker.Trainee is not None  # a worker's imports are among what it takes
+    labels = LABELS if precision == "encoder" else ()
+    work = work_of(rows, tokens, rank, matrices, keep, part, more, labels)
+    if part in ("hub", "shard"):
+        config, _ = encoder_file()
+        config = msgspec.structs.replace(config, num_hidden_layers=int(more)) if more else config
+        foretold = (run_hub if part == "hub" else run_shard)(config, work)
     else:
-        round_ = Round(stage, shaped, Split(made, ()), task, 1, asked, start)
-        while round_.step():
-            pass
-        round_.vector()
+        loaded = encoder(work) if labels else language_model(precision, work)
+        foretold = loaded.foretold
+        rng = np.random.default_rng(0)
+        ids = [rng.integers(0, loaded.config.vocabulary, work.task.row_tokens) for _ in range(work.task.batch_rows)]
+        held = Split(tuple(Row(of_row, 1, 1 if labels else None) for of_row in ids), ())
+        if part == "trunk":
+            run_trunk(loaded, work)
+        else:
+            (run_ends if part == "ends" else run_whole)(loaded, held, work)
     measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"foretold": foretold, "measured": measured}))
 

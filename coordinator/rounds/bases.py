@@ -93,7 +93,8 @@ class Base(Struct, frozen=True, kw_only=True):
         """The same of one that has all blocks, or so many, for so many of those."""
         tokens, weights = job.step_rows * job.rounds.row_tokens, self.parts["trunk"].weight_bytes
         assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
-        return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks)
+        lowrank = job.uplink_grad == "lowrank"
+        return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks, lowrank)
 
     def hub_bytes(self, job: Job, ends: int, shards: int) -> int:
         """The same of the hub of one block that stands at every depth."""

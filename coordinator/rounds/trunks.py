@@ -132,9 +132,10 @@ def keeps_all(coordinator: Coordinator, job: Job, base: Base, at: Cut | TrunkAt,
     return needs_bytes + beside <= AMPLE * memory
 
 
-def operations_of(base: Base, job: Job) -> float:
+def operations_of(base: Base, job: Job, again: bool = False) -> float:
     """Of all blocks, for the batch of one board: a multiplication and an addition are two. Where weights are frozen
-    there are as many backwards as forwards, in blocks that gradients go through."""
+    there are as many backwards as forwards, in blocks that gradients go through, else twice as many. `again`: what
+    gradients need is computed once more there."""
     weights = 0
     for matrix in MATRICES:
         try:
@@ -142,7 +143,8 @@ def operations_of(base: Base, job: Job) -> float:
         except KeyError:
             continue  # an encoder has no gate
         weights += out * columns
-    passes = base.config.blocks + (1 if job.adapter.blocks == "last" else base.config.blocks)
+    through = 1 if job.adapter.blocks == "last" else base.config.blocks
+    passes = base.config.blocks + through * (1 + (job.train == "blocks") + again)
     return 2.0 * passes * weights * job.rounds.batch_rows * job.rounds.row_tokens
 
 

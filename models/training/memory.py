@@ -2,7 +2,8 @@
 
 Fitted to processes that trained SmolLM2 with 4, 8 and 32 bit weights, one to a thousand tokens at a time, two to seven
 matrices per block and ranks of 8 and 64, and MiniLM with 512 and 4,096 tokens (`python -m benchmarks.tuning --parts
-memory` measures nine of them again); for parts of split models to five processes more.
+memory` measures some of them again); for parts of split models, for the last block alone and for one block at every
+depth to some processes more.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ TRUNK_WORKING: Final = 6
 """As wide as the model, that is left of each block while its pieces come and go; with what its factors make."""
 HEAD_COPIES: Final = 4
 """Of a task module, or a factor: as it is, as it comes, its gradient, and as that goes out."""
+HUB_SUMS: Final = 4
+"""Of states, that a hub keeps of each depth: two sums, and as much again that lies free between them."""
 HUB_COPIES: Final = 8
 """Of states: what is summed and normed, and gradients of these, as they go out."""
 HUB_ROWS: Final = 6
@@ -75,7 +78,8 @@ def peak_bytes(config: LlamaConfig, packed_bytes: int, spec: AdapterSpec, tokens
     adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
     block = FLOAT * (4 * config.hidden + 3 * config.ffn + adapted)
     kept = _differentiated(config, spec) * (block if remember else FLOAT * config.hidden)
-    logits = LOGITS_COPIES * FLOAT * config.vocabulary
+    copies = ENDS_LOGITS_COPIES if spec.last_only else LOGITS_COPIES  # what blocks keep does not lie between them
+    logits = copies * FLOAT * config.vocabulary
     adapter = FLOAT * length_of(shapes(config, spec))
     by_token = tokens * (kept + (WORKING_COPIES - int(remember)) * block + logits)
     return TORCH_BYTES + packed_bytes + round(ADAPTER_COPIES * adapter) + by_token
@@ -110,10 +114,12 @@ def trunk_peak_bytes(
     ends: int,
     remember: bool,
     blocks: int | None = None,
+    lowrank: bool = False,
 ) -> int:
     """Of the device that has all blocks, or so many of them, for so many others with so many tokens each.
     `weight_bytes` are of all blocks. `remember`: blocks keep what the gradients of all of them need, instead of
-    computing it again for one after the other."""
+    computing it again for one after the other. `lowrank`: gradients go by what the last matrix's factors make, of which
+    its inputs are all that is kept."""
     if blocks is not None and blocks < config.blocks:
         weight_bytes -= (config.blocks - blocks) * _block_weight_bytes(config, weight_bytes)
         config = _shortened(config, blocks)
@@ -126,8 +132,10 @@ def trunk_peak_bytes(
     adapted = sum(sum(sizes(config, matrix)) for matrix in spec.matrices)
     kept = FLOAT * (4 * config.hidden + 3 * config.ffn + adapted) if remember else FLOAT * config.hidden
     working = FLOAT * (TRUNK_WORKING * config.hidden + adapted)
+    if lowrank:
+        kept, working = FLOAT * (config.ffn if remember else config.hidden), 0
     adapter = FLOAT * length_of(shapes(config, spec))
-    by_token = (_differentiated(config, spec) * kept + config.blocks * working) * tokens * (ends if remember else 1)
+    by_token = _differentiated(config, spec) * (kept + working) * tokens * (ends if remember else 1)
     return TORCH_BYTES + weight_bytes + round(ADAPTER_COPIES * adapter) + by_token + waiting
 
 
@@ -150,10 +158,10 @@ def _differentiated(config: LlamaConfig | BertConfig, spec: AdapterSpec) -> int:
 def hub_peak_bytes(config: BertConfig, spec: AdapterSpec, tokens: int, ends: int, shards: int) -> int:
     """Of the hub of one block that stands at every depth: of each batch it keeps two sums of each depth."""
     states = FLOAT * config.hidden * tokens
-    kept = (2 * config.blocks + TRUNK_COPIES) * states * ends
+    kept = (HUB_SUMS * config.blocks + TRUNK_COPIES) * states * ends
     turn = (HUB_COPIES + 2 * shards) * states
     module = round(ADAPTER_COPIES * FLOAT * (spec.labels + HUB_ROWS) * (config.hidden + 1))
-    return ENCODER_ENDS_BYTES + module + kept + turn
+    return ENCODER_BYTES + module + kept + turn
 
 
 def shard_peak_bytes(config: BertConfig, heads: int, columns: int, tokens: int, row_tokens: int) -> int:
