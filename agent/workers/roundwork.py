@@ -14,13 +14,16 @@ import sys
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from agent.workers.answering import Answering, factors_of
 from agent.workers.ledger import Spent, release_of
 from models.engine.base import EngineFailed
+from models.lora.adapter import HEAD, Floats, drawn, flat, named
+from models.lora.held import held_in
 from models.privacy.plan import measure_of
 from models.training.private import Guard
-from models.training.rounds import Diverged, Round
+from models.training.rounds import Diverged, Round, finite, trained_in
 from wire.errors import CorruptData
 from wire.frames import Parcel, Tensor
 from wire.messages import (
@@ -102,7 +105,7 @@ class RoundWork(Answering):
         if self._answered_before(parcel.request, meta):
             return
         try:
-            made, told = self._made(meta, factors_of(parcel.tensor))
+            made, told = self._made(meta, self._begun(meta, parcel.tensor))
         except ValueError as error:
             self._refuse(str(error))
             self._tell(meta.reply.topic, parcel.request, "protocol", str(error))
@@ -115,6 +118,24 @@ class RoundWork(Answering):
         self._busy_s = 0.0
         self._under_way = _UnderWay(parcel.request, meta, made, told)
 
+    def _begun(self, meta: RoundMeta, tensor: Tensor | None) -> Floats:
+        """All factors that a round begins with, by those that came. Raises ValueError for another length, CorruptData
+        where this device's own are lost, OSError."""
+        model, begins = self._model, self._task.begins
+        if begins == "fresh":
+            # Before anything was learnt there is nothing to send.
+            held = held_in(factors_of(tensor) if tensor is not None else np.zeros(0, np.float32), model.shaped)
+            head = {name: held.pop(name) for name in (HEAD,) if name in held}
+            model.stage.hold(held)
+            return flat({**drawn(model.shaped, self._task.seed, meta.round), **head}, model.shaped)
+        came = factors_of(tensor)
+        if begins == "own-b":
+            assert model.own is not None
+            factors = {**named(came, model.shaped, meta.parts), **model.own.after(meta.own)}
+            model.own.show(factors)
+            return flat(factors, model.shaped)
+        return came
+
     def _made(self, meta: RoundMeta, start: Any) -> tuple[Round, Told | None]:
         task, model = self._task, self._model
         seed = device_seed(task.seed, self._device)
@@ -126,11 +147,13 @@ class RoundWork(Answering):
     def _paid(self, task: TrainingTask, privacy: Privacy, meta: RoundMeta, start: Any, seed: int) -> tuple[Guard, Told]:
         """Noise for a round, entered in the ledger before there is anything to tell."""
         model, order = self._model, self.order
-        measure = measure_of(task, len(model.rows.trained), len(meta.parts), seed, meta.round)
+        # What never leaves is noised as if it did where later steps that are told begin with it.
+        parts = trained_in(task, meta.parts) if privacy.unit == "sample" else meta.parts
+        measure = measure_of(task, len(model.rows.trained), len(parts), seed, meta.round)
         job = f"{order.deployment}/{order.epoch}"
         words = hashlib.sha256(start.tobytes() + msgspec.json.encode(task)).hexdigest()
         made_of = (self._device, measure.noise, measure.deviation, model.fingerprint, words)
-        release = release_of(job, meta.round, *meta.parts, *made_of)
+        release = release_of(job, meta.round, *parts, *made_of)
         stream, spent = model.ledger.spend(job, release, measure.cost, measure.releases, privacy.epsilon, privacy.delta)
         return Guard(privacy, measure, stream), Told(measure.noise, spent)
 
@@ -138,7 +161,10 @@ class RoundWork(Answering):
         meta, made, told = under_way.meta, under_way.round, under_way.told
         try:
             vector = made.vector() if meta.train else None
-        except Diverged as error:
+            if meta.train and self._model.own is not None:
+                finite(flat(made.factors, self._model.shaped, ("b",)))
+                self._model.own.keep(meta.round, meta.own, made.factors)
+        except (Diverged, OSError) as error:
             self._fail(under_way, error)
             return
         update = UpdateMeta(

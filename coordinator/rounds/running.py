@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import files_of, parts_of, spec_of
+from coordinator.rounds.adapters import down_length, files_of, parts_of, spec_of
 from coordinator.rounds.airtime import Offer
 from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.cutting import Cut
@@ -112,8 +112,8 @@ class Running:
             if job.is_split:
                 await self._await_trunk(base)
             self._place(base, task)
-            await self._choose(base, number, last)
             start = self._store.factors(self.record)
+            await self._choose(base, number, last, len(start))
             joint = LoopedExchange if job.mode == "looped" else JointExchange
             kind = joint if job.is_split else SecureExchange if job.secure and not last else Exchange
             round_ = self._round = kind(
@@ -157,7 +157,8 @@ class Running:
         factors = await asyncio.to_thread(round_.aggregated) if round_.train else round_.start
         done = round_.record(wall_s)
         # What came out is judged in a last round, unless boards may not tell losses.
-        judged = job.privacy is None or job.privacy.losses
+        # Where they have factors of their own it tells them what those go with.
+        judged = job.privacy is None or job.privacy.losses or job.begins == "own-b"
         ahead = round_.train and (judged or number + 1 < job.rounds.count)
         state: State = "running" if ahead else "done"
         # First the adapter: who is killed before the journal knows does the round again, and comes to the same.
@@ -165,7 +166,7 @@ class Running:
         files = await asyncio.to_thread(files_of, base.config, self.record, factors, rounds)
         await asyncio.to_thread(self._store.write_adapter, job.name, files)
         digest = await asyncio.to_thread(self._store.write_next, self.record, factors)
-        record = self._learnt(base, done, took_s) if done.trained else self.record
+        record = self._learnt(base, done, took_s, len(round_.start)) if done.trained else self.record
         self.record = self._store.finish_round(record, done, digest, state)
         self.tell(round_event(done))
 
@@ -236,21 +237,21 @@ class Running:
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
             await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
 
-    async def _choose(self, base: Base, number: int, last: bool) -> None:
+    async def _choose(self, base: Base, number: int, last: bool, factors: int) -> None:
         """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
-        it."""
+        it. It begins with so many numbers."""
         if not self.record.chosen:
             able = self._able()
             if self.job.is_split:
                 able = able[: most_ends(base, self.job)]
             if self.job.secure:
                 able = able[:MAX_SUMMED]
-            offers = [] if last else self._offers(base, able, number)
+            offers = [] if last else self._offers(base, able, number, factors)
             fields = await asyncio.to_thread(settled, self.record, able, offers, last)
             self.record = msgspec.structs.replace(self.record, **fields)
             self._store.save(self.record)
 
-    def _offers(self, base: Base, able: Sequence[str], number: int) -> list[Offer]:
+    def _offers(self, base: Base, able: Sequence[str], number: int, factors: int) -> list[Offer]:
         """What each board would bring to a round, and take."""
         job = self.job
         parts = parts_of(job, number)
@@ -258,8 +259,8 @@ class Running:
         sharers = len(able) if job.rounds.medium == "shared" else 1
         found = []
         for device in able:
-            shaped = shapes(base.config, spec_of(job, device))
-            down_bytes, up_bytes = 4 * length_of(shaped), 4 * length_of(shaped, parts)
+            up_bytes = 4 * length_of(shapes(base.config, spec_of(job, device)), parts)
+            down_bytes = 4 * down_length(base.config, job, device, factors)
             timing = self.record.timing.get(device, Timing())
             offer = offer_of(device, timing, self._rate(device), down_bytes, up_bytes, samples[device], sharers)
             found.append(offer)
@@ -269,8 +270,8 @@ class Running:
         """Bytes/s of a board's link, as it measured it."""
         return link_rate(self._coordinator.profiles().get(device))
 
-    def _learnt(self, base: Base, done: RoundRecord, took_s: float) -> JobRecord:
-        """What the round says of the boards, for the next."""
+    def _learnt(self, base: Base, done: RoundRecord, took_s: float, factors: int) -> JobRecord:
+        """What the round, which began with so many numbers, says of the boards, for the next."""
         record, job = self.record, self.job
         parts = parts_of(job, done.round)
         timing = dict(record.timing)
@@ -281,7 +282,7 @@ class Running:
             took = Took(
                 wall_s=told.wall_s,
                 compute_s=told.compute_s,
-                down_bytes=4 * length_of(shaped),
+                down_bytes=4 * down_length(base.config, job, device, factors),
                 up_bytes=4 * length_of(shaped, parts),
                 share=record.shares.get(device, 1.0),
                 paced=device in record.paces,

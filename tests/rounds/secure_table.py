@@ -111,7 +111,7 @@ class Table:
         rows = Split(tuple(Row(np.array([1, 2]), 1) for _ in range(self.samples[name])), ())
         folder = self.folder / name
         model = SimpleNamespace(
-            stage=None, shaped=self.shaped, rows=rows, bad_rows=0, fingerprint="f", ledger=Ledger(folder, "d")
+            stage=None, shaped=self.shaped, rows=rows, bad_rows=0, fingerprint="f", ledger=Ledger(folder, "d"), own=None
         )
         sent = _Sent(self)
         [order] = self.record.orders[name]
