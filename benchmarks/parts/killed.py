@@ -38,7 +38,9 @@ PATIENCE_S: Final = 180.0
 """For one job, whatever happens in it."""
 
 
-MODES = ("federated", "split", "pipeline")
+RULES: Final = ("fedsa", "stack")
+"""Of federated jobs, by which boards keep factors, or begin with fresh ones."""
+MODES: Final = ("federated", "split", "pipeline", *RULES)
 
 
 class Found(NamedTuple):
@@ -103,8 +105,13 @@ def running() -> Iterator[tuple[Site, str]]:
 
 
 def job_of(model: str, name: str, mode: str) -> Job:
-    rounds = Rounds(count=4, steps=3, row_tokens=24, batch_rows=2, learning_rate=0.02, held_out=0.2)
-    adapter = Adapter(rank=2, matrices=("q", "v", "down"))
+    """`mode` is a job's, or a rule."""
+    rule, mode = (mode, "federated") if mode in RULES else ("fedavg", mode)
+    rounds = Rounds(
+        count=4, steps=3, row_tokens=24, batch_rows=2, learning_rate=0.02, held_out=0.2, aggregation=rule,  # type: ignore[arg-type]
+    )  # fmt: skip
+    ranks, most_rank = ({"board1": 1}, 8) if rule == "stack" else ({}, Adapter().most_rank)
+    adapter = Adapter(rank=2, matrices=("q", "v", "down"), ranks=ranks, most_rank=most_rank)
     return Job(name=name, model=model, data="notes", mode=mode, precision="f32", seed=5, adapter=adapter, rounds=rounds)  # type: ignore[arg-type]
 
 

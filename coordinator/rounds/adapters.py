@@ -179,12 +179,13 @@ def lost(
     if job.begins != "fresh":
         return None
     exact = factors_in(config, job, aggregate(config, job, round_number, start, updates, NO_BOUND))
+    if sum(values.size for values in exact.values()) == len(found):
+        return 0.0
     kept = factors_in(config, job, found)
     missed, whole = 0.0, 0.0
     for name in (name for name in exact if name.endswith(".a")):
         all_of_it, left = (Factors(one[name], one[f"{name[:-1]}b"]) for one in (exact, kept))
-        if left.rank < all_of_it.rank:
-            missed += distance(all_of_it, left) ** 2
+        missed += distance(all_of_it, left) ** 2
         whole += size(all_of_it) ** 2
     return math.sqrt(missed / whole) if whole else 0.0
 

@@ -14,9 +14,10 @@ from hypothesis import settings as with_settings
 from hypothesis import strategies as some
 
 from coordinator.rounds.adapters import aggregate, begun_by, down_length, factors_in, files_of, lost, spec_of, taken_by
-from coordinator.rounds.bases import Base
+from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.exchange import last_counted
 from coordinator.rounds.job import Adapter, Job, Rounds
+from coordinator.rounds.orders import able_devices, check_messages, least_bytes
 from coordinator.rounds.store import DeviceRound, JobRecord, RoundRecord
 from models.families.bert import BertConfig
 from models.formats import safetensors
@@ -24,7 +25,8 @@ from models.lora.adapter import HEAD, flat, initial, named, shapes
 from models.lora.held import rank_of
 from models.lora.serving import keep
 from tests.models.tiny import tiny_config
-from wire.errors import Refused
+from tests.rounds.test_trunks import Coordinator, info_of
+from wire.errors import Refused, UsageError
 from wire.messages import UpdateMeta
 
 CONFIG = tiny_config()
@@ -187,6 +189,29 @@ def test_the_adapter_of_fedsa_is_not_taken_for_one_that_answers(tmp_path: Path) 
         (tmp_path / name).write_bytes(data)
     with pytest.raises(Refused, match="each board that took part has its own"):
         keep(tmp_path, tmp_path / "cache")
+
+
+def test_boards_of_older_software_and_those_without_room_for_what_is_held_take_no_part() -> None:
+    wanted = job("stack")
+    base = Base(config=BERT, parts={"whole": Part(graph=b"", files={}, ends=True, end_block=2)}, tokenizer=b"",
+                digest="", end_id=None, wire_dtype="f32")  # fmt: skip
+    plain, room = (least_bytes(base, one, "small") for one in (job("fedsa"), wanted))
+    assert room - plain == pytest.approx(3 * 4 * (64 * 2 * 52 + 18), abs=4)
+    infos = [
+        info_of("good", room, data=("d",), knows_own=True),
+        info_of("past", room, data=("d",)),
+        info_of("small", room - 1, data=("d",), knows_own=True),
+    ]
+    able, unable = able_devices(Coordinator(infos, {}), wanted, base)  # type: ignore[arg-type]
+    assert able == ("good",) and "knows no aggregation stack" in unable["past"] and "would take" in unable["small"]
+
+
+def test_what_is_held_has_to_fit_into_a_message() -> None:
+    big = msgspec.structs.replace(BERT, hidden_size=2048, num_hidden_layers=24)
+    base = Base(config=big, parts={}, tokenizer=b"", digest="", end_id=None, wire_dtype="f32")
+    check_messages(base, job("stack", most_rank=16), 2)
+    with pytest.raises(UsageError, match="factors of rank 256"):
+        check_messages(base, job("stack", most_rank=256), 2)
 
 
 def test_a_device_goes_on_from_the_last_round_in_which_its_update_counted() -> None:
