@@ -6,26 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 from coordinator.rounds.job import Job
-from models.formats import safetensors
 from tests.e2e.losses import PROMPT, Model
 from tests.e2e.site import Site
 from tests.e2e.test_tuning import merged
 from tests.e2e.tuning import (
     TRAINED,
     adapter_of,
-    follow,
     job,
     kill_the_coordinator_of,
+    killing_a_worker,
+    own_adapter,
+    own_folder,
     rounds_of,
     same,
     tuning_site,
-    worker_of,
 )
 from wire.errors import EdgelamError
 from wire.messages import Sampling
@@ -35,58 +34,10 @@ pytestmark = pytest.mark.torch
 __all__ = ["tuning_site"]
 
 
-def own_folder(site: Site, name: str, board: str) -> Path:
-    [folder] = [path for path in site.folder.rglob(f"adapters/tune-{name}") if f"/{board}/" in str(path)]
-    return folder
-
-
-def own_adapter(site: Site, name: str, board: str) -> dict[str, Any]:
-    found = safetensors.read(own_folder(site, name, board) / "adapter_model.safetensors")
-    return {key: np.array(values) for key, values in found.items()}
-
-
-def killing_a_worker(site: Site, wanted: Job) -> list[dict[str, Any]]:
-    """All rounds of a job, a worker of which is killed behind the first."""
-    rounds: list[dict[str, Any]] = []
-
-    def kill_once(event: dict[str, Any]) -> None:
-        if event["event"] == "round":
-            rounds.append(event)
-            if len(rounds) == 1:
-                worker_of(site, "board2").kill()
-
-    end = follow(site, wanted, kill_once)
-    assert end["state"] == "done", end
-    return rounds
-
-
 def ranked(model: str, name: str, **rounds: Any) -> Job:
     wanted = job(model, name, aggregation="stack", **rounds)
     adapter = msgspec.structs.replace(wanted.adapter, ranks={"board1": 1}, most_rank=8)
     return msgspec.structs.replace(wanted, adapter=adapter)
-
-
-def test_with_fedsa_a_is_everybody_s_and_each_board_has_its_own_b(tuning_site: Site, tiny_model: str) -> None:
-    site = tuning_site
-    rounds = killing_a_worker(site, job(tiny_model, "own", aggregation="fedsa"))
-    assert [one["trained"] for one in rounds] == [True, True, False]
-    shared = adapter_of(site, "own")
-    letters = 4 * sum(values.size for name, values in shared.items() if "lora_A" in name)
-    assert rounds[0]["down_bytes"] == rounds[0]["up_bytes"] == 2 * letters, "A alone travels"
-    for board in TRAINED:
-        first, last = (one["devices"][board]["held_out_loss"] for one in (rounds[0], rounds[-1]))
-        assert last < first, "judged with its own B"
-    mine = [own_adapter(site, "own", board) for board in TRAINED]
-    for name, values in shared.items():
-        of_boards = [one[name] for one in mine]
-        if "lora_A" in name:
-            assert all(np.array_equal(one, values) for one in of_boards), "A of the last round came to all"
-        else:
-            assert not values.any() and not np.array_equal(*of_boards) and all(one.any() for one in of_boards)
-    with pytest.raises(EdgelamError, match="each board that took part has its own"):
-        site.run(tiny_model, 2, prompt=PROMPT, precision="f32", max_tokens=4, adapter="own")
-    shown = site.cli("tune", "report", "own")
-    assert shown.returncode == 0 and "fedsa" in shown.stdout, shown.stdout
 
 
 @pytest.mark.slow
@@ -101,6 +52,10 @@ def test_with_fedsa_whoever_is_killed_all_have_the_same_bits_and_a_board_s_own_a
         assert same(adapter_of(site, name), adapter_of(site, names[0]))
         for board in TRAINED:
             assert same(own_adapter(site, name, board), own_adapter(site, names[0], board))
+    with pytest.raises(EdgelamError, match="each board that took part has its own"):
+        site.run(tiny_model, 2, prompt=PROMPT, precision="f32", max_tokens=4, adapter=names[0])
+    shown = site.cli("tune", "report", names[0])
+    assert shown.returncode == 0 and "fedsa" in shown.stdout, shown.stdout
     mine = own_adapter(site, names[0], "board1")
     folder = str(own_folder(site, names[0], "board1"))
     end = site.run(tiny_model, 2, prompt=PROMPT, precision="f32", max_tokens=24, adapter=folder)
