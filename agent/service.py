@@ -343,20 +343,20 @@ class Service:
     def _equip(self) -> None:
         """The site is known: make what holds stages and measures."""
         config = self.config
-        speed, throttle, memory = config.emulate_speed, config.emulate_throttle, config.emulate_memory_bytes
+        speed, throttle = config.emulate_speed, config.emulate_throttle
         bench = Bench(
             device=config.name,
             site=self._site,
             threads=self._threads,
             speed=speed,
             throttle_path=throttle,
-            memory_limit_bytes=memory,
+            memory_limit_bytes=config.emulate_memory_bytes,
             engines_path=str(config.cache_dir / "engines"),
             gpu=config.engines is None or "torch-cuda" in config.engines,
             data=dict(config.data),
             epsilons=dict(config.data_epsilon),
             told_states=config.data_states,
-            ledger_path=str(config.state_dir / "privacy"),
+            state_path=str(config.state_dir),
         )
         self._stages = Stages(
             bench, self._launcher, self._store, self._fetcher, self._login, self._artifact_url, self._data_broker

@@ -54,7 +54,7 @@ class Bench(Struct, frozen=True, kw_only=True):
     """Name -> most that all jobs together may come to know of it."""
     told_states: Collection[str] = ()
     """Names of those of these whose states may leave the board."""
-    ledger_path: str = ""
+    state_path: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -276,7 +276,7 @@ class Stages:
             standard_graph_path=str(self._store.path_of(standard.digest)) if standard else "",
             tokenizer_path=str(self._store.path_of(task.tokenizer.digest)) if task and task.tokenizer else "",
             data_path=bench.data[data] if data else "",
-            ledger_path=bench.ledger_path,
+            state_path=bench.state_path,
             most_epsilon=bench.epsilons.get(task.data) if task is not None else None,
             engines_path=bench.engines_path,
             gpu=bench.gpu,

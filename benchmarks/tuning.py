@@ -23,7 +23,7 @@ Series: which exercise somebody makes, by the watch at their wrist: a board per 
 
 Policies: what each way of choosing who takes part comes to in the same time (benchmarks/parts/policies).
 
-Killed: jobs in which somebody is killed at a random moment, in all modes (benchmarks/parts/killed).
+Killed: jobs in which somebody is killed at a random moment: all modes, fedsa, stack (benchmarks/parts/killed).
 
 Footprint: what an agent that can train takes while it does nothing, and what its worker takes beyond torch and a model
 (benchmarks/parts/footprint).

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from wire import limits
 from wire.errors import PeerError
+from wire.factors import Begins, OwnRound
 from wire.privacy import Privacy
 from wire.samples import Images, Series
 from wire.shares import Share, Turn
@@ -26,7 +27,6 @@ Topic = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 BootId = Annotated[str, Meta(pattern=r"^[0-9a-f]{1,32}$")]
-
 
 Runs = Literal["tokens", "items", "rounds"]
 """What a stage is worked with: requests that it keeps rows of, items of which it keeps nothing, or rounds of a job."""
@@ -81,8 +81,7 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     private_data: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     """Those of them that private jobs alone may use."""
     knows_split: bool = False
-    """Whether it can have a part of a model that is trained: older software refuses such orders, and all others with
-    them."""
+    """Whether it can have a part of a model that is trained: older software refuses all orders with such a one."""
     knows_features: bool = False
     """Whether it can train a task module on other samples than texts: older software refuses such orders."""
     knows_privacy: bool = False
@@ -95,6 +94,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Whether it can do what `TrainingTask.secure` asks for."""
     knows_looped: bool = False
     """Whether it can be a hub or a shard, as `knows_split`."""
+    knows_own: bool = False
+    """Whether it does what `TrainingTask.begins` asks for: older software overlooks it."""
 
 
 class ArtifactRef(Struct, frozen=True, kw_only=True):
@@ -114,7 +115,6 @@ class InboxAddress(Struct, frozen=True, kw_only=True):
 
 EngineName = Literal["tensorrt", "onnxruntime-cuda", "onnxruntime", "torch-cuda", "torch"]
 """What can compute a stage (models.engine.choice)."""
-
 
 Label = Annotated[str, Meta(min_length=1, max_length=64)]
 """Of a text."""
@@ -180,10 +180,10 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     refuse_bad_rows: bool = False
     """Data with a row that is no sample are not trained on at all; else it is left out and counted."""
     secure: bool = False
-    """Updates never leave the device but masked, for a sum with others (SecureMeta). Its UPDATE says that there is
-    one, and holds none."""
+    """Updates leave the device masked alone, for a sum (SecureMeta); its UPDATE says that there is one."""
     share: Share | None = None
     """Of a shard."""
+    begins: Begins = "shared"
 
 
 class StageOrder(Struct, frozen=True, kw_only=True):
@@ -476,14 +476,14 @@ class RoundMeta(Struct, frozen=True, kw_only=True):
     reply: InboxAddress
     round: Count
     parts: Annotated[tuple[Literal["a", "b", "w", "c"], ...], Meta(min_length=1, max_length=4)]
-    """Which factors are trained and sent back, 'w' for weights and 'c' for the task module; the others stay as they
-    came."""
+    """Which factors are trained and sent back, 'w': weights, 'c': the task module; the others stay as they came."""
     train: bool = True
     """False: only the loss on what is held out is asked for."""
     bytes_per_s: Annotated[float, Meta(gt=0, le=1e12)] | None = None
     """How fast to send the update: the device's share of a medium. None: as fast as goes."""
     split: SplitRound | None = None
     """With a role that is not 'whole'."""
+    own: OwnRound = -1
 
 
 class UpdateMeta(Struct, frozen=True, kw_only=True):

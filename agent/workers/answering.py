@@ -11,6 +11,7 @@ import numpy as np
 
 from agent.orders import is_inbox
 from agent.workers.ledger import Ledger
+from agent.workers.own import OwnFactors
 from agent.workers.requests import Tally
 from agent.workers.sending import UNSENT, Sender
 from agent.workers.stretch import Stretch
@@ -44,6 +45,9 @@ class Model(Protocol):
 
     @property
     def ledger(self) -> Ledger: ...
+
+    @property
+    def own(self) -> OwnFactors | None: ...
 
 
 class PacedSender(Sender, Protocol):

@@ -78,7 +78,7 @@ class EndsWork(SplitWork):
     def _account(self, privacy: Privacy, meta: RoundMeta, seed: int) -> Steps:
         model, order = self._model, self.order
         measure = measure_of(self._task, len(model.rows.trained), len(meta.parts), seed, meta.round)
-        name = name_of(order, self._device, model.fingerprint, measure, meta)
+        name = name_of(order, self._device, model.fingerprint, measure, meta.round, meta.parts)
         return Steps(model.ledger, job_of(order), name, measure, privacy)
 
     @property

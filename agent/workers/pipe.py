@@ -50,8 +50,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     tokenizer_path: str = ""
     data_path: str = ""
     """Belong to `order.training`."""
-    ledger_path: str = ""
-    """Folder of what this board has told of its data."""
+    state_path: str = ""
+    """Folder of what this board remembers: in `privacy/` what it told of its data, in `adapters/` its own factors."""
     most_epsilon: float | None = None
     """Of the data set, as the board's owner wants it."""
     engines_path: str = ""

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from agent.workers.answering import Answering, factors_of
 from agent.workers.ledger import Spent, release_of
 from models.engine.base import EngineFailed
+from models.lora.adapter import HEAD, Floats, drawn, flat, named
+from models.lora.held import held_in
 from models.privacy.plan import Measure, measure_of
 from models.training.private import Guard
-from models.training.rounds import Diverged, Round
+from models.training.rounds import Diverged, Round, finite, trained_in
 from wire.errors import CorruptData
 from wire.frames import Parcel, Tensor
 from wire.messages import RoundMeta, StageOrder, TrainingTask, UpdateMeta
@@ -98,7 +102,7 @@ class RoundWork(Answering):
         if self._answered_before(parcel.request, meta):
             return
         try:
-            made, told = self._made(meta, factors_of(parcel.tensor))
+            made, told = self._made(meta, self._begun(meta, parcel.tensor))
         except ValueError as error:
             self._refuse(str(error))
             self._tell(meta.reply.topic, parcel.request, "protocol", str(error))
@@ -111,6 +115,24 @@ class RoundWork(Answering):
         self._busy_s = 0.0
         self._under_way = _UnderWay(parcel.request, meta, made, told)
 
+    def _begun(self, meta: RoundMeta, tensor: Tensor | None) -> Floats:
+        """All factors that a round begins with, by those that came. Raises ValueError for another length, CorruptData
+        where this device's own are lost, OSError."""
+        model, begins = self._model, self._task.begins
+        if begins == "fresh":
+            # Before anything was learnt there is nothing to send.
+            held = held_in(factors_of(tensor) if tensor is not None else np.zeros(0, np.float32), model.shaped)
+            head = {name: held.pop(name) for name in (HEAD,) if name in held}
+            model.stage.hold(held)
+            return flat({**drawn(model.shaped, self._task.seed, meta.round), **head}, model.shaped)
+        came = factors_of(tensor)
+        if begins == "own-b":
+            assert model.own is not None
+            factors = {**named(came, model.shaped, meta.parts), **model.own.after(meta.own)}
+            model.own.show(factors)
+            return flat(factors, model.shaped)
+        return came
+
     def _made(self, meta: RoundMeta, start: Any) -> tuple[Round, Told | None]:
         task, model = self._task, self._model
         seed = device_seed(task.seed, self._device)
@@ -122,8 +144,10 @@ class RoundWork(Answering):
     def _paid(self, task: TrainingTask, privacy: Privacy, meta: RoundMeta, start: Any, seed: int) -> tuple[Guard, Told]:
         """Noise for a round, entered in the ledger before there is anything to tell."""
         model, job = self._model, job_of(self.order)
-        measure = measure_of(task, len(model.rows.trained), len(meta.parts), seed, meta.round)
-        release = name_of(self.order, self._device, model.fingerprint, measure, meta, start.tobytes())
+        # What never leaves is noised as if it did where later steps that are told begin with it.
+        parts = trained_in(task, meta.parts) if privacy.unit == "sample" else meta.parts
+        measure = measure_of(task, len(model.rows.trained), len(parts), seed, meta.round)
+        release = name_of(self.order, self._device, model.fingerprint, measure, meta.round, parts, start.tobytes())
         stream, spent = model.ledger.spend(job, release, measure.cost, measure.releases, privacy.epsilon, privacy.delta)
         return Guard(privacy, measure, stream), Told(measure.noise, spent)
 
@@ -131,7 +155,10 @@ class RoundWork(Answering):
         meta, made, told = under_way.meta, under_way.round, under_way.told
         try:
             vector = made.vector() if meta.train else None
-        except Diverged as error:
+            if meta.train and self._model.own is not None:
+                finite(flat(made.factors, self._model.shaped, ("b",)))
+                self._model.own.keep(meta.round, meta.own, made.factors)
+        except (Diverged, OSError) as error:
             self._fail(under_way, error)
             return
         update = UpdateMeta(
@@ -167,12 +194,19 @@ def job_of(order: StageOrder) -> str:
 
 
 def name_of(
-    order: StageOrder, device: str, fingerprint: str, measure: Measure, meta: RoundMeta, start: bytes = b""
+    order: StageOrder,
+    device: str,
+    fingerprint: str,
+    measure: Measure,
+    number: int,
+    parts: Sequence[str],
+    start: bytes = b"",
 ) -> str:
-    """Of a private round: by all that it is made of, with the factors that it begins with, if it is sent some."""
+    """Of a private round in which these parts are trained: by all that it is made of, with the factors that it begins
+    with, if it is sent some."""
     words = hashlib.sha256(start + msgspec.json.encode(order.training)).hexdigest()
     made_of = (device, measure.noise, measure.deviation, fingerprint, words)
-    return release_of(job_of(order), meta.round, *meta.parts, *made_of)
+    return release_of(job_of(order), number, *parts, *made_of)
 
 
 def device_seed(seed: int, device: str) -> int:

@@ -22,6 +22,7 @@ from agent.workers.frozen import FrozenNet
 from agent.workers.hubwork import HubWork
 from agent.workers.inference import Say, StageWorker, check_memory, done, hold_stage, spec_of
 from agent.workers.ledger import Ledger
+from agent.workers.own import ADAPTERS, OwnFactors
 from agent.workers.pipe import Assignment, Status
 from agent.workers.roundwork import RoundWork
 from agent.workers.shardwork import ShardWork
@@ -32,10 +33,13 @@ from models.engine.base import EngineFailed
 from models.engine.manifest import load_graph
 from models.engine.memory import map_weights
 from models.families.bert import BertConfig
+from models.families.config import LlamaConfig
 from models.families.features import FeatureConfig
 from models.formats.bert import BertFile
 from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, initial, shapes, within
+from models.lora.files import adapter_files
 from models.lora.looped import shapes_of_hub, shapes_of_shard
+from models.lora.serving import PROVENANCE
 from models.training.computer import Computer, choose
 from models.training.data import BadRow, Sample, read
 from models.training.encoder import TrainedEncoder
@@ -54,6 +58,8 @@ Shapes = Mapping[str, tuple[int, int]]
 
 SAID_EVERY_S: Final = 1.0
 """How far features are."""
+LEDGERS: Final = "privacy"
+"""In a board's state folder."""
 MAX_TOKENIZER_BYTES: Final = 256 * 1024 * 1024
 
 
@@ -68,6 +74,8 @@ class Trainee(Struct, frozen=True, eq=False, kw_only=True):
     """Of model, rows, software, and what computes with how many threads: what a round comes to depends on them."""
     ledger: Ledger
     computer: Computer = Computer()
+    own: OwnFactors | None = None
+    """Factors that stay here, in a job with such."""
 
     @property
     def name(self) -> str:
@@ -100,7 +108,7 @@ def _loaded(assignment: Assignment, computer: Computer, say: Say) -> Trainee:
     if task is None:
         raise EngineFailed("the order says nothing of what to train")
     torch.set_num_threads(assignment.threads)
-    ledger = Ledger(Path(assignment.ledger_path), task.data, assignment.most_epsilon)
+    ledger = Ledger(Path(assignment.state_path) / LEDGERS, task.data, assignment.most_epsilon)
     if task.role not in ("whole", "ends"):
         make = _part_of_block if task.role != "trunk" else _encoder if task.labels else _language_model
         stage, shaped = make(assignment, task)
@@ -122,9 +130,27 @@ def _loaded(assignment: Assignment, computer: Computer, say: Say) -> Trainee:
         bad_rows=0 if private else bad_rows,
         fingerprint=fingerprint_of(rows, assignment.threads, [order.graph, *order.weights], computer=computer.name),
         ledger=ledger,
+        own=_own_factors(assignment, task, shaped) if task.begins == "own-b" else None,
     )
     check_memory(assignment)
     return trainee
+
+
+def _own_factors(assignment: Assignment, task: TrainingTask, shaped: Shapes) -> OwnFactors:
+    """In the folder of the job, with what says of what model they are."""
+    order = assignment.order
+    kind: type[BertConfig | LlamaConfig] = BertConfig if task.labels else LlamaConfig
+    config = msgspec.json.decode(order.config, type=kind)
+    told = {
+        "schema": "edgelam.adapter/1", "edgelam": VERSION, "job": order.deployment, "device": assignment.device,
+        "b": "this board's own; it was never sent",
+    }  # fmt: skip
+
+    def files(factors: Mapping[str, Floats]) -> dict[str, bytes]:
+        made = adapter_files(config, _spec(task), order.model, factors, task.labels)
+        return {**made, PROVENANCE: msgspec.json.format(msgspec.json.encode(told))}
+
+    return OwnFactors(Path(assignment.state_path) / ADAPTERS / order.deployment, order.epoch, shaped, files)
 
 
 def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, computer: Computer, say: Say) -> Trainee:
@@ -286,7 +312,7 @@ class TrainingWorker(StageWorker[Trainee]):
         from agent.workers.summed import Sums
 
         assignment = self._assignment
-        sums = Sums(Path(assignment.ledger_path))
+        sums = Sums(Path(assignment.state_path) / LEDGERS)
         return SecureWork(
             order, self._held, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits,
             sums=sums,

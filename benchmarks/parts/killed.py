@@ -42,7 +42,9 @@ PATIENCE_S: Final = 180.0
 """For one job, whatever happens in it."""
 
 
-MODES = ("federated", "split", "pipeline", "looped")
+RULES: Final = ("fedsa", "stack")
+"""Of federated jobs, by which boards keep factors, or begin with fresh ones."""
+MODES: Final = ("federated", "split", "pipeline", "looped", *RULES)
 LABELS: Final = ("odd", "even")
 """Where there is no text to learn but that of a sentence encoder."""
 
@@ -110,12 +112,18 @@ def running(mode: str = "federated") -> Iterator[tuple[Site, str]]:
 
 
 def job_of(model: str, name: str, mode: str) -> Job:
-    rounds = Rounds(count=4, steps=3, row_tokens=24, batch_rows=2, learning_rate=0.02, held_out=0.2)
+    """`mode` is a job's, or a rule."""
+    rule, mode = (mode, "federated") if mode in RULES else ("fedavg", mode)
+    rounds = Rounds(
+        count=4, steps=3, row_tokens=24, batch_rows=2, learning_rate=0.02, held_out=0.2, aggregation=rule,  # type: ignore[arg-type]
+    )  # fmt: skip
     job = Job(name=name, model=model, data="notes", mode=mode, precision="f32", seed=5, rounds=rounds)  # type: ignore[arg-type]
     if mode == "looped":
         slower = msgspec.structs.replace(rounds, learning_rate=0.002)
         return msgspec.structs.replace(job, labels=LABELS, train="blocks", rounds=slower)
-    return msgspec.structs.replace(job, adapter=Adapter(rank=2, matrices=("q", "v", "down")))
+    ranks, most_rank = ({"board1": 1}, 8) if rule == "stack" else ({}, Adapter().most_rank)
+    adapter = Adapter(rank=2, matrices=("q", "v", "down"), ranks=ranks, most_rank=most_rank)
+    return msgspec.structs.replace(job, adapter=adapter)
 
 
 def undisturbed(site: Site, model: str, mode: str) -> tuple[float, bytes]:

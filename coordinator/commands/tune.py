@@ -203,6 +203,7 @@ def round_text(event: dict[str, Any]) -> str:
         f"loss {trained:.3f}" if trained is not None else "",
         _held_out(judged, event.get("held_out_accuracy")),
         _epsilons([found["epsilon"] for found in devices.values() if found["epsilon"] is not None]),
+        f"{event['lost']:.2%} had no rank" if event.get("lost") else "",
         f"{len(counted)} of {len(devices)} boards",
         _time(event),
         bytes_text(event["down_bytes"] + event["up_bytes"]),

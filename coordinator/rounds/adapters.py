@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -15,16 +17,29 @@ from models.families.bert import BertConfig
 from models.formats.safetensors import to_bytes
 from models.lora.adapter import (
     HEAD,
-    HEAD_FILE,
     AdapterSpec,
     Config,
+    drawn,
     flat,
+    length_of,
     named,
-    peft_modules,
     shapes,
-    to_peft,
 )
-from models.lora.aggregate import Factors, Update, aggregated, mixed, sent, shortened_to, taken
+from models.lora.aggregate import (
+    Factors,
+    Update,
+    aggregated,
+    distance,
+    joined,
+    mixed,
+    sent,
+    shortened,
+    shortened_to,
+    size,
+    taken,
+)
+from models.lora.files import adapter_files, head_file
+from models.lora.held import at_rank, held_in, rank_of
 from models.lora.looped import at_every_depth
 from models.lora.serving import BLOCKS, CONFIG, PROVENANCE, TENSORS
 from models.lora.whole import to_file
@@ -37,6 +52,8 @@ Doubles = npt.NDArray[np.float64]
 
 GRADIENTS_ALONE: Final = "only gradients are covered; activations are not"
 """By the noise of a private job that splits its model: people are told wherever its epsilon is shown."""
+NO_BOUND: Final = sys.maxsize
+"""Of ranks."""
 
 
 def spec_of(job: Job, device: str = "") -> AdapterSpec:
@@ -50,9 +67,33 @@ def spec_of(job: Job, device: str = "") -> AdapterSpec:
     )  # fmt: skip
 
 
+def factors_in(config: Config, job: Job, factors: Floats) -> dict[str, Floats]:
+    """A job's factors by name, of as many ranks as there are by now."""
+    shaped = shapes(config, spec_of(job))
+    return held_in(factors, shaped) if job.begins == "fresh" else named(factors, shaped)
+
+
+def most_held(config: Config, job: Job) -> int:
+    """Numbers of the factors that devices will be sent beside those that they train, at most."""
+    if job.begins != "fresh":
+        return 0
+    return length_of(at_rank(shapes(config, spec_of(job)), job.adapter.most_rank))
+
+
+def down_length(config: Config, job: Job, device: str, factors: int) -> int:
+    """Numbers that a device is sent of a job's factors, which are so many."""
+    if job.begins == "fresh":
+        return factors
+    shaped = shapes(config, spec_of(job, device))
+    return length_of(shaped, parts_of(job, 0)) if job.begins == "own-b" else length_of(shaped)
+
+
 def taken_by(config: Config, job: Job, device: str, factors: Floats) -> Floats:
-    """What a device is sent of the job's factors: all, or the first ranks."""
-    if job.adapter.rank_of(device) == job.adapter.rank:
+    """What a device is sent of the job's factors: all, the first ranks, or those that are shared."""
+    if job.begins == "own-b":
+        shaped = shapes(config, spec_of(job))
+        return flat(named(factors, shaped), shaped, parts_of(job, 0))
+    if job.begins == "fresh" or job.adapter.rank_of(device) == job.adapter.rank:
         return factors
     rule, rank = job.rounds.aggregation, job.adapter.rank_of(device)
     whole = named(factors, shapes(config, spec_of(job)))
@@ -64,6 +105,16 @@ def taken_by(config: Config, job: Job, device: str, factors: Floats) -> Floats:
         elif name == HEAD:
             found[name] = whole[name]
     return flat(found, shapes(config, spec_of(job, device)))
+
+
+def begun_by(config: Config, job: Job, device: str, round_number: int, start: Floats) -> Floats:
+    """Of the factors that a device begins a round with, the parts that it sends back."""
+    shaped, parts = shapes(config, spec_of(job, device)), parts_of(job, round_number)
+    if job.begins == "fresh":
+        head = {name: values for name, values in factors_in(config, job, start).items() if name == HEAD}
+        return flat({**drawn(shaped, job.seed, round_number), **head}, shaped, parts)
+    came = taken_by(config, job, device, start)
+    return came if job.begins == "own-b" else flat(named(came, shaped), shaped, parts)
 
 
 def parts_of(job: Job, round_number: int) -> tuple[str, ...]:
@@ -80,13 +131,16 @@ def aggregate(
     round_number: int,
     start: Floats,
     updates: Sequence[tuple[UpdateMeta, Floats]],
+    most_rank: int | None = None,
 ) -> Floats:
-    """What the factors become by the updates, which hold the parts that were sent: the same bits in whatever order."""
+    """What the factors become by the updates, which hold the parts that were sent: the same bits in whatever order. Of
+    'stack' no more than `most_rank` ranks are left, where it is not said the job's."""
+    most_rank = job.adapter.most_rank if most_rank is None else most_rank
     shaped = shapes(config, spec_of(job))
     parts = parts_of(job, round_number)
-    before = named(start, shaped)
+    before = factors_in(config, job, start)
     if job.rounds.most_change is not None:
-        updates = _shortened(config, job, parts, start, updates, job.rounds.most_change)
+        updates = _shortened(config, job, round_number, start, updates, job.rounds.most_change)
     sent_in = [(meta, named(vector, shapes(config, spec_of(job, meta.device)), parts)) for meta, vector in updates]
     found: dict[str, Floats] = {}
     for name in shaped:
@@ -106,10 +160,36 @@ def aggregate(
             for meta, factors in sent_in
         ]
         made = aggregated(job.rounds.aggregation, of_module, round_number, job.rounds.middle)
+        if job.begins == "fresh":
+            made = joined(Factors(before[name], before[other]), made)
+            if made.rank > most_rank:
+                made = shortened(made, most_rank)
+            found[name], found[other] = made
+            continue
         # Where nobody of the largest rank took part, the ranks beyond stay as they were.
         found[name] = np.concatenate([made.a, before[name][made.rank :]])
         found[other] = np.concatenate([made.b, before[other][:, made.rank :]], axis=1)
     return flat(found, shaped)
+
+
+def lost(
+    config: Config, job: Job, round_number: int, start: Floats, updates: Sequence[tuple[UpdateMeta, Floats]],
+    found: Floats,
+) -> float | None:  # fmt: skip
+    """Of all that was learnt by 'stack', the share for which there were too few ranks: Frobenius norms of the products,
+    all matrices together. None with another rule."""
+    if job.begins != "fresh":
+        return None
+    exact = factors_in(config, job, aggregate(config, job, round_number, start, updates, NO_BOUND))
+    if sum(values.size for values in exact.values()) == len(found):
+        return 0.0
+    kept = factors_in(config, job, found)
+    missed, whole = 0.0, 0.0
+    for name in (name for name in exact if name.endswith(".a")):
+        all_of_it, left = (Factors(one[name], one[f"{name[:-1]}b"]) for one in (exact, kept))
+        missed += distance(all_of_it, left) ** 2
+        whole += size(all_of_it) ** 2
+    return math.sqrt(missed / whole) if whole else 0.0
 
 
 def moved(config: Config, job: Job, round_number: int, start: Floats, mean: Doubles) -> Floats:
@@ -124,15 +204,12 @@ def moved(config: Config, job: Job, round_number: int, start: Floats, mean: Doub
 def _shortened(
     config: Config,
     job: Job,
-    parts: tuple[str, ...],
+    round_number: int,
     start: Floats,
     updates: Sequence[tuple[UpdateMeta, Floats]],
     most: float,
 ) -> list[tuple[UpdateMeta, Floats]]:
-    began = []
-    for meta, _ in updates:
-        shaped = shapes(config, spec_of(job, meta.device))
-        began.append(flat(named(taken_by(config, job, meta.device, start), shaped), shaped, parts))
+    began = [begun_by(config, job, meta.device, round_number, start) for meta, _ in updates]
     changes = shortened_to(most, [vector - before for (_, vector), before in zip(updates, began, strict=True)])
     return [(meta, before + change) for (meta, _), before, change in zip(updates, began, changes, strict=True)]
 
@@ -159,34 +236,25 @@ def privacy_of(job: Job, rounds: Sequence[RoundRecord]) -> Any:
     return {**msgspec.to_builtins(job.privacy), "spent": spent_by(rounds), "covers": uncovered(job) or "updates"}
 
 
-def _peft(config: Config, job: Job, spec: AdapterSpec) -> dict[str, Any]:
-    """adapter_config.json."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION" if isinstance(config, BertConfig) else "CAUSAL_LM",
-        "base_model_name_or_path": job.model,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        **peft_modules(config, spec),
-    }
-
-
 def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequence[RoundRecord]) -> dict[str, bytes]:
     """PEFT's two files, a task module if there is one, and where the adapter comes from. Weights that were trained
     themselves are in a file of the same name, by the names of a checkpoint."""
     job = record.job
     spec = spec_of(job)
-    by_name = named(factors, shapes(config, spec))
+    by_name = factors_in(config, job, factors)
+    if job.begins == "fresh":
+        rank = rank_of(shapes(config, spec), len(factors))
+        spec = msgspec.structs.replace(spec, rank=rank, alpha=spec.scale * rank)
     if spec.blocks:
         assert isinstance(config, BertConfig)
         whole = at_every_depth(config, by_name) if spec.looped else by_name
         tensors, settings = to_file(config, whole), {"peft_type": BLOCKS, "r": 1, "lora_alpha": 1.0}
+        trained = {
+            TENSORS: to_bytes(tensors, {"format": "pt"}),
+            CONFIG: msgspec.json.format(msgspec.json.encode(settings)),
+        }
     else:
-        tensors, settings = dict(to_peft(config, by_name)), _peft(config, job, spec)
+        trained = adapter_files(config, spec, job.model, by_name, job.labels)
     samples = {device: found.samples for done in rounds for device, found in done.devices.items() if found.samples}
     provenance: dict[str, Any] = {
         "schema": "edgelam.adapter/1",
@@ -198,22 +266,13 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
         "samples": samples,
         "held_out_loss": [done.held_out_loss for done in rounds],
         "held_out_accuracy": [done.held_out_accuracy for done in rounds] if job.labels else None,
+        "personal": job.begins == "own-b",
         "privacy": privacy_of(job, rounds),
         "updates": "masked: of each round the coordinator knew their sum alone" if job.secure else "known one by one",
     }
-    head: dict[str, bytes] = {}
-    if HEAD in by_name:
-        parts = {"weight": by_name[HEAD][:, :-1].copy(), "bias": by_name[HEAD][:, -1].copy()}
-        told = {"format": "pt", "labels": msgspec.json.encode(job.labels).decode(), **_samples_of(job)}
-        head[HEAD_FILE] = to_bytes(parts, told)
-    found = {**head, PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
-    if job.on_features:
-        return found
-    return {
-        **found,
-        TENSORS: to_bytes(tensors, {"format": "pt"}),
-        CONFIG: msgspec.json.format(msgspec.json.encode(settings)),
-    }
+    head = head_file(by_name, job.labels, **_samples_of(job))
+    found = {PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
+    return {**found, **head} if job.on_features else {**trained, **head, **found}
 
 
 def _samples_of(job: Job) -> dict[str, str]:

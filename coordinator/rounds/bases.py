@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.adapters import most_held, spec_of
 from coordinator.rounds.job import Job
 from coordinator.shelf import ItemSource, Prepared
 from models.build.pack import Packed
@@ -20,6 +20,7 @@ from models.formats.bert import BertFile, is_bert, read_bert_config
 from models.lora.adapter import Config, Floats, flat, initial, shapes, sizes
 from models.lora.whole import weights_of
 from models.training.memory import (
+    HELD_COPIES,
     encoder_peak_bytes,
     ends_peak_bytes,
     head_peak_bytes,
@@ -75,9 +76,10 @@ class Base(Struct, frozen=True, kw_only=True):
         spec, row_tokens = spec_of(job, device), job.rounds.row_tokens
         if isinstance(self.config, FeatureConfig):
             return head_peak_bytes(self.config, spec, rows, self.most_samples, self.working_bytes)
+        held = HELD_COPIES * 4 * most_held(self.config, job)
         if isinstance(self.config, BertConfig):
-            return encoder_peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
-        return peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
+            return held + encoder_peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
+        return held + peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
 
     def ends_bytes(self, job: Job) -> int:
         """The same of one that has the ends of a split model."""
@@ -114,6 +116,8 @@ class Base(Struct, frozen=True, kw_only=True):
     def initial(self, job: Job) -> Floats:
         """What the first round begins with; raises CorruptData. Takes a moment: for a thread."""
         spec = spec_of(job)
+        if job.begins == "fresh":
+            return flat(initial(self.config, spec), shapes(self.config, spec), ("c",))  # nothing was learnt yet
         begun = initial(self.config, spec)
         if spec.blocks and isinstance(self.config, BertConfig):
             [path] = self.parts["whole"].files.values()

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, Adapter, Job, Rounds
+from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, SUMS, Adapter, Job, Rounds
 from models.lora.aggregate import ANY_RANKS
 from models.privacy.accountant import noise_for
 from models.privacy.plan import most_drawn
@@ -51,6 +51,10 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     ]
     if any(rank != adapter.rank for rank in adapter.ranks.values()) and rounds.aggregation not in ANY_RANKS:
         found.append(f"rounds.aggregation: {rounds.aggregation} needs one rank for all, not adapter.ranks")
+    if rounds.aggregation == "stack" and adapter.most_rank < adapter.rank:
+        found.append(f"adapter.most_rank: {adapter.most_rank}, less than adapter.rank, {adapter.rank}")
+    if rounds.aggregation != "stack" and adapter.most_rank != Adapter().most_rank:
+        found.append("adapter.most_rank: means something with aggregation = 'stack' alone")
     if len(set(adapter.matrices)) != len(adapter.matrices):
         found.append("adapter.matrices: one is listed twice")
     found += _about_features(values)
@@ -185,8 +189,8 @@ def _about_secure(values: Mapping[str, Any]) -> list[str]:
         for key, (left_out, why) in plain.items()
         if getattr(rounds, key) != left_out
     ]
-    if rounds.aggregation not in ONE_SET:
-        found.append(f"rounds.aggregation: {rounds.aggregation} is no sum of updates; with secure {', '.join(ONE_SET)}")
+    if rounds.aggregation not in SUMS:
+        found.append(f"rounds.aggregation: {rounds.aggregation} is no sum of updates; with secure {', '.join(SUMS)}")
     if rounds.who in ("fastest", "scheduled"):
         found.append(f"rounds.who: {rounds.who!r} needs to know how long each board takes; not with secure")
     if values.get("adapter", Adapter()).ranks:

@@ -6,19 +6,19 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.rounds.adapters import aggregate, parts_of, spec_of, taken_by
+from coordinator.rounds.adapters import aggregate, begun_by, lost, parts_of, taken_by
 from coordinator.rounds.machine import Progress, RoundState
 from coordinator.rounds.store import DeviceRound, JobRecord, JobStore, RoundRecord, now_unix
 from coordinator.rounds.updates import checked, farthest_of
 from coordinator.service import Coordinator
-from models.lora.adapter import Config, flat, named, shapes
+from models.lora.adapter import Config
 from wire.errors import PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
 from wire.messages import RoundMeta, StageError, StageOrder, UpdateMeta, decode
@@ -48,6 +48,8 @@ class Exchange:
         self.start = start
         self.train = train
         self.changed = False
+        self.lost: float | None = None
+        """Of what came out (coordinator.rounds.adapters.lost)."""
         self.updates: dict[str, tuple[UpdateMeta, Floats | None]] = {}
         self._coordinator = coordinator
         self._store = store
@@ -58,6 +60,7 @@ class Exchange:
         self._farthest = farthest_of(job)
         self._config = config
         self._down_bytes = 0
+        self._counted_last = last_counted(store.rounds(record.name)) if job.begins == "own-b" else {}
         self._asked_s: dict[str, float] = {}
         self._asked_again: set[str] = set()
         self._wall_s: dict[str, float] = {}
@@ -86,14 +89,15 @@ class Exchange:
             parts=parts,
             train=self.train,
             bytes_per_s=self._record.paces.get(device) if self.train else None,
+            own=self._counted_last.get(device, -1),
         )
         if device in self._asked_s:
             self._asked_again.add(device)
         self._asked_s.setdefault(device, time.monotonic())
         request = next(number for number, known in self._requests.items() if known == device)
         order = self._record.order_of(device)
-        tensor = Tensor.of(taken_by(self._config, self._record.job, device, self.start))
-        self._send(device, order, request, meta, tensor)
+        sent = taken_by(self._config, self._record.job, device, self.start)
+        self._send(device, order, request, meta, Tensor.of(sent) if sent.size else None)
 
     def _send(self, name: str, order: StageOrder, request: int, meta: RoundMeta, tensor: Tensor | None) -> None:
         parcel = Parcel(Kind.ROUND, order.epoch, request, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
@@ -136,7 +140,10 @@ class Exchange:
 
     def aggregated(self) -> Floats:
         """What the factors become by the updates. Any thread. Raises Refused."""
-        return aggregate(self._config, self._record.job, self.number, self.start, self._vectors())
+        config, job, vectors = self._config, self._record.job, self._vectors()
+        found = aggregate(config, job, self.number, self.start, vectors)
+        self.lost = lost(config, job, self.number, self.start, vectors, found)
+        return found
 
     @property
     def running_s(self) -> float:
@@ -183,6 +190,7 @@ class Exchange:
             held_out_accuracy=accuracy([(found.held_out_right, found.held_out_count) for found in counted]),
             wall_s=wall_s,
             expected_s=self._record.expected_s if self.train else None,
+            lost=self.lost,
             down_bytes=self._down_bytes,
             up_bytes=sum(found.sent_bytes for found in counted),
             ended_unix=now_unix(),
@@ -206,9 +214,7 @@ class Exchange:
 
     def _sent_to(self, device: str) -> Floats:
         """Of the factors that a device began with, the parts that it sends back."""
-        job = self._record.job
-        shaped = shapes(self._config, spec_of(job, device))
-        return flat(named(taken_by(self._config, job, device, self.start), shaped), shaped, self._parts)
+        return begun_by(self._config, self._record.job, device, self.number, self.start)
 
     async def _keep(self, device: str, meta: UpdateMeta, vector: Floats) -> None:
         """On disk first, then it counts."""
@@ -243,6 +249,14 @@ def request_of(job: str, epoch: int, number: int, device: str) -> int:
     """The same for the same question, so that a device knows it again when a restarted coordinator asks it."""
     data = f"{job}/{epoch}/{number}/{device}".encode()
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1 | 1
+
+
+def last_counted(rounds: Sequence[RoundRecord]) -> dict[str, int]:
+    """Device -> the last round, of these, in which its update counted."""
+    counted = [
+        (done, device) for done in rounds if done.trained for device, told in done.devices.items() if not told.refused
+    ]
+    return {device: done.round for done, device in counted}
 
 
 def weighted(values: list[tuple[float | None, int]]) -> float | None:

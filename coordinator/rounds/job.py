@@ -14,13 +14,15 @@ docs/tuning.md lists all keys with what they stand for when they are left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
 from coordinator.rounds.schedule import Penalty
-from models.lora.aggregate import Middle
+from models.lora.aggregate import Middle, Rule
 from models.privacy.plan import most_drawn
+from wire.factors import Begins
 from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS
 from wire.messages import Label, Matrix
 from wire.privacy import Privacy
@@ -32,6 +34,10 @@ SPLIT: Final = ("split", "pipeline", "looped")
 """Modes in which boards with data have the ends of a model alone."""
 ONE_SET: Final = ("fedavg", "ffa", "rolora")
 """Rules that say which factors are trained, where there is one set of them."""
+SUMS: Final = (*ONE_SET, "fedsa")
+"""Rules that need the mean of updates alone."""
+BEGINS: Final[Mapping[str, Begins]] = {"fedsa": "own-b", "stack": "fresh"}
+"""With what devices begin a round, by these rules."""
 SERIES: Final = "series"
 """The model of windows of readings, made of the job's seed (models.training.kernels): there is no file of it."""
 MOST_NAME: Final = 27
@@ -48,7 +54,10 @@ class Adapter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     blocks: Literal["all", "last"] = "all"
     """Which of the model's have factors."""
     ranks: dict[str, Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)]] = {}
-    """Device -> its own rank, at most `rank`: it is sent and trains so many of the first."""
+    """Device -> its own rank, at most `rank`: it is sent and trains so many of the first; with 'stack' so many anew."""
+    most_rank: Annotated[int, Meta(ge=1, le=MAX_ADAPTER_RANK)] = 64
+    """With 'stack', of all that has been learnt, which gets the ranks of all devices in each round; what is beyond is
+    left out as well as can be."""
 
     @property
     def scale_alpha(self) -> float:
@@ -69,10 +78,9 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 5e-4
     most_norm: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
     """Of a step's gradient."""
-    aggregation: Literal["fedavg", "ffa", "rolora", "pad", "svd"] = "fedavg"
-    """models.lora.aggregate."""
+    aggregation: Rule = "fedavg"
     middle: Middle = "mean"
-    """What stands for the elements of all devices, with 'fedavg', 'ffa' and 'rolora'."""
+    """What stands for the elements of all devices, with rules for one rank."""
     most_change: Annotated[float, Meta(ge=1, le=1e6)] | None = None
     """An update that has changed more than so many times the median of all is shortened to that."""
     who: Who = "all"
@@ -145,6 +153,11 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def trunks(self) -> tuple[str, ...]:
         return tuple(name for name in ((self.trunk,) if isinstance(self.trunk, str) else self.trunk) if name)
+
+    @property
+    def begins(self) -> Begins:
+        """With what devices begin a round."""
+        return BEGINS.get(self.rounds.aggregation, "shared")
 
     @property
     def on_features(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from coordinator.rounds.adapters import spec_of
+from coordinator.rounds.adapters import most_held, parts_of, spec_of
 from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.job import COUNTED, Job
 from coordinator.rounds.store import JobRecord, topic_name
@@ -144,6 +144,7 @@ def task_of(job: Job, tokenizer: ArtifactRef | None, end_id: int | None) -> Trai
         last_only=job.adapter.blocks == "last",
         uplink_grad=job.uplink_grad,
         secure=job.secure,
+        begins=job.begins,
     )
 
 
@@ -176,6 +177,8 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = (
                 f"its software, {info.software}, can't mask updates; pip install 'edgelam[train]' there may help"
             )
+        elif job.begins != "shared" and not info.knows_own:
+            unable[device.name] = f"its software, {info.software}, knows no aggregation {job.rounds.aggregation}"
         elif because := without_torch(info):
             unable[device.name] = because
         elif (least := least_bytes(base, job, device.name)) > info.memory_bytes:
@@ -199,6 +202,13 @@ def check_messages(base: Base, job: Job, boards: int) -> None:
     shaped = shapes(base.config, spec_of(job))
     adapter = 4 * length_of(shaped)
     if job.mode == "federated":
+        adapter = adapter if job.begins != "own-b" else 4 * length_of(shaped, parts_of(job, 0))
+        held = 4 * most_held(base.config, job)
+        if held > MAX_TENSOR_BYTES:
+            raise UsageError(
+                f"factors of rank {job.adapter.most_rank}, {bytes_text(held)}: {bytes_text(MAX_TENSOR_BYTES)} at most",
+                try_="a smaller adapter.most_rank, or fewer adapter.matrices",
+            )
         if adapter > most:
             raise UsageError(
                 f"an adapter of {bytes_text(adapter)} on {at_once} boards at once: {bytes_text(most)} at most",

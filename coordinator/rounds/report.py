@@ -22,8 +22,8 @@ from hwprofiles.report.views import csv_text
 from wire.units import bytes_text, seconds_text
 
 ROUND_COLUMNS: Final = (
-    "round", "trained", "loss", "held_out_loss", "held_out_accuracy", "wall_s", "expected_s", "down_bytes", "up_bytes",
-    "ended_unix",
+    "round", "trained", "loss", "held_out_loss", "held_out_accuracy", "wall_s", "expected_s", "lost", "down_bytes",
+    "up_bytes", "ended_unix",
 )  # fmt: skip
 DEVICE_COLUMNS: Final = DeviceRound.__struct_fields__
 
@@ -126,7 +126,7 @@ def _rounds(report: JobReport) -> Table:
 def _devices(report: JobReport) -> Table:
     columns = (
         Column("board"), Column("rounds"), Column("not counted", 1), Column("samples", 1), Column("bad rows", 2),
-        Column("computed"), Column("sent", 1), Column("epsilon"),
+        Column("held out"), Column("computed"), Column("sent", 1), Column("epsilon"),
     )  # fmt: skip
     spent, trained = spent_by(report.each), _trained(report.each)
     lines = []
@@ -140,6 +140,7 @@ def _devices(report: JobReport) -> Table:
                 str(len(told) - len(counted)),
                 str(max((one.samples for one in told), default=0)) if report.job.privacy is None else "not told",
                 str(max((one.bad_rows for one in told), default=0)) if report.job.privacy is None else "not told",
+                _judged([done.devices[device] for done in report.each if device in done.devices]),
                 seconds_text(sum(one.compute_s for one in counted)) if any(one.compute_s for one in counted) else "-",
                 bytes_text(sum(one.sent_bytes for one in told)),
                 f"{spent[device]:.3g}" if device in spent else "-",
@@ -232,6 +233,16 @@ def _trained(each: Sequence[RoundRecord]) -> list[RoundRecord]:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _judged(told: Sequence[DeviceRound]) -> str:
+    """What became of a board's loss on what it holds out itself, and which share of labels it tells right at last."""
+    known = [one for one in told if one.held_out_loss is not None]
+    if not known:
+        return "-"
+    first, last = known[0], known[-1]
+    right = "" if last.held_out_right is None else f", {_right(last.held_out_right / max(1, last.held_out_count))}"
+    return f"{_loss(first.held_out_loss)} -> {_loss(last.held_out_loss)}{right}"
 
 
 def _right(value: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import files_of, parts_of, spec_of, uncovered
+from coordinator.rounds.adapters import down_length, files_of, parts_of, spec_of, uncovered
 from coordinator.rounds.airtime import Offer
 from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.cutting import Cut
@@ -122,8 +122,8 @@ class Running:
             if job.is_split:
                 await self._await_trunk(base)
             self._place(base, task)
-            await self._choose(base, number, last)
             start = self._store.factors(self.record)
+            await self._choose(base, number, last, len(start))
             joint = LoopedExchange if job.mode == "looped" else JointExchange
             kind = joint if job.is_split else SecureExchange if job.secure and not last else Exchange
             round_ = self._round = kind(
@@ -167,7 +167,8 @@ class Running:
         factors = await asyncio.to_thread(round_.aggregated) if round_.train else round_.start
         done = round_.record(wall_s)
         # What came out is judged in a last round, unless boards may not tell losses.
-        judged = job.privacy is None or job.privacy.losses
+        # Where they have factors of their own it tells them what those go with.
+        judged = job.privacy is None or job.privacy.losses or job.begins == "own-b"
         ahead = round_.train and (judged or number + 1 < job.rounds.count)
         state: State = "running" if ahead else "done"
         # First the adapter: who is killed before the journal knows does the round again, and comes to the same.
@@ -175,7 +176,7 @@ class Running:
         files = await asyncio.to_thread(files_of, base.config, self.record, factors, rounds)
         await asyncio.to_thread(self._store.write_adapter, job.name, files)
         digest = await asyncio.to_thread(self._store.write_next, self.record, factors)
-        record = self._learnt(base, done, took_s, round_.undisturbed) if done.trained else self.record
+        record = self._learnt(base, done, took_s, round_) if done.trained else self.record
         self.record = self._store.finish_round(record, done, digest, state)
         self.tell(round_event(done))
 
@@ -248,21 +249,21 @@ class Running:
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
             await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
 
-    async def _choose(self, base: Base, number: int, last: bool) -> None:
+    async def _choose(self, base: Base, number: int, last: bool, factors: int) -> None:
         """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
-        it."""
+        it. It begins with so many numbers."""
         if not self.record.chosen:
             able = self._able()
             if self.job.is_split:
                 able = able[: most_ends(base, self.job)]
             if self.job.secure:
                 able = able[:MAX_SUMMED]
-            offers = [] if last else self._offers(base, able, number)
+            offers = [] if last else self._offers(base, able, number, factors)
             fields = await asyncio.to_thread(settled, self.record, able, offers, last)
             self.record = msgspec.structs.replace(self.record, **fields)
             self._store.save(self.record)
 
-    def _offers(self, base: Base, able: Sequence[str], number: int) -> list[Offer]:
+    def _offers(self, base: Base, able: Sequence[str], number: int, factors: int) -> list[Offer]:
         """What each board would bring to a round, and take."""
         job = self.job
         parts = parts_of(job, number)
@@ -273,8 +274,8 @@ class Running:
         sharers = len(able) if job.rounds.medium == "shared" else 1
         found = []
         for device in able:
-            shaped = shapes(base.config, spec_of(job, device))
-            down_bytes, up_bytes = 4 * length_of(shaped), 4 * length_of(shaped, parts)
+            up_bytes = 4 * length_of(shapes(base.config, spec_of(job, device)), parts)
+            down_bytes = 4 * down_length(base.config, job, device, factors)
             timing = self.record.timing.get(device, Timing())
             offer = offer_of(device, timing, self._rate(device), down_bytes, up_bytes, samples[device], sharers)
             found.append(offer)
@@ -284,12 +285,12 @@ class Running:
         """Bytes/s of a board's link, as it measured it."""
         return link_rate(self._coordinator.profiles().get(device))
 
-    def _learnt(self, base: Base, done: RoundRecord, took_s: float, undisturbed: bool) -> JobRecord:
+    def _learnt(self, base: Base, done: RoundRecord, took_s: float, round_: Exchange) -> JobRecord:
         """What the round says of the boards, for the next."""
         if self.job.is_split:
-            record = self._timed_together(done, took_s if undisturbed else None)
+            record = self._timed_together(done, took_s if round_.undisturbed else None)
         else:
-            record = self._timed_apart(base, done)
+            record = self._timed_apart(base, done, len(round_.start))
         if self.job.rounds.who == "scheduled":
             queues = after(record.queues, knobs_of(self.job), self._able(), record.chosen, took_s)
             record = msgspec.structs.replace(record, queues=queues)
@@ -301,7 +302,8 @@ class Running:
         timing, each_s = learnt_together(record.timing, record.each_s, own_s, took_s)
         return msgspec.structs.replace(record, timing=timing, each_s=each_s)
 
-    def _timed_apart(self, base: Base, done: RoundRecord) -> JobRecord:
+    def _timed_apart(self, base: Base, done: RoundRecord, factors: int) -> JobRecord:
+        """The same where each trains by itself; the round began with so many numbers."""
         record, job = self.record, self.job
         parts = parts_of(job, done.round)
         timing = dict(record.timing)
@@ -312,7 +314,7 @@ class Running:
             took = Took(
                 wall_s=told.wall_s,
                 compute_s=told.compute_s,
-                down_bytes=4 * length_of(shaped),
+                down_bytes=4 * down_length(base.config, job, device, factors),
                 up_bytes=4 * length_of(shaped, parts),
                 share=record.shares.get(device, 1.0),
                 paced=device in record.paces,

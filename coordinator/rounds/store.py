@@ -157,6 +157,8 @@ class RoundRecord(Struct, frozen=True, kw_only=True):
     """Share of the held-out labels that were told right, all devices together."""
     wall_s: float
     expected_s: float | None = None
+    lost: float | None = None
+    """With 'stack': of all that has been learnt, the share for which there were too few ranks (Frobenius norm)."""
     down_bytes: int
     up_bytes: int
     ended_unix: float

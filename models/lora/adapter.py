@@ -130,13 +130,18 @@ def initial(config: Config, spec: AdapterSpec) -> dict[str, Floats]:
     """A of normal numbers with variance 1 / rank, B of zeros: the adapter changes nothing yet, and a task module of
     zeros knows nothing. The same on all devices; A of a smaller rank is the beginning of that of a larger one, but for
     its size. Where weights are trained they are zeros here, too: a checkpoint has them (models.lora.whole)."""
+    return drawn(shapes(config, spec), spec.seed)
+
+
+def drawn(shaped: Mapping[str, tuple[int, int]], seed: int, round_number: int = 0) -> dict[str, Floats]:
+    """The same for factors of these shapes, another A for another round."""
     factors: dict[str, Floats] = {}
-    for number, (name, shape) in enumerate(shapes(config, spec).items()):
+    for number, (name, shape) in enumerate(shaped.items()):
         if not name.endswith(".a"):
             factors[name] = np.zeros(shape, np.float32)
             continue
-        drawn = np.random.default_rng([spec.seed, number]).standard_normal(shape, dtype=np.float32)
-        factors[name] = drawn / np.float32(np.sqrt(spec.rank))
+        made = np.random.default_rng([seed, number, round_number]).standard_normal(shape, dtype=np.float32)
+        factors[name] = made / np.float32(np.sqrt(shape[0]))
     return factors
 
 

@@ -120,6 +120,21 @@ def truncate(factors: Factors, rank: int) -> Factors:
     return Factors(factors.a[:rank], factors.b[:, :rank])
 
 
+def joined(one: Factors, other: Factors) -> Factors:
+    """Side by side: their product is the sum of both."""
+    return Factors(np.concatenate([one.a, other.a]), np.concatenate([one.b, other.b], axis=1))
+
+
+def distance(one: Factors, other: Factors) -> float:
+    """Frobenius norm of the difference of their products."""
+    return size(joined(one, Factors(other.a, -other.b)))
+
+
+def size(factors: Factors) -> float:
+    """Frobenius norm of their product, which is never formed."""
+    return float(np.linalg.norm(_core(factors)))
+
+
 def product(factors: Factors) -> Doubles:
     """[m, n] what the factors add to a weight, but for the scale."""
     found: Doubles = factors.b.astype(np.float64) @ factors.a.astype(np.float64)
@@ -163,7 +178,7 @@ def _shares(samples: Sequence[int]) -> Doubles:
 
 
 def _by_size(updates: Sequence[Update], weights: Doubles) -> Doubles:
-    sizes = weights * [float(np.linalg.norm(_core(update.factors))) for update in updates]
+    sizes = weights * [size(update.factors) for update in updates]
     found: Doubles = sizes / sizes.sum() if sizes.sum() > 0 else weights
     return found
 

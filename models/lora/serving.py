@@ -95,6 +95,9 @@ class _Provenance(Struct, frozen=True, kw_only=True):
     """What counts of a provenance.json of ours (docs/tuning.md)."""
 
     base: str = ""
+    """Digest of the checkpoint; '' if it is not said."""
+    personal: bool = False
+    """B is zeros: boards that took part have their own."""
 
 
 class Adapter(Struct, frozen=True, eq=False, kw_only=True):
@@ -120,8 +123,13 @@ def keep(folder: Path, cache: Path) -> str:
     if (folder / HEAD_FILE).is_file():
         found[HEAD_FILE] = _content(folder / HEAD_FILE, MOST_HEAD_BYTES)
     if (folder / PROVENANCE).is_file():
-        base = _base_of(folder / PROVENANCE)
-        found[PROVENANCE] = msgspec.json.encode(_Provenance(base=base))
+        told = _provenance_of(folder / PROVENANCE)
+        if told.personal:
+            raise Refused(
+                "the adapter has no B: each board that took part has its own, and keeps it",
+                try_="a copy of adapters/tune-JOB in a board's state folder: --adapter ./FOLDER (docs/tuning.md)",
+            )
+        found[PROVENANCE] = msgspec.json.encode(_Provenance(base=told.base))
     text = hashlib.sha256()
     for name, content in found.items():
         text.update(f"{name} {len(content)}\n".encode() + content)
@@ -254,7 +262,7 @@ def check_base(folder: Path, base: str) -> None:
     """Raise Refused for an adapter that says that it is of another checkpoint."""
     if not base or not (folder / PROVENANCE).is_file():
         return
-    told = _base_of(folder / PROVENANCE)
+    told = _provenance_of(folder / PROVENANCE).base
     if told and told != base:
         raise Refused(
             f"the adapter was trained for another checkpoint ({told[:19]}..., this model's is {base[:19]}...)",
@@ -262,10 +270,9 @@ def check_base(folder: Path, base: str) -> None:
         )
 
 
-def _base_of(path: Path) -> str:
-    """Digest of the checkpoint; '' if it is not said."""
+def _provenance_of(path: Path) -> _Provenance:
     try:
-        return msgspec.json.decode(_content(path, MOST_PROVENANCE_BYTES), type=_Provenance).base
+        return msgspec.json.decode(_content(path, MOST_PROVENANCE_BYTES), type=_Provenance)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptData(f"{path}: {error}", try_="the adapter as it was written") from None
 

@@ -95,11 +95,7 @@ class TrainedEncoder(TaskModule):
         weight = self.factors.get(f"{name}.weight.w")
         if weight is not None:
             return functional.linear(given, weight, self.factors[f"{name}.bias.w"][0])
-        made = functional.linear(given, *self._linear[name])
-        a = self.factors.get(f"{name}.a")
-        if a is None:
-            return made
-        return made + self._spec.scale * ((given @ a.T) @ self.factors[f"{name}.b"].T)
+        return self._added(name, given, functional.linear(given, *self._linear[name]), self._spec.scale)
 
     def _normed(self, name: str, rows: Tensor) -> Tensor:
         weight, bias = self._norms[name]

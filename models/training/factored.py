@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,6 +18,20 @@ class Factored:
     """A model with `factors` by name (models.lora.adapter), all else frozen."""
 
     factors: dict[str, Tensor]
+    held: Mapping[str, Tensor] = MappingProxyType({})
+    """Others of the same matrices and scale, of any rank, which are not trained."""
+
+    def hold(self, factors: Mapping[str, Array]) -> None:
+        """Go on beside these."""
+        self.held = {name: given(np.array(values, np.float32)) for name, values in factors.items()}
+
+    def _added(self, name: str, given: Tensor, made: Tensor, scale: float) -> Tensor:
+        """What a matrix makes of `given`, with what factors add to it."""
+        for factors in (self.held, self.factors):
+            a = factors.get(f"{name}.a")
+            if a is not None:
+                made = made + scale * ((given @ a.T) @ factors[f"{name}.b"].T)
+        return made
 
     def take(self, factors: Mapping[str, Array]) -> None:
         """Go on with these factors, of the same names and shapes."""

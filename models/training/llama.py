@@ -197,13 +197,13 @@ class TrainedStage(Factored):
         return middle + self._through(f"block.{block}.", "down", wide)
 
     def _attended(self, prefix: str, normed: Tensor) -> Tensor:
-        config = self._manifest.config
+        config, scale = self._manifest.config, self._spec.scale
         stacked = product(normed, self._matrices[f"{prefix}qkv"])
         if config.qkv_bias:
             stacked = stacked + self._vectors[f"{prefix}qkv_bias"]
         parts = stacked.split([config.q_width, config.kv_width, config.kv_width], dim=-1)
         query, key, value = (
-            self._added(prefix, name, normed, part).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+            self._added(prefix + name, normed, part, scale).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
             for name, part in zip(("q", "k", "v"), parts, strict=True)
         )
         if config.qk_norm:
@@ -218,14 +218,7 @@ class TrainedStage(Factored):
         return self._through(prefix, "o", attended.transpose(1, 2).flatten(2))
 
     def _through(self, prefix: str, name: str, given: Tensor) -> Tensor:
-        return self._added(prefix, name, given, product(given, self._matrices[prefix + name]))
-
-    def _added(self, prefix: str, name: str, given: Tensor, made: Tensor) -> Tensor:
-        """What the adapter adds to a matrix's product."""
-        a = self.factors.get(f"{prefix}{name}.a")
-        if a is None:
-            return made
-        return made + self._spec.scale * ((given @ a.T) @ self.factors[f"{prefix}{name}.b"].T)
+        return self._added(prefix + name, given, product(given, self._matrices[prefix + name]), self._spec.scale)
 
     def _rotated(self, heads: Tensor) -> Tensor:
         """Turn each pair of dimensions of [n, heads, T, head_dim] by its position's angle."""

@@ -23,6 +23,8 @@ TORCH_BYTES: Final = 390 << 20
 """Interpreter, torch, its optimisers, and pieces of a matrix while they are expanded."""
 ADAPTER_COPIES: Final = 4.4
 """Factors, gradients, two moments of Adam, and the vector that comes or goes."""
+HELD_COPIES: Final = 3
+"""Of factors that are not trained: the vector that comes, as it is checked, and as it is computed with."""
 LOGITS_COPIES: Final = 5
 """Logits, their gradient, and what cross entropy makes of them."""
 WORKING_COPIES: Final = 4

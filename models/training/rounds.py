@@ -8,14 +8,14 @@ number of threads: rows are drawn by seed, round and step, and AdamW begins each
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import numpy as np
 import torch
 
 from models.engine.base import Array
-from models.lora.adapter import Floats, flat, named
+from models.lora.adapter import PARTS, Floats, flat, named
 from models.training.private import Guard
 from models.training.samples import Batch, Judged, Judging, Split, batches, drawn
 from models.training.tensors import taken
@@ -42,12 +42,19 @@ def finite(vector: Floats) -> Floats:
     return vector
 
 
+def trained_in(task: TrainingTask, sent: Sequence[str]) -> tuple[str, ...]:
+    """Parts that a round trains whose update holds these: the device's own B, too, if it has one."""
+    return tuple(part for part in PARTS if part in sent or (part == "b" and task.begins == "own-b"))
+
+
 class Trained(Protocol):
     """A model with factors: models.training.llama.TrainedStage, models.training.encoder.TrainedEncoder."""
 
     factors: dict[str, torch.Tensor]
 
     def take(self, factors: Mapping[str, Array]) -> None: ...
+
+    def hold(self, factors: Mapping[str, Array]) -> None: ...
 
     def train_only(self, parts: tuple[str, ...]) -> None: ...
 
@@ -74,9 +81,10 @@ class Round(Judging):
         another length."""
         self._stage, self._shaped, self._rows, self._task = stage, shaped, rows, task
         self._seed, self._number, self._parts = seed, asked.round, asked.parts
+        self._trained = trained_in(task, asked.parts)
         stage.take(named(start, shaped))
-        stage.train_only(self._parts)
-        self._leaves = {name: factor for name, factor in stage.factors.items() if name[-1] in self._parts}
+        stage.train_only(self._trained)
+        self._leaves = {name: factor for name, factor in stage.factors.items() if name[-1] in self._trained}
         self._optimiser = optimiser_of(self._leaves, task)
         self._guard = guard
         self._start = start
@@ -103,9 +111,8 @@ class Round(Judging):
         return self._loss / self._done if self._done and self._tells and not self._by_sample else None
 
     def vector(self) -> Floats:
-        """The factors of the parts that were trained; raises Diverged."""
-        factors = {name: taken(factor) for name, factor in self._stage.factors.items()}
-        found = flat(factors, self._shaped, self._parts)
+        """The factors of the parts that are sent; raises Diverged."""
+        found = flat(self.factors, self._shaped, self._parts)
         if self._guard is None:
             return finite(found)
         if not self._guard.by_sample:
@@ -114,13 +121,18 @@ class Round(Judging):
         return found
 
     @property
+    def factors(self) -> dict[str, Floats]:
+        """All, as they are by now."""
+        return {name: taken(factor) for name, factor in self._stage.factors.items()}
+
+    @property
     def _by_sample(self) -> bool:
         return self._guard is not None and self._guard.by_sample
 
     def _train(self) -> None:
         if self._guard is not None and self._guard.by_sample:
             rows, leaves = self._rows.trained, self._leaves
-            self._guard.gradient(rows, self._loss_of, leaves, self._shaped, self._parts)
+            self._guard.gradient(rows, self._loss_of, leaves, self._shaped, self._trained)
             self._optimiser.step()
             return
         self._optimiser.zero_grad(set_to_none=True)

@@ -73,6 +73,7 @@ class Model:
     bad_rows = 3
     fingerprint = "of these rows"
     ledger: Any = None
+    own: Any = None
 
 
 class Bench:

@@ -75,7 +75,9 @@ class Bench:
         numbers = np.random.default_rng(3)
         self.others = {name: Party(name, numbers.bytes) for name in NAMES[1:]}
         rows = Split(tuple(Row(np.array([1, 2]), 1) for _ in range(SAMPLES["mine"])), ())
-        model: Any = SimpleNamespace(stage=None, shaped=SHAPED, rows=rows, bad_rows=0, fingerprint="f", ledger=None)
+        model: Any = SimpleNamespace(
+            stage=None, shaped=SHAPED, rows=rows, bad_rows=0, fingerprint="f", ledger=None, own=None
+        )
         self.work = SecureWork(
             ORDER, model, self.sender, lambda _: None, Stretch(1.0, 1), SITE, "mine", lambda: None, sums=Sums(folder)
         )  # fmt: skip

@@ -529,7 +529,7 @@ def test_data_with_a_budget_are_for_private_jobs_alone(lab: Lab, tmp_path: Path)
     assert by_data.data_path == data[1][1] and by_data.most_epsilon is None  # type: ignore[union-attr]
     private = [made for made in launcher.assignments.values() if made.data_path == data[0][1]]  # type: ignore[union-attr]
     assert [made.most_epsilon for made in private] == [8.0]  # type: ignore[union-attr]
-    assert Path(by_data.ledger_path) == service.config.state_dir / "privacy"  # type: ignore[union-attr]
+    assert Path(by_data.state_path) == service.config.state_dir  # type: ignore[union-attr]
 
 
 def test_a_running_stage_that_is_to_be_reached_where_nobody_is_ends_and_says_why(lab: Lab) -> None:

@@ -32,6 +32,8 @@ from tests.e2e.tuning import (
     follow,
     job,
     kill_the_coordinator_of,
+    killing_a_worker,
+    own_adapter,
     rounds_of,
     same,
     tuning_site,
@@ -184,6 +186,25 @@ def test_a_private_job_tells_what_it_may_and_is_paid_for_once_whoever_is_killed(
     assert provenance["privacy"]["epsilon"] == 3.0 and set(provenance["privacy"]["spent"]) == set(TRAINED)
     shown = tuning_site.cli("tune", "status", "private")
     assert "of 3" in shown.stdout, shown.stdout
+
+
+def test_with_fedsa_a_is_everybody_s_and_each_board_has_its_own_b(tuning_site: Site, tiny_model: str) -> None:
+    site = tuning_site
+    rounds = killing_a_worker(site, job(tiny_model, "own", aggregation="fedsa"))
+    assert [one["trained"] for one in rounds] == [True, True, False]
+    shared = adapter_of(site, "own")
+    letters = 4 * sum(values.size for name, values in shared.items() if "lora_A" in name)
+    assert rounds[0]["down_bytes"] == rounds[0]["up_bytes"] == 2 * letters, "A alone travels"
+    for board in TRAINED:
+        first, last = (one["devices"][board]["held_out_loss"] for one in (rounds[0], rounds[-1]))
+        assert last < first, "judged with its own B"
+    mine = [own_adapter(site, "own", board) for board in TRAINED]
+    for name, values in shared.items():
+        of_boards = [one[name] for one in mine]
+        if "lora_A" in name:
+            assert all(np.array_equal(one, values) for one in of_boards), "A of the last round came to all"
+        else:
+            assert not values.any() and not np.array_equal(*of_boards) and all(one.any() for one in of_boards)
 
 
 def test_what_can_not_be_is_refused_before_anything_starts(tuning_site: Site, tiny_model: str, tmp_path: Path) -> None:

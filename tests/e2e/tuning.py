@@ -149,3 +149,28 @@ def worker_of(site: Site, board: str) -> psutil.Process:
                 return child
         time.sleep(0.05)
     raise AssertionError(f"nobody trains on {board}")
+
+
+def own_folder(site: Site, name: str, board: str) -> Path:
+    [folder] = [path for path in site.folder.rglob(f"adapters/tune-{name}") if f"/{board}/" in str(path)]
+    return folder
+
+
+def own_adapter(site: Site, name: str, board: str) -> dict[str, Any]:
+    found = safetensors.read(own_folder(site, name, board) / "adapter_model.safetensors")
+    return {key: np.array(values) for key, values in found.items()}
+
+
+def killing_a_worker(site: Site, wanted: Job) -> list[dict[str, Any]]:
+    """All rounds of a job, a worker of which is killed behind the first."""
+    rounds: list[dict[str, Any]] = []
+
+    def kill_once(event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            rounds.append(event)
+            if len(rounds) == 1:
+                worker_of(site, "board2").kill()
+
+    end = follow(site, wanted, kill_once)
+    assert end["state"] == "done", end
+    return rounds

@@ -15,6 +15,7 @@ import pytest
 
 from agent.workers import roundwork
 from agent.workers.ledger import Ledger
+from agent.workers.own import OwnFactors
 from agent.workers.securework import SecureWork
 from agent.workers.stretch import Stretch
 from agent.workers.summed import Sums
@@ -49,6 +50,10 @@ class FakeRound:
     def __init__(
         self, _stage: Any, shaped: Any, _rows: Any, _task: Any, seed: int, asked: Any, start: Any, guard: Any = None
     ) -> None:
+        self.factors = {
+            **named(start, shaped),
+            **{name: np.full(shaped[name], asked.round + 1.0) for name in shaped if name[-1] == "b"},
+        }
         self._begins = flat(named(start, shaped), shaped, asked.parts)
         self._drawn = np.random.default_rng([seed, asked.round])
         self._guard, self._shaped, self._parts = guard, shaped, asked.parts
@@ -111,7 +116,13 @@ class Table:
         rows = Split(tuple(Row(np.array([1, 2]), 1) for _ in range(self.samples[name])), ())
         folder = self.folder / name
         model = SimpleNamespace(
-            stage=None, shaped=self.shaped, rows=rows, bad_rows=0, fingerprint="f", ledger=Ledger(folder, "d")
+            stage=None,
+            shaped=self.shaped,
+            rows=rows,
+            bad_rows=0,
+            fingerprint="f",
+            ledger=Ledger(folder, "d"),
+            own=OwnFactors(folder, 7, self.shaped, lambda _: {}) if self.job.begins == "own-b" else None,
         )
         sent = _Sent(self)
         [order] = self.record.orders[name]

@@ -163,6 +163,13 @@ def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path
             "uplink_grad",
         ),
         ("mode = 'split'\nuplink_grad = 'lowrank'\nlabels = ['a', 'b']\ntrain = 'blocks'", "uplink_grad"),
+        ("mode = 'split'\n[rounds]\naggregation = 'fedsa'", "rounds.aggregation"),
+        ("mode = 'split'\n[rounds]\naggregation = 'stack'", "rounds.aggregation"),
+        ("[rounds]\naggregation = 'fedsa'\n[adapter]\nranks = { pi4 = 2 }", "rounds.aggregation"),
+        ("[rounds]\naggregation = 'stack'\nmiddle = 'median'", "rounds.middle"),
+        ("[rounds]\naggregation = 'stack'\n[adapter]\nrank = 16\nmost_rank = 8", "adapter.most_rank"),
+        ("[rounds]\naggregation = 'svd'\n[adapter]\nmost_rank = 32", "adapter.most_rank"),
+        ("secure = true\n[rounds]\nat_least = 3\naggregation = 'stack'", "rounds.aggregation"),
         ("train = 'head'", "train"),
         ("train = 'blocks'", "train"),
         ("train = 'blocks'\nlabels = ['a', 'b']\n[adapter]\nrank = 2", "adapter"),
@@ -172,6 +179,17 @@ def test_what_contradicts_itself_is_said_beside_what_is_wrong_by_itself(tmp_path
 )
 def test_what_contradicts_itself_is_refused(more: str, key: str, tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in problems(tmp_path, SMALL + more)] == [key]
+
+
+def test_what_goes_with_b_of_one_s_own_and_with_fresh_factors(tmp_path: Path) -> None:
+    own = "secure = true\nlabels = ['a', 'b']\n[privacy]\nepsilon = 4\n[rounds]\nat_least = 3\naggregation = 'fedsa'\n"
+    assert load(tmp_path, SMALL + own).begins == "own-b"
+    assert (
+        load(tmp_path, SMALL + "[rounds]\naggregation = 'fedsa'\nmiddle = 'median'\nmost_change = 3\n").begins
+        == "own-b"
+    )
+    fresh = "[privacy]\nepsilon = 4\n[rounds]\naggregation = 'stack'\nmost_change = 3\n[adapter]\nranks = { pi4 = 2 }\n"
+    assert load(tmp_path, SMALL + fresh).begins == "fresh" and load(tmp_path, SMALL).begins == "shared"
 
 
 @pytest.mark.parametrize("text", ["= 3", "model = ", "\x00"])

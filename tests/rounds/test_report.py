@@ -105,6 +105,18 @@ def test_who_took_part_and_who_was_left_out() -> None:
     assert nuc[:5] == ("nuc", "2 of 2", "0", "30", "2") and pi4[:3] == ("pi4", "1 of 2", "1")
 
 
+def test_each_board_has_what_became_of_its_own_held_out_samples() -> None:
+    judged = {"held_out_count": 4, "held_out_right": 3}
+    each = (
+        round_of(0, 3.5, 4.0, pi4=told(10, held_out_loss=2.0, held_out_count=4, held_out_right=1), nuc=told(5)),
+        round_of(1, 3.0, 3.5, pi4=told(10, refused="late"), nuc=told(5, held_out_loss=1.5)),
+        msgspec.structs.replace(round_of(2, None, 3.2, pi4=told(10, held_out_loss=1.0, **judged)), trained=False),
+    )
+    boards = part_of(msgspec.structs.replace(PLAIN, each=each)).tables[2]
+    [place] = [number for number, column in enumerate(boards.columns) if column.title == "held out"]
+    assert [row[place] for row in boards.rows] == ["1.5000 -> 1.5000", "2.0000 -> 1.0000, 75.0% right"]
+
+
 @pytest.mark.parametrize("state", ["running", "stopped", "failed"])
 def test_a_job_that_is_not_over_says_so(state: str) -> None:
     report = msgspec.structs.replace(PLAIN, state=state, each=EACH[:1])

@@ -38,7 +38,7 @@ def laid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return lay
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa", "rolora"])
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "rolora", "fedsa"])
 @pytest.mark.parametrize("labels", [(), ("x", "y")])
 def test_the_mean_comes_out_but_for_rounding(rule: str, labels: tuple[str, ...], laid: Any) -> None:
     table = laid(job_of(rounds={"aggregation": rule}, labels=labels))
@@ -89,6 +89,19 @@ def test_a_worker_that_is_killed_at_whatever_moment_changes_no_bit(laid: Any) ->
             table.turn()
         table.restart_worker("b")
         assert np.array_equal(table.go(), calm), moment
+
+
+def test_b_of_one_s_own_is_in_no_sum_and_a_killed_worker_changes_no_bit(laid: Any) -> None:
+    job = job_of(rounds={"aggregation": "fedsa"})
+    calm, turns = laid(job).go(), turns_of(laid(job))
+    for moment in range(0, turns, 2):
+        table = laid(job)
+        for _ in range(moment):
+            table.turn()
+        table.restart_worker("b")
+        assert np.array_equal(table.go(), calm), moment
+        kept = table.workers["b"]._model.own.after(0)
+        assert kept and all((values == 1).all() for values in kept.values()), "as one round made it"
 
 
 def test_a_coordinator_that_is_killed_at_whatever_moment_changes_no_bit(laid: Any) -> None:

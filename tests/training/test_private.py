@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from agent.workers.training import fingerprint_of  # noqa: E402
-from models.lora.adapter import flat, named  # noqa: E402
+from models.lora.adapter import flat, length_of, named  # noqa: E402
 from models.privacy.accountant import cost, epsilon  # noqa: E402
 from models.privacy.noise import Stream  # noqa: E402
 from models.privacy.plan import Measure, measure_of  # noqa: E402
@@ -108,6 +108,16 @@ def test_the_gradient_is_the_mean_of_the_clipped_ones_and_noise_of_its_deviation
     noise = found * len(rows) - one_by_one
     assert noise.std() == pytest.approx(deviation, rel=4 / math.sqrt(2 * len(noise)))
     assert abs(noise.mean()) < 4 * deviation / math.sqrt(len(noise))
+
+
+def test_b_of_one_s_own_gets_noise_too_since_later_steps_begin_with_it(tmp_path: Path) -> None:
+    """With nothing of the samples left, what B becomes is noise alone: it would be zeros without."""
+    task = msgspec.structs.replace(private(clip=1e-9), begins="own-b")
+    measure = Measure(noise=1.0, share=1.0, releases=4, deviation=1.0)
+    made_round, shaped, _ = guarded(tmp_path, task, measure, parts=("a",))
+    assert len(through(made_round)) == length_of(shaped, ("a",))
+    b = flat(made_round.factors, shaped, ("b",))
+    assert (b != 0).all() and np.abs(b).max() > 0.5 * task.learning_rate
 
 
 def test_a_device_s_change_is_clipped_and_noised_once(tmp_path: Path) -> None:
