@@ -158,7 +158,8 @@ def _differentiated(config: LlamaConfig | BertConfig, spec: AdapterSpec) -> int:
 
 
 def hub_peak_bytes(config: BertConfig, spec: AdapterSpec, tokens: int, ends: int, shards: int) -> int:
-    """Of the hub of one block that stands at every depth: of each batch it keeps two sums of each depth."""
+    """Of the hub of one block that stands at every depth: of each batch it keeps two sums of each depth, and as
+    much lies free between them."""
     states = FLOAT * config.hidden * tokens
     kept = (HUB_SUMS * config.blocks + TRUNK_COPIES) * states * ends
     turn = (HUB_COPIES + 2 * shards) * states

@@ -129,7 +129,7 @@ def test_a_shard_is_foretold_the_same_at_any_depth_and_a_hub_more_with_each() ->
     assert shard_peak_bytes(CONFIG, 6, 768, 512, 128) == shard_peak_bytes(deep, 6, 768, 512, 128)
     spec: Any = SimpleNamespace(labels=2)
     more = hub_peak_bytes(deep, spec, 512, 2, 3) - hub_peak_bytes(CONFIG, spec, 512, 2, 3)
-    assert more == 18 * 2 * 2 * 4 * 384 * 512, "two sums of each further depth, of each board's batch"
+    assert more == 18 * 2 * 4 * 4 * 384 * 512, "two sums of each further depth, of each board's batch, and as much free"
 
 
 def test_all_that_does_not_go_with_it_is_said_at_once() -> None:
