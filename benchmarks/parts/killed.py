@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import queue
 import random
 import sys
@@ -99,7 +100,7 @@ def running(mode: str = "federated") -> Iterator[tuple[Site, str]]:
             lines = [json.dumps({"text": text, "label": LABELS[line % 2]}) for line, text in enumerate(said)]
             (notes / f"{board}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         prefer_own_ports(folder)
-        coordinator = CoordinatorProcess(folder, folder.name.replace("_", "-").lower())
+        coordinator = CoordinatorProcess(folder, f"killed-{os.getpid()}")
         site = Site(folder, coordinator, coordinator.start())
         try:
             specs = with_data(tuple(BoardSpec(name=board, memory_bytes=2 << 30) for board in BOARDS), "notes", notes)

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 
 from agent.workers.roundwork import device_seed
 from benchmarks.parts import sections
@@ -94,6 +95,7 @@ class Learnt(NamedTuple):
 
 
 def measure() -> list[Figure]:
+    torch.set_num_threads(1)  # as boards do
     figures = []
     for case in CASES:
         with tempfile.TemporaryDirectory(prefix="edgelam-bench-") as folder:
