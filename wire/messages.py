@@ -12,14 +12,16 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from wire import limits
+from wire import ids, limits
 from wire.errors import PeerError
+from wire.modalities import ByModality, Connected, Objective
+from wire.radio import Channel
 from wire.samples import Images, Series
 from wire.shares import Share, Turn
 from wire.version import PROTOCOL
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
-Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+Name = ids.Name
+Digest = ids.Digest
 Text = Annotated[str, Meta(max_length=4096)]
 Topic = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -90,6 +92,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Whether it can do what `TrainingTask.secure` asks for."""
     knows_looped: bool = False
     """Whether it can be a hub or a shard, as `knows_split`."""
+    knows_modalities: bool = False
+    """Whether it does what `TrainingTask.connected` asks for: older software overlooks it."""
 
 
 class ArtifactRef(Struct, frozen=True, kw_only=True):
@@ -116,17 +120,6 @@ Label = Annotated[str, Meta(min_length=1, max_length=64)]
 
 Matrix = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """Matrices of a block that can have low-rank factors."""
-
-
-class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An emulated uplink (models.privacy.channel)."""
-
-    power: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
-    """Most that a board sends with."""
-    gain: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
-    """Mean |h|, Rayleigh in each round."""
-    sigma: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
-    """Of the channel's noise."""
 
 
 class Privacy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -194,6 +187,8 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     """Samples are windows of readings, and the task module alone is trained, on features of these."""
     images: Images | None = None
     """The same of pictures; the graph and its weights then are of the net that makes features of them."""
+    connected: Connected | None = None
+    """The same of samples of several modalities, whose features connectors map into one space."""
     role: Role = "whole"
     blocks: bool = False
     """All weights of all blocks are trained instead of factors, of an encoder."""
@@ -508,6 +503,8 @@ class RoundMeta(Struct, frozen=True, kw_only=True):
     """How fast to send the update: the device's share of a medium. None: as fast as goes."""
     split: SplitRound | None = None
     """With a role that is not 'whole'."""
+    objectives: Annotated[tuple[Objective, ...], Meta(max_length=limits.MAX_OBJECTIVES)] = ()
+    """Of a job of several modalities: their modules alone are trained and sent back."""
 
 
 class UpdateMeta(Struct, frozen=True, kw_only=True):
@@ -536,6 +533,8 @@ class UpdateMeta(Struct, frozen=True, kw_only=True):
     """Tensors that went to other devices in the round."""
     peer_got_bytes: Count = 0
     """That came from them."""
+    by_modality: ByModality = {}
+    """Of a job of several: what of `samples` and of the labels held out is of each."""
 
 
 class Inquiry(Struct, frozen=True, kw_only=True):

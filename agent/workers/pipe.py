@@ -50,6 +50,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     tokenizer_path: str = ""
     data_path: str = ""
     """Belong to `order.training`."""
+    data_paths: dict[str, str] = {}
+    """By modality, where it names several."""
     ledger_path: str = ""
     """Folder of what this board has told of its data."""
     most_epsilon: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,8 +12,10 @@ import numpy.typing as npt
 from coordinator.rounds.job import Adapter, Job
 from coordinator.rounds.store import JobRecord, RoundRecord, digest_of
 from models.families.bert import BertConfig
+from models.families.modalities import ModalitiesConfig
 from models.formats.safetensors import to_bytes
 from models.lora.adapter import (
+    CONNECTORS_FILE,
     HEAD,
     HEAD_FILE,
     AdapterSpec,
@@ -30,6 +32,7 @@ from models.lora.serving import BLOCKS, CONFIG, PROVENANCE, TENSORS
 from models.lora.whole import to_file
 from models.training.kernels import VERSION as VERSION_OF_KERNELS
 from wire.messages import UpdateMeta
+from wire.modalities import connector_of
 from wire.version import VERSION
 
 Floats = npt.NDArray[np.float32]
@@ -173,7 +176,10 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     job = record.job
     spec = spec_of(job)
     by_name = named(factors, shapes(config, spec))
-    if spec.blocks:
+    tensors: dict[str, Any]
+    if job.on_features:
+        tensors, settings = {}, {}
+    elif spec.blocks:
         assert isinstance(config, BertConfig)
         whole = at_every_depth(config, by_name) if spec.looped else by_name
         tensors, settings = to_file(config, whole), {"peft_type": BLOCKS, "r": 1, "lora_alpha": 1.0}
@@ -190,6 +196,7 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
         "samples": samples,
         "held_out_loss": [done.held_out_loss for done in rounds],
         "held_out_accuracy": [done.held_out_accuracy for done in rounds] if job.labels else None,
+        **(_told_of_modalities(record, rounds) if job.modalities else {}),
         "privacy": privacy_of(job, rounds),
         "updates": "masked: of each round the coordinator knew their sum alone" if job.secure else "known one by one",
     }
@@ -198,6 +205,8 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
         parts = {"weight": by_name[HEAD][:, :-1].copy(), "bias": by_name[HEAD][:, -1].copy()}
         told = {"format": "pt", "labels": msgspec.json.encode(job.labels).decode(), **_samples_of(job)}
         head[HEAD_FILE] = to_bytes(parts, told)
+    if isinstance(config, ModalitiesConfig):
+        head[CONNECTORS_FILE] = _connectors(by_name, job)
     found = {**head, PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
     if job.on_features:
         return found
@@ -208,8 +217,35 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     }
 
 
+def _connectors(by_name: Mapping[str, Floats], job: Job) -> bytes:
+    """All connectors, and how the features before them were made."""
+    tensors: dict[str, Floats] = {}
+    for name in job.modalities:
+        connector = by_name[f"{connector_of(name)}.c"]
+        tensors |= {f"{name}.weight": connector[:, :-1].copy(), f"{name}.bias": connector[:, -1].copy()}
+    return to_bytes(tensors, {"format": "pt", **_samples_of(job)})
+
+
+def _told_of_modalities(record: JobRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any]:
+    """For the provenance of a job of several: who had which, and how well labels were told of each."""
+    each = {device: found.by_modality for done in rounds for device, found in done.devices.items() if found.by_modality}
+    return {
+        "modalities": record.owns,
+        "samples_by_modality": {
+            device: {name: told.samples for name, told in by_modality.items()} for device, by_modality in each.items()
+        },
+        "held_out_accuracy_by_modality": [done.accuracy_by for done in rounds],
+    }
+
+
 def _samples_of(job: Job) -> dict[str, str]:
     """How features were made for a task module, so that others can make them."""
+    if job.modalities:
+        return {
+            "modalities": msgspec.json.encode(job.modalities).decode(),
+            "seed": str(job.seed),
+            "kernels": str(VERSION_OF_KERNELS),
+        }
     if job.images is not None:
         return {"images": msgspec.json.encode(job.images).decode(), "model": job.model}
     if job.series is None:

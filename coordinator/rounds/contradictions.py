@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, Adapter, Job, Rounds
+from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, Adapter, Job, Modality, Rounds, Space
 from models.lora.aggregate import ANY_RANKS
 from models.privacy.accountant import noise_for
 from wire.ids import is_name
-from wire.limits import LEAST_SUMMED, MAX_SEGMENTS, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
+from wire.limits import LEAST_SUMMED, MAX_MODALITIES, MAX_SEGMENTS, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
 from wire.messages import Privacy
 from wire.samples import Series
 
@@ -49,7 +49,12 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} needs one rank for all, not adapter.ranks")
     if len(set(adapter.matrices)) != len(adapter.matrices):
         found.append("adapter.matrices: one is listed twice")
-    found += _about_features(values)
+    if values.get("modalities"):
+        found += _about_modalities(values)
+    else:
+        found += [f"{key}: missing" for key in ("model", "data") if not values.get(key)]
+        found += ["space: means something with modalities alone"] if values.get("space", Space()) != Space() else []
+        found += _about_features(values)
     found += _about_rounds(rounds)
     most = len(devices) or 256
     if rounds.who in COUNTED:
@@ -186,6 +191,13 @@ def _about_features(values: Mapping[str, Any]) -> list[str]:
         found.append("images: not beside series; a job has samples of one kind")
     if series is not None and values.get("model", SERIES) != SERIES:
         found.append(f"model: {values['model']!r} takes no readings; with series it is {SERIES!r}")
+    found += _about_task_modules(values)
+    return found + ([] if series is None else _about_series(series))
+
+
+def _about_task_modules(values: Mapping[str, Any]) -> list[str]:
+    """What means nothing where samples are features that nobody trains."""
+    found = []
     if not values.get("labels"):
         found.append("labels: missing; which of these a sample has is what is learnt")
     if values.get("mode", "federated") != "federated":
@@ -197,22 +209,50 @@ def _about_features(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} is for low-rank factors, and there are none")
     if rounds.row_tokens != plain.row_tokens:
         found.append("rounds.row_tokens: samples are no texts")
-    return found + ([] if series is None else _about_series(series))
+    return found
 
 
-def _about_series(series: Series) -> list[str]:
+def _about_modalities(values: Mapping[str, Any]) -> list[str]:
+    """What goes with samples of several kinds, and what means nothing with them."""
+    modalities: Mapping[str, Modality] = values["modalities"]
+    found = []
+    if not 2 <= len(modalities) <= MAX_MODALITIES:
+        found.append(f"modalities: {len(modalities)}; 2 to {MAX_MODALITIES} of them share a space")
+    for name, one in modalities.items():
+        where = f"modalities.{name}"
+        if not is_name(name):
+            found.append(f"{where}: {name!r} is no name")
+        if (one.series is None) == (one.images is None):
+            found.append(f"{where}: one of series and images")
+        elif one.images is not None and not one.model:
+            found.append(f"{where}.model: missing; a net that takes pictures")
+        elif one.series is not None and one.model:
+            found.append(f"{where}.model: {one.model!r} takes no readings")
+        if one.series is not None:
+            found += _about_series(one.series, f"{where}.")
+    for key in ("model", "data", "series", "images"):
+        if values.get(key):
+            found.append(f"{key}: not beside modalities, each of which has its own")
+    if values.get("privacy") is not None:
+        found.append("privacy: not with modalities; what a board says of each is in the clear")
+    if values.get("secure"):
+        found.append("secure: not with modalities: updates of several lengths make no sum")
+    return found + _about_task_modules(values)
+
+
+def _about_series(series: Series, where: str = "") -> list[str]:
     found = []
     named = [*series.columns, series.label, *filter(None, (series.id, series.time))]
     if len(set(named)) != len(named):
-        found.append("series.columns: one is named twice, or is label, id or time as well")
+        found.append(f"{where}series.columns: one is named twice, or is label, id or time as well")
     if series.most_gap is not None and not series.time:
-        found.append("series.most_gap: means something beside series.time alone")
+        found.append(f"{where}series.most_gap: means something beside series.time alone")
     for name in ("centre", "scale"):
         given = len(getattr(series, name))
         if given not in (0, len(series.columns)):
-            found.append(f"series.{name}: {given} numbers for {len(series.columns)} columns")
+            found.append(f"{where}series.{name}: {given} numbers for {len(series.columns)} columns")
     if series.window * len(series.columns) > MAX_WINDOW_READINGS:
-        found.append(f"series.window: at most {MAX_WINDOW_READINGS} readings, of all columns together")
+        found.append(f"{where}series.window: at most {MAX_WINDOW_READINGS} readings, of all columns together")
     return found
 
 
@@ -251,4 +291,6 @@ def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     named = [("devices", device) for device in values.get("devices", ())]
     trunk = values.get("trunk", ())
     named += [("trunk", name) for name in ((trunk,) if isinstance(trunk, str) else trunk) if name]
-    return [("data", values["data"]), *named, *(("adapter.ranks", device) for device in ranks)]
+    named += [(f"modalities.{name}.data", one.data) for name, one in values.get("modalities", {}).items()]
+    named += [("data", values["data"])] if values.get("data") else []
+    return [*named, *(("adapter.ranks", device) for device in ranks)]

@@ -14,13 +14,15 @@ docs/tuning.md lists all keys with what they stand for when they are left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Final, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from coordinator.rounds.schedule import Penalty
 from models.lora.aggregate import Middle
-from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS
+from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_WIDTH
 from wire.messages import Label, Matrix, Privacy
 from wire.samples import Images, Series
 
@@ -95,10 +97,28 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Share of each device's samples on which the loss is judged, and that is never trained on."""
 
 
+class Modality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of several kinds of samples of a job: series or images."""
+
+    data: str
+    """Name of a data set; boards that have it own the modality."""
+    model: str = ""
+    """That makes features of pictures."""
+    series: Series | None = None
+    images: Images | None = None
+
+
+class Space(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """That connectors of several modalities map into."""
+
+    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)] = 64
+
+
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
-    model: str
-    data: str
+    model: str = ""
+    """'' with modalities alone, as `data`."""
+    data: str = ""
     mode: Literal["federated", "split", "pipeline", "looped", "auto"] = "federated"
     """'split': boards with data have the ends of the model, and one board all blocks, or as few as can hold them;
     'pipeline': as many boards as make a step fast, two at least; 'looped': one block at every depth, whose
@@ -129,6 +149,10 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Samples are windows of readings, of which the task module alone learns the labels."""
     images: Images | None = None
     """Samples are pictures, of whose features the task module alone learns the labels."""
+    modalities: dict[str, Modality] = {}
+    """Samples are of several kinds, whose features connectors map into one space; each board trains those of the kinds
+    that it has."""
+    space: Space = Space()
 
     @property
     def is_split(self) -> bool:
@@ -140,5 +164,25 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def on_features(self) -> bool:
-        """Whether the task module is all that is trained."""
-        return self.series is not None or self.images is not None
+        """Whether samples are features that nobody trains: a task module is trained, and connectors to it, if any."""
+        return self.series is not None or self.images is not None or bool(self.modalities)
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        """Of which boards that take part have at least one."""
+        return tuple(one.data for one in self.modalities.values()) or (self.data,)
+
+    @property
+    def trains(self) -> str:
+        """The model, for people."""
+        return self.model or f"connectors of {', '.join(self.modalities)}"
+
+
+def with_models(job: Job, named: Callable[[str], str]) -> Job:
+    """The same with other names of its models."""
+    modalities = {
+        name: msgspec.structs.replace(one, model=named(one.model)) if one.model else one
+        for name, one in job.modalities.items()
+    }
+    model = named(job.model) if job.model else ""
+    return msgspec.structs.replace(job, model=model, modalities=modalities)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from models.engine.base import Array
-from models.lora.adapter import Floats, flat, named
+from models.lora.adapter import Floats, flat, is_part, named
 from models.training.private import Guard
 from models.training.samples import Batch, Judged, Judging, Split, batches, drawn
 from wire.errors import EdgelamError
 from wire.messages import RoundMeta, TrainingTask
+from wire.modalities import modules_of
 
 BETAS: Final = (0.9, 0.95)
 """The second as language models are tuned with: rounds are short."""
@@ -72,10 +73,11 @@ class Round(Judging):
         """`seed`: of the device; `guard`: of a private job, for rounds that train. Raises ValueError for factors of
         another length."""
         self._stage, self._shaped, self._rows, self._task = stage, shaped, rows, task
-        self._seed, self._number, self._parts = seed, asked.round, asked.parts
+        self._seed, self._number = seed, asked.round
+        self._parts: tuple[str, ...] = modules_of(asked.objectives) or asked.parts
         stage.take(named(start, shaped))
         stage.train_only(self._parts)
-        self._leaves = {name: factor for name, factor in stage.factors.items() if name[-1] in self._parts}
+        self._leaves = {name: factor for name, factor in stage.factors.items() if is_part(name, self._parts)}
         self._optimiser = optimiser_of(self._leaves, task)
         self._guard = guard
         self._start = start

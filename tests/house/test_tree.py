@@ -28,6 +28,7 @@ ON_EVERY_BOARD = ("wire", "hwprofiles", "agent", "models/engine", "models/sampli
 ALLOWED_ELSEWHERE = {
     "wire/embedded.py": {"amqtt"},
     "models/engine/torch.py": {"torch"},
+    "models/training/connectors.py": {"torch"},
     "models/training/encoder.py": {"torch"},
     "models/training/factored.py": {"torch"},
     "models/training/heads.py": {"torch"},
@@ -42,6 +43,7 @@ ALLOWED_ELSEWHERE = {
     "models/training/samples.py": {"tokenizers"},
     "agent/workers/training.py": {"torch"},
     "agent/workers/roundwork.py": {"torch"},
+    "agent/workers/connectedwork.py": {"torch"},
     "agent/workers/answering.py": {"torch"},
     "agent/workers/splitwork.py": {"torch"},
     "agent/workers/endswork.py": {"torch"},

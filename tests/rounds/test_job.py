@@ -7,10 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.rounds.job import Adapter, Job, Rounds
+from coordinator.rounds.job import Adapter, Job, Modality, Rounds
 from coordinator.rounds.jobfile import checked, load_job
 from wire.errors import UsageError
-from wire.messages import Channel, Privacy
+from wire.messages import Privacy
+from wire.radio import Channel
 from wire.samples import Images, Series
 
 SMALL = 'model = "smollm2"\ndata = "notes"\n'
@@ -95,7 +96,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     )
     starts = [line.split(":")[0] for line in said]
     assert starts == [
-        "modle", "model", "data", "mode", "adapter.rank", "rounds.speed", "rounds.learning_rate", "rounds.held_out",
+        "modle", "data", "mode", "adapter.rank", "rounds.speed", "rounds.learning_rate", "rounds.held_out", "model",
     ]  # fmt: skip
 
 
@@ -314,3 +315,45 @@ def test_pictures_are_a_kind_of_samples_of_their_own(tmp_path: Path) -> None:
     assert sorted(line.split(":")[0] for line in found) == ["images.mean", "images.pool", "labels", "model"], found
     both = problems(tmp_path, WATCH + "[images]\n")
     assert [line.split(":")[0] for line in both] == ["images"]
+
+
+MIXED = """
+    labels = ["a", "b"]
+    [modalities.watch]
+    data = "watch"
+    [modalities.watch.series]
+    columns = ["ax", "ay"]
+    [modalities.photos]
+    data = "photos"
+    model = "vit"
+    [modalities.photos.images]
+"""
+
+
+def test_a_job_may_have_several_modalities(tmp_path: Path) -> None:
+    wanted = load(tmp_path, MIXED + "[space]\nwidth = 16\n")
+    assert wanted.modalities["watch"].series == Series(columns=("ax", "ay")) and wanted.space.width == 16
+    assert wanted.modalities["photos"] == Modality(data="photos", model="vit", images=Images())
+    assert wanted.on_features and wanted.data_sets == ("watch", "photos") and checked(wanted) == wanted
+
+
+def test_what_does_not_go_with_modalities_is_said_at_once(tmp_path: Path) -> None:
+    before = 'model = "minilm"\ndata = "notes"\nmode = "split"\nsecure = true\n'
+    found = problems(tmp_path, before + MIXED.replace("labels", "#") + "[privacy]\nepsilon = 1\n[adapter]\nrank = 2\n")
+    said = ["model: not beside", "data: not beside", "privacy: not with modalities", "secure: not with modalities",
+            "labels: missing", "mode: 'split'", "adapter: means nothing"]  # fmt: skip
+    assert all(any(line.startswith(word) for line in found) for word in said), found
+    assert problems(tmp_path, MIXED.replace('"ay"', '"ax"')) == [
+        "modalities.watch.series.columns: one is named twice, or is label, id or time as well"
+    ]
+    assert problems(tmp_path, MIXED.replace('model = "vit"', "")) == [
+        "modalities.photos.model: missing; a net that takes pictures"
+    ]
+    wrong = problems(tmp_path, MIXED.replace("columns", "colums") + "poool = 3\n[modalities.x]\n")
+    assert sorted(line.split(":")[0] for line in wrong) == [
+        "modalities.photos.images.poool", "modalities.watch.series.columns", "modalities.watch.series.colums",
+        "modalities.x.data",
+    ]  # fmt: skip
+    one = MIXED[: MIXED.index("[modalities.photos]")]
+    assert problems(tmp_path, one) == ["modalities: 1; 2 to 8 of them share a space"]
+    assert problems(tmp_path, WATCH + "[space]\nwidth = 3\n") == ["space: means something with modalities alone"]

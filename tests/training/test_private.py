@@ -21,7 +21,8 @@ from models.training.private import Guard  # noqa: E402
 from models.training.rounds import Round  # noqa: E402
 from models.training.samples import NOTHING, Row, batch_of  # noqa: E402
 from tests.training.test_rounds import TASK, made  # noqa: E402
-from wire.messages import ArtifactRef, Channel, Privacy  # noqa: E402
+from wire.messages import ArtifactRef, Privacy  # noqa: E402
+from wire.radio import Channel  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
