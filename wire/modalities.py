@@ -17,6 +17,10 @@ CONNECTOR: Final = "connector."
 HEAD: Final = "head"
 
 Module = Annotated[str, Meta(pattern=r"^(head|connector\.[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?)$")]
+Purpose = Literal["task", "contrastive"]
+"""'task': cross entropy of the labels. 'contrastive': InfoNCE (van den Oord and others, 2018) of where a sample is
+with its label's anchor against those of all labels: cross entropy over cosines, divided by a temperature."""
+Temperature = Annotated[float, Meta(gt=1e-3, le=10)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 
 
@@ -39,14 +43,16 @@ class Connected(Struct, frozen=True, kw_only=True):
     width: Annotated[int, Meta(ge=1, le=limits.MAX_WIDTH)]
     """Of the space."""
     modalities: Annotated[dict[Name, Owned], Meta(min_length=1, max_length=limits.MAX_MODALITIES)]
+    anchors: Digest | None = None
+    """Among the order's weights: where labels are in that space, [labels, width] float32 of length 1 each."""
+    temperature: Temperature = 0.1
 
 
 class Objective(Struct, frozen=True, kw_only=True):
     """What some modules are trained for in a round; no module is in two of them."""
 
     modules: Annotated[tuple[Module, ...], Meta(min_length=1, max_length=limits.MAX_MODALITIES + 1)]
-    objective: Literal["task"] = "task"
-    """'task': cross entropy of the labels."""
+    objective: Purpose
 
 
 class Told(Struct, frozen=True, kw_only=True):

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 
 from agent.workers.frozen import FrozenNet
 from agent.workers.pipe import Assignment
 from agent.workers.roundwork import RoundWork, Told
 from models.engine.base import EngineFailed
+from models.lora.adapter import Floats
 from models.training.connectors import TrainedConnectors, rows_of_modality
 from models.training.features import Features, image_features, series_features
 from models.training.rounds import Round
 from models.training.samples import Split
 from wire import modalities
+from wire.errors import CorruptData
 from wire.messages import RoundMeta, TrainingTask, UpdateMeta
 from wire.modalities import Connected, Owned
 
@@ -73,10 +76,31 @@ def split_of_modalities(made: Mapping[str, Features], task: TrainingTask) -> Spl
     )
 
 
+def anchors_of(assignment: Assignment, task: TrainingTask, connected: Connected) -> Floats | None:
+    """[labels, width] where labels are, if the order says so. Raises EngineFailed, CorruptData."""
+    if connected.anchors is None:
+        return None
+    path, shape = Path(_path_of(assignment, connected.anchors)), (len(task.labels), connected.width)
+    due_bytes = 4 * shape[0] * shape[1]
+    if path.stat().st_size != due_bytes:
+        raise CorruptData(f"anchors of {path.stat().st_size} bytes, {due_bytes} are due for {list(shape)}")
+    found = np.frombuffer(path.read_bytes(), "<f4").astype(np.float32).reshape(shape)
+    if not np.isfinite(found).all():
+        raise CorruptData("an anchor is no number")
+    return found
+
+
 def _net_of(assignment: Assignment, owned: Owned, pool: str) -> FrozenNet:
-    paths = {ref.digest: path for ref, path in zip(assignment.order.weights, assignment.weight_paths, strict=True)}
-    try:
-        graph, weights = paths[owned.graph or ""], [paths[digest] for digest in owned.weights]
-    except KeyError as error:
-        raise EngineFailed(f"an order without {error.args[0] or 'a graph'} of its net") from error
-    return FrozenNet.load(graph, weights, pool, assignment.threads)
+    if owned.graph is None:
+        raise EngineFailed("an order that says nothing of the net that makes features")
+    weights = [_path_of(assignment, digest) for digest in owned.weights]
+    return FrozenNet.load(_path_of(assignment, owned.graph), weights, pool, assignment.threads)
+
+
+def _path_of(assignment: Assignment, digest: str) -> str:
+    """Of one of the order's files."""
+    found = [path for ref, path in zip(assignment.order.weights, assignment.weight_paths, strict=True)
+             if ref.digest == digest]  # fmt: skip
+    if not found:
+        raise EngineFailed(f"an order that names {digest[:19]} and has no such file")
+    return found[0]

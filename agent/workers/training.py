@@ -16,7 +16,7 @@ import torch
 from msgspec import Struct
 
 from agent.workers.answering import Model
-from agent.workers.connectedwork import ConnectedWork, features_of_modalities, split_of_modalities
+from agent.workers.connectedwork import ConnectedWork, anchors_of, features_of_modalities, split_of_modalities
 from agent.workers.endswork import EndsWork
 from agent.workers.frozen import FrozenNet
 from agent.workers.hubwork import HubWork
@@ -157,7 +157,12 @@ def _connected(assignment: Assignment, task: TrainingTask, connected: Connected,
     )
     tables = {name: features.values for name, features in made.items()}
     trainee = Trainee(
-        stage=cast(Learner, TrainedConnectors(tables, _zeros(shapes(config, spec)))),
+        stage=cast(
+            Learner,
+            TrainedConnectors(
+                tables, _zeros(shapes(config, spec)), anchors_of(assignment, task, connected), connected.temperature
+            ),
+        ),
         shaped=shapes(config, spec),
         rows=split_of_modalities(made, task),
         bad_rows=bad_rows,

@@ -72,6 +72,8 @@ class Base(Struct, frozen=True, kw_only=True):
     """What it takes to compute them."""
     modalities: Mapping[str, Base] = {}
     """Of a job of several."""
+    anchors: bytes = b""
+    """Of its labels, [labels, width] float32, if something is trained by them."""
 
     def of(self, owned: Collection[str]) -> Base:
         """What a device with these modalities trains; all of it where there are none."""

@@ -17,7 +17,7 @@ class ConnectedExchange(Exchange):
         return grouped(self._config, self._record, self.number, self.start, self._vectors())
 
     def _objectives(self, device: str) -> tuple[Objective, ...]:
-        return objectives_of(self._record.job, self.number, self._record.owns[device]) if self.train else ()
+        return objectives_of(self._record.job, self.number, device, self._record.owns[device]) if self.train else ()
 
     def _taken(self, device: str) -> Floats:
         return taken_of(self._config, self._record, device, self.start)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, Adapter, Job, Modality, Rounds, Space
+from coordinator.rounds.job import (
+    COUNTED,
+    MOST_NAME,
+    ONE_SET,
+    SERIES,
+    SPLIT,
+    Adapter,
+    Job,
+    Modality,
+    Planned,
+    Rounds,
+    Space,
+)
 from models.lora.aggregate import ANY_RANKS
 from models.privacy.accountant import noise_for
 from wire.ids import is_name
 from wire.limits import LEAST_SUMMED, MAX_MODALITIES, MAX_SEGMENTS, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
 from wire.messages import Privacy
+from wire.modalities import HEAD, connector_of
 from wire.samples import Series
 
 
@@ -54,6 +67,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     else:
         found += [f"{key}: missing" for key in ("model", "data") if not values.get(key)]
         found += ["space: means something with modalities alone"] if values.get("space", Space()) != Space() else []
+        found += ["plan: means something with modalities alone"] if values.get("plan") else []
         found += _about_features(values)
     found += _about_rounds(rounds)
     most = len(devices) or 256
@@ -237,7 +251,50 @@ def _about_modalities(values: Mapping[str, Any]) -> list[str]:
         found.append("privacy: not with modalities; what a board says of each is in the clear")
     if values.get("secure"):
         found.append("secure: not with modalities: updates of several lengths make no sum")
-    return found + _about_task_modules(values)
+    return found + _about_task_modules(values) + _about_plan(values)
+
+
+def _about_plan(values: Mapping[str, Any]) -> list[str]:
+    """What modules are trained for, where the job says it: for one thing at a time."""
+    plan: Sequence[Planned] = values.get("plan", ())
+    rounds, devices, found = values.get("rounds", Rounds()), values.get("devices", ()), []
+    modules = {HEAD, *map(connector_of, values["modalities"])}
+    for place, planned in enumerate(plan):
+        where = f"plan.{place}"
+        unknown = sorted(set(planned.modules) - modules)
+        if unknown:
+            found.append(f"{where}.modules: no module {', '.join(unknown)}; there are {', '.join(sorted(modules))}")
+        if len(set(planned.modules)) != len(planned.modules):
+            found.append(f"{where}.modules: one is listed twice")
+        if planned.objective == "contrastive" and HEAD in planned.modules:
+            found.append(
+                f"{where}.modules: head has nothing to do with where samples are; contrastive is of connectors"
+            )
+        strange = sorted(set(planned.devices) - set(devices)) if devices else []
+        if strange:
+            found.append(f"{where}.devices: {', '.join(strange)} not among devices")
+        if planned.first >= rounds.count or (planned.last is not None and planned.last < planned.first):
+            found.append(f"{where}: is for none of the rounds 0 to {rounds.count - 1}")
+    contrastive = any(planned.objective == "contrastive" for planned in plan)
+    space = values.get("space", Space())
+    if contrastive and not space.anchors:
+        found.append("space.anchors: missing; a contrastive objective draws samples to what a sentence encoder makes")
+    if not contrastive and space != Space(width=space.width):
+        found.append("space.anchors: and temperature mean something with a contrastive objective alone")
+    return found + _at_one_time(plan, rounds.count)
+
+
+def _at_one_time(plan: Sequence[Planned], count: int) -> list[str]:
+    """What is trained for two things in one round, or is a round in which nothing is trained: the first of each."""
+    found: dict[str, str] = {}
+    for number in range(count if plan else 0):
+        at = [planned for planned in plan if planned.at(number)]
+        modules = [module for planned in at for module in planned.modules]
+        if not modules:
+            found.setdefault("", f"plan: nothing is trained in round {number}")
+        for module in {module for module in modules if modules.count(module) > 1}:
+            found.setdefault(module, f"plan: {module} is trained for two objectives in round {number}")
+    return sorted(found.values())
 
 
 def _about_series(series: Series, where: str = "") -> list[str]:
@@ -293,4 +350,5 @@ def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     named += [("trunk", name) for name in ((trunk,) if isinstance(trunk, str) else trunk) if name]
     named += [(f"modalities.{name}.data", one.data) for name, one in values.get("modalities", {}).items()]
     named += [("data", values["data"])] if values.get("data") else []
+    named += [("plan", device) for planned in values.get("plan", ()) for device in planned.devices]
     return [*named, *(("adapter.ranks", device) for device in ranks)]

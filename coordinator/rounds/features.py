@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from coordinator.operations import Operations
+from coordinator.rounds.anchors import anchors_of
 from coordinator.rounds.bases import Base, Part, base_of
 from coordinator.rounds.job import Job, Modality
 from coordinator.shelf import Prepared
@@ -28,7 +29,12 @@ from wire.samples import Images, Series
 async def base_for(operations: Operations, job: Job, say: Callable[[str], None]) -> Base:
     """Raises what packing a model and `base_of` raise."""
     if job.modalities:
-        return modalities_base(job, {name: await _one_of(operations, job, one, say) for name, one in _each(job)})
+        bases = {name: await _one_of(operations, job, one, say) for name, one in _each(job)}
+        if not job.space.anchors:
+            return modalities_base(job, bases)
+        prepared = await operations.preparing.prepare(job.space.anchors, job.precision, say)
+        anchors = await asyncio.to_thread(anchors_of, prepared, job.labels, job.space.width, job.seed)
+        return modalities_base(job, bases, anchors.astype("<f4").tobytes())
     if job.series is not None:
         return series_base(job.series, job.seed)
     prepared = await operations.preparing.prepare(job.model, job.precision, say)
@@ -37,7 +43,7 @@ async def base_for(operations: Operations, job: Job, say: Callable[[str], None])
     return await asyncio.to_thread(base_of, prepared, job)
 
 
-def modalities_base(job: Job, bases: Mapping[str, Base]) -> Base:
+def modalities_base(job: Job, bases: Mapping[str, Base], anchors: bytes = b"") -> Base:
     """Connectors from the features of each modality, and a task module."""
     config = ModalitiesConfig(
         width=job.space.width, features={name: base.config.hidden for name, base in sorted(bases.items())}
@@ -46,6 +52,7 @@ def modalities_base(job: Job, bases: Mapping[str, Base]) -> Base:
     made = hashlib.sha256(told)
     for name, base in sorted(bases.items()):
         made.update(f"/{name}/{base.digest}".encode())
+    made.update(anchors)
     return Base(
         config=config,
         parts={"whole": Part(graph=told, files={}, ends=True, end_block=0)},
@@ -54,6 +61,7 @@ def modalities_base(job: Job, bases: Mapping[str, Base]) -> Base:
         end_id=None,
         wire_dtype="f32",
         modalities=bases,
+        anchors=anchors,
     )
 
 

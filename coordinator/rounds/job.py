@@ -22,8 +22,9 @@ from msgspec import Meta, Struct
 
 from coordinator.rounds.schedule import Penalty
 from models.lora.aggregate import Middle
-from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS, MAX_WIDTH
+from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_MODALITIES, MAX_OBJECTIVES, MAX_PROMPT_TOKENS, MAX_WIDTH
 from wire.messages import Label, Matrix, Privacy
+from wire.modalities import Module, Purpose, Temperature
 from wire.samples import Images, Series
 
 COUNTED: Final = ("random", "round-robin", "fastest")
@@ -112,6 +113,29 @@ class Space(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """That connectors of several modalities map into."""
 
     width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)] = 64
+    anchors: str = ""
+    """A sentence encoder: what it makes of the labels' words is where a contrastive objective draws samples."""
+    temperature: Temperature = 0.1
+    """Of a contrastive objective: cosines are divided by it."""
+
+
+class Planned(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What some modules are trained for, by whom and when; modules that nothing is planned for stay as they are."""
+
+    modules: Annotated[tuple[Module, ...], Meta(min_length=1, max_length=MAX_MODALITIES + 1)]
+    objective: Purpose = "task"
+    devices: tuple[str, ...] = ()
+    """None: all that have the module."""
+    every: Annotated[int, Meta(ge=1, le=100_000)] = 1
+    """Rounds, from `first` on."""
+    first: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    last: Annotated[int, Meta(ge=0, le=100_000)] | None = None
+    """None: to the end."""
+
+    def at(self, number: int) -> bool:
+        """Whether it is for a round."""
+        behind = number - self.first
+        return behind >= 0 and behind % self.every == 0 and (self.last is None or number <= self.last)
 
 
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -153,6 +177,8 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Samples are of several kinds, whose features connectors map into one space; each board trains those of the kinds
     that it has."""
     space: Space = Space()
+    plan: Annotated[tuple[Planned, ...], Meta(max_length=MAX_OBJECTIVES)] = ()
+    """None: all modules for their task, in all rounds."""
 
     @property
     def is_split(self) -> bool:
@@ -185,4 +211,6 @@ def with_models(job: Job, named: Callable[[str], str]) -> Job:
         for name, one in job.modalities.items()
     }
     model = named(job.model) if job.model else ""
-    return msgspec.structs.replace(job, model=model, modalities=modalities)
+    anchors = named(job.space.anchors) if job.space.anchors else ""
+    space = msgspec.structs.replace(job.space, anchors=anchors)
+    return msgspec.structs.replace(job, model=model, modalities=modalities, space=space)

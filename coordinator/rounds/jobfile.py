@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, get_args, get_origin
+from typing import Annotated, Any, Final, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -74,14 +74,14 @@ def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> di
                 problems.append(f"{where}{name}: missing")
             continue
         inside = _tables_in(field.type)
-        if inside is not None and isinstance(raw[name], Mapping):
-            values[name] = {
-                key: inside(**known)
-                for key, one in raw[name].items()
-                if (known := _whole(inside, one, f"{where}{name}.{key}.", problems)) is not None
-            }
-            continue
-        table = _table_of(field.type)
+        if inside is not None and isinstance(raw[name], Mapping | list | tuple):
+            many = raw[name].items() if isinstance(raw[name], Mapping) else enumerate(raw[name])
+            before = len(problems)
+            made = {key: _fields(inside, one, f"{where}{name}.{key}.", problems) for key, one in many}
+            if len(problems) > before:
+                continue
+            raw = {**raw, name: msgspec.to_builtins(made if isinstance(raw[name], Mapping) else list(made.values()))}
+        table = _table_of(field.type) if inside is None else None
         if table is not None and (raw[name] is not None or field.default is not None):
             before = len(problems)
             inner = _fields(table, raw[name], f"{where}{name}.", problems)
@@ -95,16 +95,11 @@ def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> di
     return values
 
 
-def _whole(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> dict[str, Any] | None:
-    """The fields of a table; None if something is wrong with it."""
-    before = len(problems)
-    found = _fields(kind, raw, where, problems)
-    return found if len(problems) == before else None
-
-
 def _tables_in(kind: Any) -> type[Struct] | None:
-    """The struct of which a field holds many, by name."""
-    return _table_of(get_args(kind)[1]) if get_origin(kind) is dict else None
+    """The struct of which a field holds many, in a row or by name."""
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    inside = {tuple: 0, dict: 1}.get(get_origin(plain))
+    return None if inside is None else _table_of(get_args(plain)[inside])
 
 
 def _table_of(kind: Any) -> type[Struct] | None:

@@ -35,9 +35,22 @@ def owned_by(job: Job, info: DeviceInfo) -> tuple[str, ...]:
     )
 
 
-def objectives_of(_job: Job, _number: int, owned: Sequence[str]) -> tuple[Objective, ...]:
-    """What a device with these modalities trains in a round, and for what."""
-    return (Objective(modules=(*map(connector_of, sorted(owned)), HEAD)),)
+def objectives_of(job: Job, number: int, device: str, owned: Sequence[str]) -> tuple[Objective, ...]:
+    """What a device with these modalities trains in a round, and for what; nothing, if nothing is planned for it."""
+    mine = (*map(connector_of, sorted(owned)), HEAD)
+    if not job.plan:
+        return (Objective(modules=mine, objective="task"),)
+    found = []
+    for planned in job.plan:
+        modules = tuple(module for module in mine if module in planned.modules)
+        if modules and planned.at(number) and (not planned.devices or device in planned.devices):
+            found.append(Objective(modules=modules, objective=planned.objective))
+    return tuple(found)
+
+
+def trained_by(job: Job, number: int, device: str, owned: Sequence[str]) -> bool:
+    """Whether a device has something to train in a round; it has always, unless there is a plan."""
+    return not job.plan or bool(objectives_of(job, number, device, owned))
 
 
 def held_by(config: Config, record: JobRecord, device: str) -> Shapes:
@@ -49,7 +62,9 @@ def held_by(config: Config, record: JobRecord, device: str) -> Shapes:
 def parts_by(record: JobRecord, number: int, device: str) -> tuple[str, ...]:
     """Which of them it trains and sends back."""
     job = record.job
-    return modules_of(objectives_of(job, number, record.owns[device])) if job.modalities else parts_of(job, number)
+    if not job.modalities:
+        return parts_of(job, number)
+    return modules_of(objectives_of(job, number, device, record.owns[device]))
 
 
 def lengths_of(config: Config, record: JobRecord, number: int, device: str) -> tuple[int, int]:

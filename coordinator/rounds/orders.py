@@ -68,9 +68,11 @@ def make_orders(
     placed: Mapping[PartName, Placed],
     ways: Mapping[str, Way],
     nets: Mapping[str, Placed] = {},
+    anchors: ArtifactRef | None = None,
 ) -> dict[str, tuple[StageOrder, ...]]:
     """The orders of all boards that have one, and of those that can take part now; and those of the trunk, if the model
-    is split. Who has a number keeps it. `nets`: that make features, by modality."""
+    is split. Who has a number keeps it. `nets`: that make features, by modality; `anchors`:
+    of labels in their space."""
     job = record.job
     stages = {device: order.stage for device, order in record.with_data.items()}
     for device in sorted(able):
@@ -82,7 +84,7 @@ def make_orders(
         mine = msgspec.structs.replace(
             task, role=role, rank=job.adapter.rank_of(device), alpha=spec_of(job, device).alpha, **way._asdict()
         )
-        mine, its_files = _of_modalities(record, device, mine, nets)
+        mine, its_files = _of_modalities(record, device, mine, nets, anchors)
         whole = placed[role, 0]
         its_own = whole._replace(weights=(*whole.weights, *its_files))
         orders[device] = (_order(site, record, base.of(record.owns.get(device, ())), its_own, stage, mine),)
@@ -94,7 +96,7 @@ def make_orders(
 
 
 def _of_modalities(
-    record: JobRecord, device: str, task: TrainingTask, nets: Mapping[str, Placed]
+    record: JobRecord, device: str, task: TrainingTask, nets: Mapping[str, Placed], anchors: ArtifactRef | None
 ) -> tuple[TrainingTask, tuple[ArtifactRef, ...]]:
     """What a device does with the modalities that it owns, and the files that it needs for that."""
     job = record.job
@@ -114,7 +116,13 @@ def _of_modalities(
             weights=() if net is None else tuple(ref.digest for ref in net.weights),
         )
     first = job.modalities[record.owns[device][0]].data
-    connected = Connected(width=job.space.width, modalities=modalities)
+    files.update({} if anchors is None else {anchors.digest: anchors})
+    connected = Connected(
+        width=job.space.width,
+        modalities=modalities,
+        anchors=None if anchors is None else anchors.digest,
+        temperature=job.space.temperature,
+    )
     return msgspec.structs.replace(task, data=first, connected=connected), tuple(files.values())
 
 

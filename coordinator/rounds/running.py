@@ -20,7 +20,7 @@ from coordinator.rounds.features import base_for
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.looped import LoopedExchange
-from coordinator.rounds.modules import lengths_of, owned_by
+from coordinator.rounds.modules import lengths_of, owned_by, trained_by
 from coordinator.rounds.offers import Timing, Took, learnt, link_rate, offer_of, weights_of
 from coordinator.rounds.orders import (
     PartName,
@@ -96,7 +96,7 @@ class Running:
         job = self.job
         base = self._base = await base_for(self._operations, job, self._say)
         if base.digest != self.record.base:
-            raise Refused(f"{job.model} is another file than when the job began", try_="begin the job anew")
+            raise Refused(f"{job.trains} is another file than when the job began", try_="begin the job anew")
         await self._operations.preparing.await_broker()
         artifacts = self._coordinator.artifacts
         tokenizer = artifacts.add_bytes(base.tokenizer, "tokenizer.json") if base.tokenizer else None
@@ -238,16 +238,16 @@ class Running:
     async def _await_boards(self, number: int, last: bool) -> None:
         """Until enough boards are there for a round that nobody was chosen for yet."""
         least = 0 if self.record.chosen else 1 if last else self.job.rounds.at_least
-        while len(able := self._able()) < least:
+        while len(able := self._takes_part(number, last)) < least:
             self.waits_for = f"{least} boards that are online and have the data"
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
-            await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
+            await self._coordinator.changes.wait(lambda: len(self._takes_part(number, last)) >= least, WAITING_SAID_S)
 
     async def _choose(self, base: Base, number: int, last: bool) -> None:
         """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
         it."""
         if not self.record.chosen:
-            able = self._able()
+            able = self._takes_part(number, last)
             if self.job.is_split:
                 able = able[: most_ends(base, self.job)]
             if self.job.secure:
@@ -301,6 +301,16 @@ class Running:
         assert self._base is not None
         return able_devices(self._coordinator, self.job, self._base)[0]
 
+    def _takes_part(self, number: int, last: bool) -> tuple[str, ...]:
+        """Those of them that have something to train in a round, or to judge."""
+        able = self._able()
+        owns = {**self._owned(able), **self.record.owns}
+        return (
+            able
+            if last
+            else tuple(device for device in able if trained_by(self.job, number, device, owns.get(device, ())))
+        )
+
     def _place(self, base: Base, task: TrainingTask) -> None:
         """Orders for all boards that can take part, those that have come meanwhile too: on disk first."""
         coordinator, able = self._coordinator, self._able()
@@ -315,8 +325,10 @@ class Running:
             for name, one in base.modalities.items()
             if self.job.modalities[name].images is not None
         }
+        of_labels = f"{topic_name(self.job.name)}-anchors.f32"
+        anchors = coordinator.artifacts.add_bytes(base.anchors, of_labels) if base.anchors else None
         ways = self._ways(base, able)
-        orders = make_orders(coordinator.site, record, able, base, task, placed, ways, nets)
+        orders = make_orders(coordinator.site, record, able, base, task, placed, ways, nets, anchors)
         if orders == record.orders and self._placed:
             return
         self.record, self._placed = msgspec.structs.replace(record, orders=orders), True

@@ -17,7 +17,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from coordinator.rounds.job import Job, Modality, Rounds, Space
+from coordinator.rounds.job import Job, Modality, Planned, Rounds, Space
 from models.formats import safetensors
 from models.training.features import kernels_of
 from testbed import commands
@@ -25,15 +25,18 @@ from testbed.boards import BoardSpec, with_data
 from testbed.site import CoordinatorProcess
 from tests.e2e.site import Site, prefer_own_ports
 from tests.e2e.tuning import follow, jobs, kill_the_coordinator_of, worker_of
+from tests.models.tiny_bert import write_bert
 from tests.models.tiny_vit import WIDTH, vit_model
+from wire.errors import EdgelamError
 from wire.samples import Images, Series
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
-LABELS = ("still", "slow", "fast")
-TURNS = {"still": 0.0, "slow": 0.1, "fast": 0.4}
+LABELS = ("sat", "cut", "world")
+"""Words that the encoder of tests.models.tiny_bert knows."""
+TURNS = {"sat": 0.0, "cut": 0.1, "world": 0.4}
 """Radians from a row to the next."""
-COLOURS = {"still": (220, 120, 60), "slow": (40, 150, 50), "fast": (20, 20, 60)}
+COLOURS = {"sat": (220, 120, 60), "cut": (40, 150, 50), "world": (20, 20, 60)}
 OWNS = {"both": ("photos", "watch"), "camera": ("photos",), "wrist": ("watch",), "idle": ()}
 SCHEMA = Series(columns=("ax", "ay"), window=40, stride=20, kernels=64)
 SPACE = 8
@@ -171,3 +174,33 @@ def test_whoever_is_killed_it_comes_to_the_same_bits(mixed_site: Site) -> None:
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[key], expected[key]) for key in expected), name
     assert jobs(site)["again"]["state"] == "done"
+
+
+def test_a_task_module_that_saw_readings_alone_tells_pictures_by_the_anchors_that_both_were_drawn_to(
+    mixed_site: Site, tmp_path: Path
+) -> None:
+    site, rounds = mixed_site, list[dict[str, Any]]()
+    words = write_bert(site.folder / "words")
+    plan = (
+        Planned(modules=("connector.watch", "connector.photos"), objective="contrastive"),
+        Planned(modules=("head",), devices=("wrist",), first=2),
+    )
+    wanted = msgspec.structs.replace(
+        job(site, "aligned", count=6), plan=plan, space=Space(width=SPACE, anchors=str(words), temperature=0.2)
+    )
+    end = follow(site, wanted, lambda event: rounds.append(event) if event["event"] == "round" else None)
+    assert end["state"] == "done", end
+    sent = [{board: told["sent_bytes"] for board, told in one["devices"].items()} for one in rounds[:-1]]
+    expected = {board: sum(MODULE_BYTES[name] for name in owned) for board, owned in OWNS.items() if owned}
+    assert sent[:2] == [expected, expected]
+    assert sent[2:] == [{**expected, "wrist": expected["wrist"] + MODULE_BYTES["head"]}] * 4
+    told = [
+        found["by_modality"]["photos"] for found in rounds[-1]["devices"].values() if "photos" in found["by_modality"]
+    ]
+    right = sum(one["held_out_right"] for one in told) / sum(one["held_out_count"] for one in told)
+    assert right > 0.8, rounds[-1]
+    refused = msgspec.structs.replace(
+        wanted, name="no-words", space=Space(width=SPACE, anchors=str(site.folder / "vit.onnx"))
+    )
+    with pytest.raises(EdgelamError, match="turns no text into vectors"):
+        follow(site, refused)

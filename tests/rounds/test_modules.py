@@ -9,18 +9,32 @@ import msgspec
 import numpy as np
 import pytest
 
+from coordinator.commands.tune import round_text
 from coordinator.rounds.adapters import files_of, spec_of
+from coordinator.rounds.anchors import projected
 from coordinator.rounds.features import modalities_base, series_base
-from coordinator.rounds.job import Job, Modality, Rounds, Space
-from coordinator.rounds.modules import check_told, grouped, held_by, lengths_of, owned_by, parts_by, taken_of
+from coordinator.rounds.job import Job, Modality, Planned, Rounds, Space
+from coordinator.rounds.modules import (
+    check_told,
+    grouped,
+    held_by,
+    lengths_of,
+    objectives_of,
+    owned_by,
+    parts_by,
+    taken_of,
+    trained_by,
+)
 from coordinator.rounds.orders import Placed, able_devices, least_bytes, make_orders, task_of
-from coordinator.rounds.store import JobRecord
+from coordinator.rounds.report import JobReport, csv_of, part_of
+from coordinator.rounds.running import round_event
+from coordinator.rounds.store import DeviceRound, JobRecord, RoundRecord
 from models.formats.safetensors import open_safetensors
 from models.lora.adapter import flat, initial, named, shapes
 from tests.rounds.test_trunks import GB, Coordinator, info_of
-from wire.errors import PeerError
+from wire.errors import PeerError, UsageError
 from wire.messages import ArtifactRef, UpdateMeta
-from wire.modalities import Told
+from wire.modalities import Objective, Told
 from wire.samples import Series
 
 WATCH, PHONE = Series(columns=("x", "y"), window=30, kernels=20), Series(columns=("z",), window=30, kernels=12)
@@ -149,3 +163,81 @@ def test_the_files_say_all_that_telling_a_label_takes(tmp_path: Path) -> None:
     told = msgspec.json.decode(made.metadata["modalities"], type=dict[str, Modality])
     assert told == JOB.modalities and made.metadata["seed"] == "1"
     assert msgspec.json.decode(files["provenance.json"])["modalities"]["b"] == ["watch"]
+
+
+PLANNED = msgspec.structs.replace(
+    JOB,
+    plan=(
+        Planned(modules=("connector.watch",), objective="contrastive", every=2),
+        Planned(modules=("head", "connector.phone"), devices=("a",), first=1),
+    ),
+)
+
+
+def test_a_board_is_told_what_is_planned_for_its_modules() -> None:
+    of_a = [objectives_of(PLANNED, number, "a", OWNS["a"]) for number in range(3)]
+    watch = Objective(modules=("connector.watch",), objective="contrastive")
+    rest = Objective(modules=("connector.phone", "head"), objective="task")
+    assert of_a == [(watch,), (rest,), (watch, rest)]
+    assert objectives_of(PLANNED, 2, "b", OWNS["b"]) == (watch,)
+    assert [trained_by(PLANNED, number, "b", OWNS["b"]) for number in range(3)] == [True, False, True]
+    assert not any(trained_by(PLANNED, number, "c", OWNS["c"]) for number in range(3)), "planned for a alone"
+
+
+def test_modules_that_nothing_is_planned_for_stay_as_they_are() -> None:
+    record = msgspec.structs.replace(RECORD, job=PLANNED)
+    assert lengths_of(CONFIG, record, 0, "a")[1] == 4 * 21
+    meta, vector = update("b", {"watch": 5}, 2)
+    sent = named(vector, held_by(CONFIG, record, "b"))["connector.watch.c"]
+    found = named(grouped(CONFIG, record, 0, START, [(meta, sent.reshape(-1))]), SHAPED)
+    assert (found["connector.watch.c"] == sent).all()
+    for name in ("connector.phone.c", "head.c"):
+        assert (found[name] == named(START, SHAPED)[name]).all()
+
+
+def test_anchors_keep_the_angles_of_what_an_encoder_made() -> None:
+    rng = np.random.default_rng(3)
+    vectors = rng.standard_normal((4, 384)).astype(np.float32)
+    vectors[1] = vectors[0] + 0.3 * vectors[1]
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    made = projected(vectors, "abcd", 1024, 5)
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(made @ made.T, units @ units.T, atol=0.15)
+    assert (projected(vectors, "abcd", 1024, 5) == made).all()
+    assert not (projected(vectors, "abcd", 1024, 6) == made).all()
+    with pytest.raises(UsageError, match="'c' and 'a' are one to the encoder"):
+        projected(vectors[[0, 1, 0]], "abc", 16, 5)
+    with pytest.raises(UsageError, match="no vectors of these labels"):
+        projected(np.zeros((2, 4), np.float32), "ab", 16, 5)
+
+
+def told(watch: tuple[int, int] | None, phone: tuple[int, int] | None, refused: str = "") -> DeviceRound:
+    each = {"phone": phone, "watch": watch}
+    by_modality = {
+        name: Told(samples=10, held_out_count=counts[0], held_out_right=counts[1])
+        for name, counts in each.items()
+        if counts is not None
+    }
+    return DeviceRound(samples=10 * len(by_modality), by_modality=by_modality, refused=refused)
+
+
+def test_the_report_tells_of_each_modality_and_board() -> None:
+    devices = {"a": told((4, 1), (10, 2)), "b": told((6, 3), None), "c": told(None, (5, 5), "late")}
+    first = RoundRecord(round=0, devices=devices, loss=1.0, held_out_loss=1.0, wall_s=1.0, down_bytes=1, up_bytes=1,
+                        ended_unix=0.0)  # fmt: skip
+    better = {"a": told((4, 4), (10, 6)), "b": told((6, 5), None)}
+    last = msgspec.structs.replace(first, round=1, devices=better)
+    assert first.accuracy_by == {"phone": 0.2, "watch": 0.4}
+    report = JobReport(job=JOB, state="done", each=(first, last))
+    table = next(table for table in part_of(report).tables if table.title == "Modalities")
+    assert table.rows == (
+        ("phone", "2", "20", "20.0% right -> 60.0% right", "a 60.0% right, c 100.0% right"),
+        ("watch", "2", "20", "40.0% right -> 90.0% right", "a 100.0% right, b 83.3% right"),
+    )
+    lines = csv_of(report).splitlines()
+    assert lines[0].endswith("modality,modality_samples,modality_held_out_count,modality_held_out_right")
+    assert [line.split(",")[-4:] for line in lines[1:]] == [
+        ["phone", "10", "10", "2"], ["watch", "10", "4", "1"], ["watch", "10", "6", "3"], ["phone", "10", "5", "5"],
+        ["phone", "10", "10", "6"], ["watch", "10", "4", "4"], ["watch", "10", "6", "5"],
+    ]  # fmt: skip
+    assert "phone 20.0% right, watch 40.0% right" in round_text(round_event(first))

@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 CONFIG = ModalitiesConfig(width=4, features={"photos": 3, "watch": 5})
 SPEC = AdapterSpec(rank=1, alpha=1.0, labels=3, seed=3)
 SHAPED = shapes(CONFIG, SPEC)
-ALL = (Objective(modules=("connector.photos", "connector.watch", "head")),)
+ALL = (Objective(modules=("connector.photos", "connector.watch", "head"), objective="task"),)
 EPS = 1e-6
 
 
@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy_behind_a_norm() -> None:
 def test_a_module_without_an_objective_gets_no_gradient() -> None:
     (values, labels), factors = tables(), begun()
     model = TrainedConnectors(values, factors)
-    model.aim((Objective(modules=("connector.watch",)),))
+    model.aim((Objective(modules=("connector.watch",), objective="task"),))
     model.train_only(("connector.watch",))
     rows = rows_of(labels)
     batch = batch_of([rows[place] for place in (2, 31, 40)])
@@ -115,8 +115,9 @@ def test_what_is_aimed_at_must_be_here_and_once() -> None:
     model = TrainedConnectors({"watch": values["watch"]}, {"connector.watch.c": begun()["connector.watch.c"]})
     with pytest.raises(ValueError, match=r"no module connector\.photos, head here"):
         model.aim(ALL)
+    watch = Objective(modules=("connector.watch",), objective="task")
     with pytest.raises(ValueError, match="two objectives"):
-        model.aim((Objective(modules=("connector.watch",)), Objective(modules=("connector.watch",))))
+        model.aim((watch, watch))
 
 
 def run(objectives: tuple[Objective, ...], start: Floats, at_once: int = 4096) -> Round:
@@ -144,5 +145,50 @@ def test_a_round_teaches_all_and_sends_back_what_it_trained() -> None:
     last = run(ALL, made.vector())
     assert last.held_out_count == 18 and (last.held_out_right or 0) >= 15
     assert {name: count for name, (count, _) in last.held_out_by.items()} == {"photos": 9, "watch": 9}
-    alone = run((Objective(modules=("head",)),), start).vector()
+    alone = run((Objective(modules=("head",), objective="task"),), start).vector()
     assert len(alone) == 3 * 5 and alone.any()
+
+
+def test_contrastive_is_cross_entropy_over_cosines_with_anchors() -> None:
+    """InfoNCE, with its gradient by the chain rule; the task module is trained for its task in the same step."""
+    (values, labels), factors = tables(), begun()
+    drawn = np.random.default_rng(7).standard_normal((3, CONFIG.width))
+    anchors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+    model = TrainedConnectors(values, factors, anchors, 0.2)
+    model.aim(
+        (
+            Objective(modules=("connector.photos", "connector.watch"), objective="contrastive"),
+            Objective(modules=("head",), objective="task"),
+        )
+    )
+    rows = rows_of(labels)
+    chosen = [2, 31, 40]
+    loss = model.loss_of(batch_of([rows[place] for place in chosen]))
+    loss.backward()
+    samples = [(("photos", "watch")[place // 30], place % 30, rows[place].label or 0) for place in chosen]
+    expected, of_task, _ = by_numpy(values, factors, samples)
+    gradients = {name: np.zeros(shape) for name, shape in SHAPED.items()}
+    for modality, number, label in samples:
+        seen = np.append(values[modality][number].astype(np.float64), 1.0)
+        point = factors[f"connector.{modality}.c"].astype(np.float64) @ seen
+        length = np.linalg.norm(point)
+        unit = point / length
+        scores = anchors.astype(np.float64) @ unit / 0.2
+        shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+        expected -= np.log(shares[label]) / 3
+        of_unit = anchors.T.astype(np.float64) @ (shares - np.eye(3)[label]) / (0.2 * 3)
+        of_point = (of_unit - unit * (of_unit @ unit)) / length
+        gradients[f"connector.{modality}.c"] += np.outer(of_point, seen)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    for name in ("connector.photos.c", "connector.watch.c"):
+        np.testing.assert_allclose(model.factors[name].grad.numpy(), gradients[name], atol=2e-5, err_msg=name)
+    np.testing.assert_allclose(model.factors["head.c"].grad.numpy(), of_task["head.c"], atol=1e-5)
+
+
+def test_a_contrastive_objective_wants_anchors_and_connectors() -> None:
+    values, _ = tables()
+    with pytest.raises(ValueError, match="without anchors"):
+        TrainedConnectors(values, begun()).aim((Objective(modules=("connector.watch",), objective="contrastive"),))
+    model = TrainedConnectors(values, begun(), np.eye(3, 4, dtype=np.float32))
+    with pytest.raises(ValueError, match="for the task module"):
+        model.aim((Objective(modules=("head",), objective="contrastive"),))
