@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,6 +16,8 @@ from models.families.modalities import ModalitiesConfig  # noqa: E402
 from models.lora.adapter import AdapterSpec, flat, initial, named, shapes  # noqa: E402
 from models.training.connectors import TrainedConnectors, rows_of_modality  # noqa: E402
 from models.training.features import numbered  # noqa: E402
+from models.training.kernels import WORKING_BYTES, working_bytes  # noqa: E402
+from models.training.memory import connectors_peak_bytes  # noqa: E402
 from models.training.rounds import Round  # noqa: E402
 from models.training.samples import IGNORED, Row, Split, batch_of  # noqa: E402
 from tests.training.test_heads import task  # noqa: E402
@@ -192,3 +198,61 @@ def test_a_contrastive_objective_wants_anchors_and_connectors() -> None:
     model = TrainedConnectors(values, begun(), np.eye(3, 4, dtype=np.float32))
     with pytest.raises(ValueError, match="for the task module"):
         model.aim((Objective(modules=("head",), objective="contrastive"),))
+
+
+MEASURE = """
+import json, sys
+import numpy as np
+from agent.workers import training
+from models.families.modalities import ModalitiesConfig
+from models.lora.adapter import AdapterSpec, flat, initial, shapes
+from models.training.connectors import TrainedConnectors, rows_of_modality
+from models.training.features import numbered
+from models.training.kernels import Kernels
+from models.training.rounds import Round
+from models.training.samples import Split
+from tests.training.test_heads import asked, task
+from wire.modalities import Objective
+import msgspec, torch
+width, hidden, kept, rows, labels = map(int, sys.argv[1:])
+torch.set_num_threads(1)
+names = tuple(f"label {n}" for n in range(labels))
+config, spec = ModalitiesConfig(width=width, features={"one": hidden, "two": hidden}), AdapterSpec(
+    rank=1, alpha=1.0, labels=labels)
+kernels, rng, tables = Kernels(6, 100, hidden, 1), np.random.default_rng(1), {}
+for name in config.features:
+    table = tables[name] = np.empty((kept, hidden), np.float32)
+    for start in range(0, kept, 64):
+        size = min(64, kept - start)
+        table[start:start + size] = kernels.features(rng.standard_normal((size, 100, 6), dtype=np.float32))
+numbers = {name: numbered(rng.integers(0, labels, kept).tolist()) for name in tables}
+all_rows = [row for place, name in enumerate(sorted(tables)) for row in rows_of_modality(place, numbers[name])]
+shaped = shapes(config, spec)
+start = flat(initial(config, spec), shaped)
+stage = TrainedConnectors(tables, initial(config, spec))
+objectives = (Objective(modules=("connector.one", "connector.two", "head"), objective="task"),)
+stage.aim(objectives)
+made = Round(stage, shaped, Split(tuple(all_rows), ()), task(labels=names, batch_rows=rows, steps=3), 1,
+             msgspec.structs.replace(asked(), objectives=objectives), start)
+while made.step():
+    pass
+made.vector()
+status = open("/proc/self/status").read()
+print(json.dumps(1024 * int(status.split("VmHWM:")[1].split()[0])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [(64, 512, 2000, 16, 7), (64, 512, 10_000, 16, 7), (1024, 4096, 128, 64, 30), (4096, 512, 500, 512, 7)]
+)
+def test_what_it_takes_is_foretold(sizes: tuple[int, ...]) -> None:
+    width, hidden, kept, rows, labels = sizes
+    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, sizes)], capture_output=True, text=True, check=True)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    config = ModalitiesConfig(width=width, features={"one": hidden, "two": hidden})
+    working = 64 * 4 * 600 + max(WORKING_BYTES, working_bytes(6, 100, hidden))
+    spec = AdapterSpec(rank=1, alpha=1.0, labels=labels)
+    foretold = connectors_peak_bytes(config, spec, rows, {"one": kept, "two": kept}, working)
+    print(sizes, measured / 1e6, foretold / 1e6)
+    assert measured <= foretold <= 1.5 * measured
