@@ -40,6 +40,7 @@ def device_info(survey: Survey, config: AgentConfig, boot: str) -> DeviceInfo:
         knows_split=True,
         knows_looped=True,
         knows_own=True,
+        knows_modalities=True,
         knows_secure=importlib.util.find_spec("cryptography") is not None,
         private_data=tuple(name for name, _ in config.data_epsilon),
         told_states=config.data_states,

@@ -22,7 +22,7 @@ from agent.restarts import Deaths
 from agent.store import Store
 from agent.workers.pipe import Assignment, BrokerLogin, DataBrokerAt, Status, Tell, line_of, read_line
 from models.engine.names import FALLBACKS
-from wire.messages import ArtifactRef, Desired, StageCounters, StageOrder, StageReport
+from wire.messages import ArtifactRef, Desired, StageCounters, StageOrder, StageReport, TrainingTask
 
 LOG = logging.getLogger("edgelam.stages")
 WORKER_MODULES: Final = {
@@ -250,18 +250,9 @@ class Stages:
         bench, task = self._bench, order.training
         if not self._reached(stage, order):
             return
-        data = "" if task is None or task.role not in ("whole", "ends") else task.data
-        if task is not None and data and data not in bench.data:
-            there = ", ".join(sorted(bench.data)) or "none"
-            stage.impossible = f"no data set {data!r} on this board; there are: {there} (edgelam-agent --data)"
-            return
-        if task is not None and data in bench.epsilons and (task.privacy is None or task.privacy.losses):
-            stage.impossible = (
-                f"data {task.data!r} of this board are for private jobs, without losses (edgelam-agent --data-epsilon)"
-            )
-            return
-        if task is not None and task.role == "ends" and data in bench.epsilons and data not in bench.told_states:
-            stage.impossible = f"states of data {task.data!r} are not to leave this board (edgelam-agent --data-states)"
+        data = _data_of(order)
+        stage.impossible = next(filter(None, (self._impossible(task, name) for name in data.values())), "")
+        if stage.impossible:
             return
         self._store.touch([ref.digest for ref in converge.files_of(order)])
         self._launches += 1
@@ -275,7 +266,8 @@ class Stages:
             weight_paths=tuple(str(self._store.path_of(ref.digest)) for ref in order.weights),
             standard_graph_path=str(self._store.path_of(standard.digest)) if standard else "",
             tokenizer_path=str(self._store.path_of(task.tokenizer.digest)) if task and task.tokenizer else "",
-            data_path=bench.data[data] if data else "",
+            data_path=bench.data[data[""]] if "" in data else "",
+            data_paths={modality: bench.data[name] for modality, name in data.items() if modality},
             state_path=bench.state_path,
             most_epsilon=bench.epsilons.get(task.data) if task is not None else None,
             engines_path=bench.engines_path,
@@ -300,6 +292,18 @@ class Stages:
         stage.order, stage.url = order, login.url
         stage.sign = Sign(now_s, bench.speed, loading=True)
         LOG.info("%s: worker %d started", _name(order), stage.worker)
+
+    def _impossible(self, task: TrainingTask | None, data: str) -> str:
+        """Why a data set of this board may not be trained on; '' if it may."""
+        bench = self._bench
+        if data not in bench.data:
+            there = ", ".join(sorted(bench.data)) or "none"
+            return f"no data set {data!r} on this board; there are: {there} (edgelam-agent --data)"
+        if data in bench.epsilons and (task is None or task.privacy is None or task.privacy.losses):
+            return f"data {data!r} of this board are for private jobs, without losses (edgelam-agent --data-epsilon)"
+        if task is not None and task.role == "ends" and data in bench.epsilons and data not in bench.told_states:
+            return f"states of data {data!r} are not to leave this board (edgelam-agent --data-states)"
+        return ""
 
     def _adopt(self, stage: _Stage, order: StageOrder) -> None:
         if not self._reached(stage, order):
@@ -410,6 +414,16 @@ def _phase_of(stage: _Stage, now_s: float) -> tuple[converge.Phase, str]:
     if now_s < stage.deaths.until_s:
         return "waiting", f"starts again soon; {stage.note}"
     return "waiting", stage.note
+
+
+def _data_of(order: StageOrder) -> dict[str, str]:
+    """Modality -> the data set of this board that an order trains on; '' where there is but one."""
+    task = order.training
+    if task is None or task.role not in ("whole", "ends"):
+        return {}
+    if task.connected is not None:
+        return {modality: owned.data for modality, owned in task.connected.modalities.items()}
+    return {"": task.data}
 
 
 def _name(order: StageOrder) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
+from typing import Annotated
+
+from msgspec import Meta
 
 from wire.errors import UsageError
 
@@ -15,6 +18,9 @@ SITE_USER = "edgelam"
 
 _NAME = re.compile(r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")
 _DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
+
+Name = Annotated[str, Meta(pattern=_NAME.pattern)]
+Digest = Annotated[str, Meta(pattern=_DIGEST.pattern)]
 
 
 def checked_name(text: str, what: str) -> str:

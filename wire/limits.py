@@ -86,6 +86,13 @@ MAX_PIXELS: Final = 100_000_000
 MAX_SAMPLES_KEPT: Final = 1_000_000
 """Whose features a board keeps in memory."""
 
+MAX_MODALITIES: Final = 8
+"""Of one job, each with a module of its own."""
+MAX_WIDTH: Final = 4096
+"""Of the space that modalities share."""
+MAX_OBJECTIVES: Final = 16
+"""Of one job: no module has two at one time."""
+
 MAX_ADAPTERS: Final = 8
 """That one deployment serves: each costs every step a little."""
 

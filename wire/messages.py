@@ -12,16 +12,17 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from wire import limits
+from wire import ids, limits
 from wire.errors import PeerError
 from wire.factors import Begins, OwnRound
+from wire.modalities import ByModality, Connected, Objective
 from wire.privacy import Privacy
 from wire.samples import Images, Series
 from wire.shares import Share, Turn
 from wire.version import PROTOCOL
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
-Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+Name = ids.Name
+Digest = ids.Digest
 Text = Annotated[str, Meta(max_length=4096)]
 Topic = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -96,6 +97,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Whether it can be a hub or a shard, as `knows_split`."""
     knows_own: bool = False
     """Whether it does what `TrainingTask.begins` asks for: older software overlooks it."""
+    knows_modalities: bool = False
+    """Whether it does what `TrainingTask.connected` asks for: older software overlooks it."""
 
 
 class ArtifactRef(Struct, frozen=True, kw_only=True):
@@ -170,6 +173,8 @@ class TrainingTask(Struct, frozen=True, kw_only=True):
     """Samples are windows of readings, and the task module alone is trained, on features of these."""
     images: Images | None = None
     """The same of pictures; the graph and its weights then are of the net that makes features of them."""
+    connected: Connected | None = None
+    """The same of samples of several modalities, whose features connectors map into one space."""
     role: Role = "whole"
     blocks: bool = False
     """All weights of all blocks are trained instead of factors, of an encoder."""
@@ -484,6 +489,8 @@ class RoundMeta(Struct, frozen=True, kw_only=True):
     split: SplitRound | None = None
     """With a role that is not 'whole'."""
     own: OwnRound = -1
+    objectives: Annotated[tuple[Objective, ...], Meta(max_length=limits.MAX_OBJECTIVES)] = ()
+    """Of a job of several modalities: their modules alone are trained and sent back."""
 
 
 class UpdateMeta(Struct, frozen=True, kw_only=True):
@@ -508,10 +515,13 @@ class UpdateMeta(Struct, frozen=True, kw_only=True):
     epsilon: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     """What the job has spent on this device."""
     peer_sent_bytes: Count = 0
+    """Tensors that went to other devices in the round."""
     peer_got_bytes: Count = 0
-    """Tensors that went to other devices in the round, and that came from them."""
+    """That came from them."""
     own_s: Annotated[dict[Name, Seconds], Meta(max_length=limits.MAX_ENDS)] = {}
     """Of who hears the states of devices with data first: how long each took by itself."""
+    by_modality: ByModality = {}
+    """Of a job of several: what of `samples` and of the labels held out is of each."""
 
 
 class Inquiry(Struct, frozen=True, kw_only=True):

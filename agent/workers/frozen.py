@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from agent.workers.pipe import Assignment
 from models.engine.base import EngineFailed
 from models.engine.items import ItemStage
 from models.items.ends import ends_of
@@ -28,13 +28,9 @@ class FrozenNet:
             raise EngineFailed(str(error)) from error
 
     @classmethod
-    def load(cls, assignment: Assignment) -> FrozenNet:
-        """Raises EngineFailed, CorruptData."""
-        task = assignment.order.training
-        if task is None or task.images is None:
-            raise EngineFailed("the order says nothing of pictures")
-        paths = [Path(path) for path in assignment.weight_paths]
-        return cls(ItemStage.load(Path(assignment.graph_path), paths, assignment.threads), task.images.pool)
+    def load(cls, graph: str, weights: Sequence[str], pool: str, threads: int) -> FrozenNet:
+        """Of these files. Raises EngineFailed, CorruptData."""
+        return cls(ItemStage.load(Path(graph), [Path(path) for path in weights], threads), pool)
 
     def features(self, picture: Floats) -> Floats:
         """[3, height, width] -> [hidden]. Raises EngineFailed."""

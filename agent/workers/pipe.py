@@ -50,6 +50,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     tokenizer_path: str = ""
     data_path: str = ""
     """Belong to `order.training`."""
+    data_paths: dict[str, str] = {}
+    """By modality, where it names several."""
     state_path: str = ""
     """Folder of what this board remembers: in `privacy/` what it told of its data, in `adapters/` its own factors."""
     most_epsilon: float | None = None

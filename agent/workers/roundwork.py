@@ -161,7 +161,13 @@ class RoundWork(Answering):
         except (Diverged, OSError) as error:
             self._fail(under_way, error)
             return
-        update = UpdateMeta(
+        update = self._told_of(meta, made, told)
+        tensor = None if vector is None else Tensor.of(vector)
+        self._under_way = None
+        self._give(under_way.request, meta, update, tensor)
+
+    def _told_of(self, meta: RoundMeta, made: Round, told: Told | None) -> UpdateMeta:
+        return UpdateMeta(
             round=meta.round,
             device=self._device,
             samples=len(self._model.rows.trained),
@@ -174,9 +180,6 @@ class RoundWork(Answering):
             noise=None if told is None else told.noise,
             epsilon=None if told is None else told.epsilon,
         )
-        tensor = None if vector is None else Tensor.of(vector)
-        self._under_way = None
-        self._give(under_way.request, meta, update, tensor)
 
     def _fail(self, under_way: _UnderWay, error: Exception) -> None:
         self._under_way = None

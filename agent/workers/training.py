@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, cast
 
@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from agent.workers.answering import Model
 from agent.workers.child import Parent
+from agent.workers.connectedwork import ConnectedWork, anchors_of, features_of_modalities, split_of_modalities
 from agent.workers.endswork import EndsWork
 from agent.workers.frozen import FrozenNet
 from agent.workers.hubwork import HubWork
@@ -35,12 +36,14 @@ from models.engine.memory import map_weights
 from models.families.bert import BertConfig
 from models.families.config import LlamaConfig
 from models.families.features import FeatureConfig
+from models.families.modalities import ModalitiesConfig
 from models.formats.bert import BertFile
 from models.lora.adapter import HEAD, AdapterSpec, Config, Floats, initial, shapes, within
 from models.lora.files import adapter_files
 from models.lora.looped import shapes_of_hub, shapes_of_shard
 from models.lora.serving import PROVENANCE
 from models.training.computer import Computer, choose
+from models.training.connectors import TrainedConnectors
 from models.training.data import BadRow, Sample, read
 from models.training.encoder import TrainedEncoder
 from models.training.features import image_features, series_features
@@ -51,6 +54,7 @@ from models.training.samples import Row, Split, encoder_of, labelled_rows, rows_
 from models.training.trunk import Learner
 from wire.errors import CorruptData
 from wire.messages import ArtifactRef, EngineName, StageOrder, TrainingTask
+from wire.modalities import Connected
 from wire.transport import Transport
 from wire.version import VERSION
 
@@ -115,6 +119,8 @@ def _loaded(assignment: Assignment, computer: Computer, say: Say) -> Trainee:
         check_memory(assignment)
         return Trainee(stage=stage, shaped=shaped, rows=Split((), ()), bad_rows=0, fingerprint="", ledger=ledger)
     say(Status(phase="loading", epoch=order.epoch, detail="reading the data"))
+    if task.connected is not None:
+        return _connected(assignment, task, task.connected, ledger, say)
     if task.series is not None or task.images is not None:
         return _on_features(assignment, task, ledger, computer, say)
     data = read(Path(assignment.data_path))
@@ -155,18 +161,11 @@ def _own_factors(assignment: Assignment, task: TrainingTask, shaped: Shapes) -> 
 
 def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, computer: Computer, say: Say) -> Trainee:
     """Of samples whose features are computed here, once."""
-    order, private = assignment.order, task.privacy is not None
-    said_s = time.monotonic()
-
-    def told(detail: str) -> None:
-        nonlocal said_s
-        if time.monotonic() - said_s > SAID_EVERY_S:
-            said_s = time.monotonic()
-            say(Status(phase="loading", epoch=order.epoch, detail=detail))
-
+    order, private, told = assignment.order, task.privacy is not None, _sometimes(assignment, say)
     path = Path(assignment.data_path)
     if task.images is not None:
-        made = image_features(path, task.images, task.labels, task.seed, FrozenNet.load(assignment), private, told)
+        net = FrozenNet.load(assignment.graph_path, assignment.weight_paths, task.images.pool, assignment.threads)
+        made = image_features(path, task.images, task.labels, task.seed, net, private, told)
     elif task.series is not None:
         made = series_features(path, task.series, task.labels, task.seed, private, told)
     else:
@@ -186,6 +185,49 @@ def _on_features(assignment: Assignment, task: TrainingTask, ledger: Ledger, com
     )
     check_memory(assignment)
     return trainee
+
+
+def _connected(assignment: Assignment, task: TrainingTask, connected: Connected, ledger: Ledger, say: Say) -> Trainee:
+    """Of samples of the modalities that this device owns."""
+    made = features_of_modalities(assignment, task, connected, _sometimes(assignment, say))
+    bad_rows = 0
+    for name, features in made.items():
+        of_this = msgspec.structs.replace(task, data=connected.modalities[name].data)
+        _check_bad_rows(of_this, features.bad_rows, features.said, "none of the job's labels")
+        bad_rows += features.bad_rows
+    spec = _spec(task)
+    config = ModalitiesConfig(
+        width=connected.width, features={name: features.values.shape[1] for name, features in made.items()}
+    )
+    tables = {name: features.values for name, features in made.items()}
+    trainee = Trainee(
+        stage=cast(
+            Learner,
+            TrainedConnectors(
+                tables, _zeros(shapes(config, spec)), anchors_of(assignment, task, connected), connected.temperature
+            ),
+        ),
+        shaped=shapes(config, spec),
+        rows=split_of_modalities(made, task),
+        bad_rows=bad_rows,
+        fingerprint="",
+        ledger=ledger,
+    )
+    check_memory(assignment)
+    return trainee
+
+
+def _sometimes(assignment: Assignment, say: Say) -> Callable[[str], None]:
+    """Says how far loading is, once in a while."""
+    said_s = time.monotonic()
+
+    def told(detail: str) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s > SAID_EVERY_S:
+            said_s = time.monotonic()
+            say(Status(phase="loading", epoch=assignment.order.epoch, detail=detail))
+
+    return told
 
 
 def _check_bad_rows(task: TrainingTask, count: int, said: Sequence[BadRow], otherwise: str) -> None:
@@ -296,11 +338,14 @@ class TrainingWorker(StageWorker[Trainee]):
 
     def _make_work(self, order: StageOrder) -> Work:
         assignment = self._assignment
-        role = order.training.role if order.training is not None else "whole"
+        role: str = order.training.role if order.training is not None else "whole"
         if order.training is not None and order.training.secure:
             return self._secure_work(order)
+        if order.training is not None and order.training.connected is not None:
+            role = "connected"
         kinds: dict[str, type[RoundWork | EndsWork | TrunkWork | HubWork | ShardWork]] = {
             "ends": EndsWork, "trunk": TrunkWork, "hub": HubWork, "shard": ShardWork,
+            "connected": ConnectedWork,
         }  # fmt: skip
         return kinds.get(role, RoundWork)(
             order, self._held, self._outboxes, done, self._stretch, assignment.site, assignment.device, self._fits

@@ -24,6 +24,7 @@ from coordinator.commands.common import (
     write_file,
     write_text,
 )
+from coordinator.rounds.job import with_models
 from coordinator.rounds.jobfile import load_job
 from coordinator.rounds.report import JobReport, csv_of, part_of, plots_of
 from coordinator.rounds.store import FILES
@@ -31,6 +32,7 @@ from coordinator.screens.table import table
 from hwprofiles.report.page import page
 from hwprofiles.report.render import markdown_of, plain_of
 from wire.errors import ExitCode, Unreachable, UsageError
+from wire.modalities import Told, accuracy_by
 from wire.units import bytes_text, seconds_text
 
 VERBS = ("status", "follow", "stop", "resume", "adapter", "report")
@@ -65,7 +67,7 @@ def tune(
     if name:
         raise UsageError(f"{job!r} is none of {', '.join(VERBS)}", try_="edgelam tune JOB.toml, or edgelam tune status")
     wanted = load_job(Path(job))
-    wanted = msgspec.structs.replace(wanted, model=model_name(wanted.model))
+    wanted = with_models(wanted, model_name)
     with client(coordinator, site_key_file) as there:
         _follow(there, "/v1/jobs", wanted, wanted.name, output, json)
 
@@ -202,6 +204,7 @@ def round_text(event: dict[str, Any]) -> str:
     parts = [
         f"loss {trained:.3f}" if trained is not None else "",
         _held_out(judged, event.get("held_out_accuracy")),
+        *(f"{name} {right:.1%} right" for name, right in _by_modality(devices).items()),
         _epsilons([found["epsilon"] for found in devices.values() if found["epsilon"] is not None]),
         f"{event['lost']:.2%} had no rank" if event.get("lost") else "",
         f"{len(counted)} of {len(devices)} boards",
@@ -211,6 +214,12 @@ def round_text(event: dict[str, Any]) -> str:
     left_out = [f"{device}: {found['refused']}" for device, found in devices.items() if found["refused"]]
     what = f"round {event['round']}" if event["trained"] else "at the end"
     return f"{what}: {', '.join(part for part in parts if part)}" + "".join(f"\n  {line}" for line in left_out)
+
+
+def _by_modality(devices: dict[str, Any]) -> dict[str, float]:
+    """Modality -> share of its held-out labels that were told right."""
+    told = [found.get("by_modality", {}) for found in devices.values() if not found["refused"]]
+    return accuracy_by([msgspec.convert(one, type=dict[str, Told]) for one in told])
 
 
 def _time(event: dict[str, Any]) -> str:

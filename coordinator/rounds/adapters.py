@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -14,8 +14,10 @@ import numpy.typing as npt
 from coordinator.rounds.job import Adapter, Job
 from coordinator.rounds.store import JobRecord, RoundRecord, digest_of
 from models.families.bert import BertConfig
+from models.families.modalities import ModalitiesConfig
 from models.formats.safetensors import to_bytes
 from models.lora.adapter import (
+    CONNECTORS_FILE,
     HEAD,
     AdapterSpec,
     Config,
@@ -45,6 +47,7 @@ from models.lora.serving import BLOCKS, CONFIG, PROVENANCE, TENSORS
 from models.lora.whole import to_file
 from models.training.kernels import VERSION as VERSION_OF_KERNELS
 from wire.messages import UpdateMeta
+from wire.modalities import connector_of
 from wire.version import VERSION
 
 Floats = npt.NDArray[np.float32]
@@ -267,16 +270,46 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
         "held_out_loss": [done.held_out_loss for done in rounds],
         "held_out_accuracy": [done.held_out_accuracy for done in rounds] if job.labels else None,
         "personal": job.begins == "own-b",
+        **(_told_of_modalities(record, rounds) if job.modalities else {}),
         "privacy": privacy_of(job, rounds),
         "updates": "masked: of each round the coordinator knew their sum alone" if job.secure else "known one by one",
     }
     head = head_file(by_name, job.labels, **_samples_of(job))
+    if isinstance(config, ModalitiesConfig):
+        head[CONNECTORS_FILE] = _connectors(by_name, job)
     found = {PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
     return {**found, **head} if job.on_features else {**trained, **head, **found}
 
 
+def _connectors(by_name: Mapping[str, Floats], job: Job) -> bytes:
+    """All connectors, and how the features before them were made."""
+    tensors: dict[str, Floats] = {}
+    for name in job.modalities:
+        connector = by_name[f"{connector_of(name)}.c"]
+        tensors |= {f"{name}.weight": connector[:, :-1].copy(), f"{name}.bias": connector[:, -1].copy()}
+    return to_bytes(tensors, {"format": "pt", **_samples_of(job)})
+
+
+def _told_of_modalities(record: JobRecord, rounds: Sequence[RoundRecord]) -> dict[str, Any]:
+    """For the provenance of a job of several: who had which, and how well labels were told of each."""
+    each = {device: found.by_modality for done in rounds for device, found in done.devices.items() if found.by_modality}
+    return {
+        "modalities": record.owns,
+        "samples_by_modality": {
+            device: {name: told.samples for name, told in by_modality.items()} for device, by_modality in each.items()
+        },
+        "held_out_accuracy_by_modality": [done.accuracy_by for done in rounds],
+    }
+
+
 def _samples_of(job: Job) -> dict[str, str]:
     """How features were made for a task module, so that others can make them."""
+    if job.modalities:
+        return {
+            "modalities": msgspec.json.encode(job.modalities).decode(),
+            "seed": str(job.seed),
+            "kernels": str(VERSION_OF_KERNELS),
+        }
     if job.images is not None:
         return {"images": msgspec.json.encode(job.images).decode(), "model": job.model}
     if job.series is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -16,11 +16,13 @@ from models.build.pack import Packed
 from models.build.stage import build_stage_graph
 from models.families.bert import BertConfig
 from models.families.features import FeatureConfig
+from models.families.modalities import ModalitiesConfig
 from models.formats.bert import BertFile, is_bert, read_bert_config
 from models.lora.adapter import Config, Floats, flat, initial, shapes, sizes
 from models.lora.whole import weights_of
 from models.training.memory import (
     HELD_COPIES,
+    connectors_peak_bytes,
     encoder_peak_bytes,
     ends_peak_bytes,
     head_peak_bytes,
@@ -69,6 +71,17 @@ class Base(Struct, frozen=True, kw_only=True):
     """Whose features a board keeps, where a task module alone is trained."""
     working_bytes: int = 0
     """What it takes to compute them."""
+    modalities: Mapping[str, Base] = {}
+    """Of a job of several."""
+    anchors: bytes = b""
+    """Of its labels, [labels, width] float32, if something is trained by them."""
+
+    def of(self, owned: Collection[str]) -> Base:
+        """What a device with these modalities trains; all of it where there are none."""
+        if not isinstance(self.config, ModalitiesConfig):
+            return self
+        mine = {name: base for name, base in self.modalities.items() if name in owned}
+        return msgspec.structs.replace(self, config=self.config.of(owned), modalities=mine)
 
     def peak_bytes(self, job: Job, device: str, rows: int, remember: bool) -> int:
         """What a worker that has the whole model takes at most, as foretold, with so many samples at once."""
@@ -76,6 +89,10 @@ class Base(Struct, frozen=True, kw_only=True):
         spec, row_tokens = spec_of(job, device), job.rounds.row_tokens
         if isinstance(self.config, FeatureConfig):
             return head_peak_bytes(self.config, spec, rows, self.most_samples, self.working_bytes)
+        if isinstance(self.config, ModalitiesConfig):
+            kept = {name: base.most_samples for name, base in self.modalities.items()}
+            working_bytes = max((base.working_bytes for base in self.modalities.values()), default=0)
+            return connectors_peak_bytes(self.config, spec, rows, kept, working_bytes)
         held = HELD_COPIES * 4 * most_held(self.config, job)
         if isinstance(self.config, BertConfig):
             return held + encoder_peak_bytes(self.config, weights, spec, rows * row_tokens, remember)
@@ -84,7 +101,9 @@ class Base(Struct, frozen=True, kw_only=True):
     def ends_bytes(self, job: Job) -> int:
         """The same of one that has the ends of a split model."""
         tokens = job.step_rows * job.rounds.row_tokens
-        assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
+        assert not isinstance(self.config, FeatureConfig | ModalitiesConfig), (
+            "coordinator.rounds.job refuses to split it"
+        )
         lowrank, weights, rows = job.uplink_grad == "lowrank", self.parts["ends"].weight_bytes, job.rounds.batch_rows
         if job.privacy is not None and not job.privacy.losses:
             rows = 1  # samples one by one; losses are of batches
@@ -94,7 +113,9 @@ class Base(Struct, frozen=True, kw_only=True):
     def trunk_bytes(self, job: Job, ends: int, remember: bool, blocks: int | None = None) -> int:
         """The same of one that has all blocks, or so many, for so many of those."""
         tokens, weights = job.step_rows * job.rounds.row_tokens, self.parts["trunk"].weight_bytes
-        assert not isinstance(self.config, FeatureConfig), "coordinator.rounds.job refuses to split it"
+        assert not isinstance(self.config, FeatureConfig | ModalitiesConfig), (
+            "coordinator.rounds.job refuses to split it"
+        )
         lowrank = job.uplink_grad == "lowrank"
         return trunk_peak_bytes(self.config, weights, spec_of(job), tokens, ends, remember, blocks, lowrank)
 

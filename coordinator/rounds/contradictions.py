@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
-from coordinator.rounds.job import COUNTED, MOST_NAME, ONE_SET, SERIES, SPLIT, SUMS, Adapter, Job, Rounds
+from coordinator.rounds.job import (
+    COUNTED,
+    MOST_NAME,
+    ONE_SET,
+    SERIES,
+    SPLIT,
+    SUMS,
+    Adapter,
+    Job,
+    Modality,
+    Planned,
+    Rounds,
+    Space,
+)
 from models.lora.aggregate import ANY_RANKS
 from models.privacy.accountant import noise_for
 from models.privacy.plan import most_drawn
 from wire.ids import is_name
-from wire.limits import LEAST_SUMMED, MAX_SEGMENTS, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
+from wire.limits import LEAST_SUMMED, MAX_MODALITIES, MAX_SEGMENTS, MAX_SPLIT_ROWS, MAX_SUMMED, MAX_WINDOW_READINGS
+from wire.modalities import HEAD, connector_of
 from wire.privacy import Privacy
 from wire.samples import Series
 
@@ -57,7 +71,13 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("adapter.most_rank: means something with aggregation = 'stack' alone")
     if len(set(adapter.matrices)) != len(adapter.matrices):
         found.append("adapter.matrices: one is listed twice")
-    found += _about_features(values)
+    if values.get("modalities"):
+        found += _about_modalities(values)
+    else:
+        found += [f"{key}: missing" for key in ("model", "data") if not values.get(key)]
+        found += ["space: means something with modalities alone"] if values.get("space", Space()) != Space() else []
+        found += ["plan: means something with modalities alone"] if values.get("plan") else []
+        found += _about_features(values)
     found += _about_rounds(rounds)
     most = len(devices) or 256
     if rounds.who in COUNTED:
@@ -218,6 +238,13 @@ def _about_features(values: Mapping[str, Any]) -> list[str]:
         found.append("images: not beside series; a job has samples of one kind")
     if series is not None and values.get("model", SERIES) != SERIES:
         found.append(f"model: {values['model']!r} takes no readings; with series it is {SERIES!r}")
+    found += _about_task_modules(values)
+    return found + ([] if series is None else _about_series(series))
+
+
+def _about_task_modules(values: Mapping[str, Any]) -> list[str]:
+    """What means nothing where samples are features that nobody trains."""
+    found = []
     if not values.get("labels"):
         found.append("labels: missing; which of these a sample has is what is learnt")
     if values.get("mode", "federated") != "federated":
@@ -229,22 +256,93 @@ def _about_features(values: Mapping[str, Any]) -> list[str]:
         found.append(f"rounds.aggregation: {rounds.aggregation} is for low-rank factors, and there are none")
     if rounds.row_tokens != plain.row_tokens:
         found.append("rounds.row_tokens: samples are no texts")
-    return found + ([] if series is None else _about_series(series))
+    return found
 
 
-def _about_series(series: Series) -> list[str]:
+def _about_modalities(values: Mapping[str, Any]) -> list[str]:
+    """What goes with samples of several kinds, and what means nothing with them."""
+    modalities: Mapping[str, Modality] = values["modalities"]
+    found = []
+    if not 2 <= len(modalities) <= MAX_MODALITIES:
+        found.append(f"modalities: {len(modalities)}; 2 to {MAX_MODALITIES} of them share a space")
+    for name, one in modalities.items():
+        where = f"modalities.{name}"
+        if not is_name(name):
+            found.append(f"{where}: {name!r} is no name")
+        if (one.series is None) == (one.images is None):
+            found.append(f"{where}: one of series and images")
+        elif one.images is not None and not one.model:
+            found.append(f"{where}.model: missing; a net that takes pictures")
+        elif one.series is not None and one.model:
+            found.append(f"{where}.model: {one.model!r} takes no readings")
+        if one.series is not None:
+            found += _about_series(one.series, f"{where}.")
+    for key in ("model", "data", "series", "images"):
+        if values.get(key):
+            found.append(f"{key}: not beside modalities, each of which has its own")
+    if values.get("privacy") is not None:
+        found.append("privacy: not with modalities; what a board says of each is in the clear")
+    if values.get("secure"):
+        found.append("secure: not with modalities: updates of several lengths make no sum")
+    return found + _about_task_modules(values) + _about_plan(values)
+
+
+def _about_plan(values: Mapping[str, Any]) -> list[str]:
+    """What modules are trained for, where the job says it: for one thing at a time."""
+    plan: Sequence[Planned] = values.get("plan", ())
+    rounds, devices, found = values.get("rounds", Rounds()), values.get("devices", ()), []
+    modules = {HEAD, *map(connector_of, values["modalities"])}
+    for place, planned in enumerate(plan):
+        where = f"plan.{place}"
+        unknown = sorted(set(planned.modules) - modules)
+        if unknown:
+            found.append(f"{where}.modules: no module {', '.join(unknown)}; there are {', '.join(sorted(modules))}")
+        if len(set(planned.modules)) != len(planned.modules):
+            found.append(f"{where}.modules: one is listed twice")
+        if planned.objective == "contrastive" and HEAD in planned.modules:
+            found.append(
+                f"{where}.modules: head has nothing to do with where samples are; contrastive is of connectors"
+            )
+        strange = sorted(set(planned.devices) - set(devices)) if devices else []
+        if strange:
+            found.append(f"{where}.devices: {', '.join(strange)} not among devices")
+        if planned.first >= rounds.count or (planned.last is not None and planned.last < planned.first):
+            found.append(f"{where}: is for none of the rounds 0 to {rounds.count - 1}")
+    contrastive = any(planned.objective == "contrastive" for planned in plan)
+    space = values.get("space", Space())
+    if contrastive and not space.anchors:
+        found.append("space.anchors: missing; a contrastive objective draws samples to what a sentence encoder makes")
+    if not contrastive and space != Space(width=space.width):
+        found.append("space.anchors: and temperature mean something with a contrastive objective alone")
+    return found + _at_one_time(plan, rounds.count)
+
+
+def _at_one_time(plan: Sequence[Planned], count: int) -> list[str]:
+    """What is trained for two things in one round, or is a round in which nothing is trained: the first of each."""
+    found: dict[str, str] = {}
+    for number in range(count if plan else 0):
+        at = [planned for planned in plan if planned.at(number)]
+        modules = [module for planned in at for module in planned.modules]
+        if not modules:
+            found.setdefault("", f"plan: nothing is trained in round {number}")
+        for module in {module for module in modules if modules.count(module) > 1}:
+            found.setdefault(module, f"plan: {module} is trained for two objectives in round {number}")
+    return sorted(found.values())
+
+
+def _about_series(series: Series, where: str = "") -> list[str]:
     found = []
     named = [*series.columns, series.label, *filter(None, (series.id, series.time))]
     if len(set(named)) != len(named):
-        found.append("series.columns: one is named twice, or is label, id or time as well")
+        found.append(f"{where}series.columns: one is named twice, or is label, id or time as well")
     if series.most_gap is not None and not series.time:
-        found.append("series.most_gap: means something beside series.time alone")
+        found.append(f"{where}series.most_gap: means something beside series.time alone")
     for name in ("centre", "scale"):
         given = len(getattr(series, name))
         if given not in (0, len(series.columns)):
-            found.append(f"series.{name}: {given} numbers for {len(series.columns)} columns")
+            found.append(f"{where}series.{name}: {given} numbers for {len(series.columns)} columns")
     if series.window * len(series.columns) > MAX_WINDOW_READINGS:
-        found.append(f"series.window: at most {MAX_WINDOW_READINGS} readings, of all columns together")
+        found.append(f"{where}series.window: at most {MAX_WINDOW_READINGS} readings, of all columns together")
     return found
 
 
@@ -283,4 +381,7 @@ def _names(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     named = [("devices", device) for device in values.get("devices", ())]
     trunk = values.get("trunk", ())
     named += [("trunk", name) for name in ((trunk,) if isinstance(trunk, str) else trunk) if name]
-    return [("data", values["data"]), *named, *(("adapter.ranks", device) for device in ranks)]
+    named += [(f"modalities.{name}.data", one.data) for name, one in values.get("modalities", {}).items()]
+    named += [("data", values["data"])] if values.get("data") else []
+    named += [("plan", device) for planned in values.get("plan", ()) for device in planned.devices]
+    return [*named, *(("adapter.ranks", device) for device in ranks)]

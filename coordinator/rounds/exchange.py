@@ -22,6 +22,7 @@ from models.lora.adapter import Config
 from wire.errors import PeerError
 from wire.frames import FLAG_FINAL, Kind, Parcel, Tensor
 from wire.messages import RoundMeta, StageError, StageOrder, UpdateMeta, decode
+from wire.modalities import Objective
 
 LOG = logging.getLogger("edgelam.rounds")
 
@@ -90,14 +91,23 @@ class Exchange:
             train=self.train,
             bytes_per_s=self._record.paces.get(device) if self.train else None,
             own=self._counted_last.get(device, -1),
+            objectives=self._objectives(device),
         )
         if device in self._asked_s:
             self._asked_again.add(device)
         self._asked_s.setdefault(device, time.monotonic())
         request = next(number for number, known in self._requests.items() if known == device)
         order = self._record.order_of(device)
-        sent = taken_by(self._config, self._record.job, device, self.start)
+        sent = self._taken(device)
         self._send(device, order, request, meta, Tensor.of(sent) if sent.size else None)
+
+    def _objectives(self, _device: str) -> tuple[Objective, ...]:
+        """What its modules are trained for, of a job of several modalities."""
+        return ()
+
+    def _taken(self, device: str) -> Floats:
+        """What it is sent of the factors."""
+        return taken_by(self._config, self._record.job, device, self.start)
 
     def _send(self, name: str, order: StageOrder, request: int, meta: RoundMeta, tensor: Tensor | None) -> None:
         parcel = Parcel(Kind.ROUND, order.epoch, request, 0, FLAG_FINAL, tensor, msgspec.json.encode(meta))
@@ -175,6 +185,7 @@ class Exchange:
                 epsilon=meta.epsilon,
                 sent_bytes=meta.peer_sent_bytes + (0 if vector is None else vector.nbytes),
                 wall_s=self._wall_s.get(device, 0.0),
+                by_modality=meta.by_modality,
             )
         for device, because in self.state.refused.items():
             devices[device] = DeviceRound(refused=because)

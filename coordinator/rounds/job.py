@@ -14,17 +14,19 @@ docs/tuning.md lists all keys with what they stand for when they are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Final, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from coordinator.rounds.schedule import Penalty
 from models.lora.aggregate import Middle, Rule
 from models.privacy.plan import most_drawn
 from wire.factors import Begins
-from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_PROMPT_TOKENS
+from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS, MAX_MODALITIES, MAX_OBJECTIVES, MAX_PROMPT_TOKENS, MAX_WIDTH
 from wire.messages import Label, Matrix
+from wire.modalities import Module, Purpose, Temperature
 from wire.privacy import Privacy
 from wire.samples import Images, Series
 
@@ -105,10 +107,51 @@ class Rounds(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Share of each device's samples on which the loss is judged, and that is never trained on."""
 
 
+class Modality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of several kinds of samples of a job: series or images."""
+
+    data: str
+    """Name of a data set; boards that have it own the modality."""
+    model: str = ""
+    """That makes features of pictures."""
+    series: Series | None = None
+    images: Images | None = None
+
+
+class Space(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """That connectors of several modalities map into."""
+
+    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)] = 64
+    anchors: str = ""
+    """A sentence encoder: what it makes of the labels' words is where a contrastive objective draws samples."""
+    temperature: Temperature = 0.1
+    """Of a contrastive objective: cosines are divided by it."""
+
+
+class Planned(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What some modules are trained for, by whom and when; modules that nothing is planned for stay as they are."""
+
+    modules: Annotated[tuple[Module, ...], Meta(min_length=1, max_length=MAX_MODALITIES + 1)]
+    objective: Purpose = "task"
+    devices: tuple[str, ...] = ()
+    """None: all that have the module."""
+    every: Annotated[int, Meta(ge=1, le=100_000)] = 1
+    """Rounds, from `first` on."""
+    first: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    last: Annotated[int, Meta(ge=0, le=100_000)] | None = None
+    """None: to the end."""
+
+    def at(self, number: int) -> bool:
+        """Whether it is for a round."""
+        behind = number - self.first
+        return behind >= 0 and behind % self.every == 0 and (self.last is None or number <= self.last)
+
+
 class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
-    model: str
-    data: str
+    model: str = ""
+    """'' with modalities alone, as `data`."""
+    data: str = ""
     mode: Literal["federated", "split", "pipeline", "looped", "auto"] = "federated"
     """'split': boards with data have the ends of the model, and one board all blocks, or as few as can hold them;
     'pipeline': as many boards as make a step fast, two at least; 'looped': one block at every depth, whose
@@ -139,6 +182,12 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Samples are windows of readings, of which the task module alone learns the labels."""
     images: Images | None = None
     """Samples are pictures, of whose features the task module alone learns the labels."""
+    modalities: dict[str, Modality] = {}
+    """Samples are of several kinds, whose features connectors map into one space; each board trains those of the kinds
+    that it has."""
+    space: Space = Space()
+    plan: Annotated[tuple[Planned, ...], Meta(max_length=MAX_OBJECTIVES)] = ()
+    """None: all modules for their task, in all rounds."""
 
     @property
     def is_split(self) -> bool:
@@ -161,5 +210,27 @@ class Job(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def on_features(self) -> bool:
-        """Whether the task module is all that is trained."""
-        return self.series is not None or self.images is not None
+        """Whether samples are features that nobody trains: a task module is trained, and connectors to it, if any."""
+        return self.series is not None or self.images is not None or bool(self.modalities)
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        """Of which boards that take part have at least one."""
+        return tuple(one.data for one in self.modalities.values()) or (self.data,)
+
+    @property
+    def trains(self) -> str:
+        """The model, for people."""
+        return self.model or f"connectors of {', '.join(self.modalities)}"
+
+
+def with_models(job: Job, named: Callable[[str], str]) -> Job:
+    """The same with other names of its models."""
+    modalities = {
+        name: msgspec.structs.replace(one, model=named(one.model)) if one.model else one
+        for name, one in job.modalities.items()
+    }
+    model = named(job.model) if job.model else ""
+    anchors = named(job.space.anchors) if job.space.anchors else ""
+    space = msgspec.structs.replace(job.space, anchors=anchors)
+    return msgspec.structs.replace(job, model=model, modalities=modalities, space=space)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Annotated, Any, Final, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -44,9 +44,10 @@ def job_of(raw: Mapping[str, Any], where: str) -> Job:
     """The job that a table says; raise UsageError that lists all that is wrong with it."""
     problems: list[str] = []
     values = _fields(Job, raw, "", problems)
-    if {"name", "data"} <= values.keys():
+    if "name" in values:
         said = {problem.split(":")[0] for problem in problems}
         said |= {key.partition(".")[0] for key in said}  # a table with a wrong value is not missing
+        said |= {"model", "data"} if "modalities" in said else set()  # and they may stand there
         problems += [problem for problem in contradictions(values) if problem.split(":")[0] not in said]
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
@@ -72,7 +73,15 @@ def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> di
             if field.required:
                 problems.append(f"{where}{name}: missing")
             continue
-        table = _table_of(field.type)
+        inside = _tables_in(field.type)
+        if inside is not None and isinstance(raw[name], Mapping | list | tuple):
+            many = raw[name].items() if isinstance(raw[name], Mapping) else enumerate(raw[name])
+            before = len(problems)
+            made = {key: _fields(inside, one, f"{where}{name}.{key}.", problems) for key, one in many}
+            if len(problems) > before:
+                continue
+            raw = {**raw, name: msgspec.to_builtins(made if isinstance(raw[name], Mapping) else list(made.values()))}
+        table = _table_of(field.type) if inside is None else None
         if table is not None and (raw[name] is not None or field.default is not None):
             before = len(problems)
             inner = _fields(table, raw[name], f"{where}{name}.", problems)
@@ -84,6 +93,13 @@ def _fields(kind: type[Struct], raw: Any, where: str, problems: list[str]) -> di
         except msgspec.ValidationError as error:
             problems.append(f"{where}{name}: {str(error).split(' - at ')[0]}")
     return values
+
+
+def _tables_in(kind: Any) -> type[Struct] | None:
+    """The struct of which a field holds many, in a row or by name."""
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    inside = {tuple: 0, dict: 1}.get(get_origin(plain))
+    return None if inside is None else _table_of(get_args(plain)[inside])
 
 
 def _table_of(kind: Any) -> type[Struct] | None:

@@ -10,6 +10,7 @@ import msgspec
 from coordinator.rounds.adapters import most_held, parts_of, spec_of
 from coordinator.rounds.bases import Base, Part
 from coordinator.rounds.job import COUNTED, Job
+from coordinator.rounds.modules import owned_by
 from coordinator.rounds.store import JobRecord, topic_name
 from coordinator.service import Coordinator
 from models.lora.adapter import length_of, shapes
@@ -17,6 +18,7 @@ from wire import topics
 from wire.errors import UsageError
 from wire.limits import MAX_DEVICES, MAX_ENDS, MAX_PARTIAL_BYTES, MAX_SEGMENTS, MAX_TENSOR_BYTES
 from wire.messages import ArtifactRef, DeviceInfo, InboxAddress, Role, StageOrder, TrainingTask
+from wire.modalities import Connected, Owned
 from wire.units import bytes_text
 
 TRUNK: Final = "the trunk"
@@ -65,9 +67,12 @@ def make_orders(
     task: TrainingTask,
     placed: Mapping[PartName, Placed],
     ways: Mapping[str, Way],
+    nets: Mapping[str, Placed] = {},
+    anchors: ArtifactRef | None = None,
 ) -> dict[str, tuple[StageOrder, ...]]:
     """The orders of all boards that have one, and of those that can take part now; and those of the trunk, if the model
-    is split. Who has a number keeps it."""
+    is split. Who has a number keeps it. `nets`: that make features, by modality; `anchors`:
+    of labels in their space."""
     job = record.job
     stages = {device: order.stage for device, order in record.with_data.items()}
     for device in sorted(able):
@@ -79,12 +84,46 @@ def make_orders(
         mine = msgspec.structs.replace(
             task, role=role, rank=job.adapter.rank_of(device), alpha=spec_of(job, device).alpha, **way._asdict()
         )
-        orders[device] = (_order(site, record, base, placed[role, 0], stage, mine),)
+        mine, its_files = _of_modalities(record, device, mine, nets, anchors)
+        whole = placed[role, 0]
+        its_own = whole._replace(weights=(*whole.weights, *its_files))
+        orders[device] = (_order(site, record, base.of(record.owns.get(device, ())), its_own, stage, mine),)
     for name, at in zip(trunk_names(len(record.trunk), job.mode == "looped"), record.trunk, strict=True):
         mine = msgspec.structs.replace(task, role=at.role, remember=ways[name].remember, share=at.share)
         order = _order(site, record, base, placed[at.role, at.first_block], at.stage, mine)
         orders[at.device] = (*orders.get(at.device, ()), order)
     return orders
+
+
+def _of_modalities(
+    record: JobRecord, device: str, task: TrainingTask, nets: Mapping[str, Placed], anchors: ArtifactRef | None
+) -> tuple[TrainingTask, tuple[ArtifactRef, ...]]:
+    """What a device does with the modalities that it owns, and the files that it needs for that."""
+    job = record.job
+    if not job.modalities:
+        return task, ()
+    files: dict[str, ArtifactRef] = {}
+    modalities: dict[str, Owned] = {}
+    for name in record.owns[device]:
+        one, net = job.modalities[name], nets.get(name)
+        refs = () if net is None else (net.graph, *net.weights)
+        files.update({ref.digest: ref for ref in refs})
+        modalities[name] = Owned(
+            data=one.data,
+            series=one.series,
+            images=one.images,
+            graph=None if net is None else net.graph.digest,
+            weights=() if net is None else tuple(ref.digest for ref in net.weights),
+        )
+    first = job.modalities[record.owns[device][0]].data
+    files.update({} if anchors is None else {anchors.digest: anchors})
+    connected = Connected(
+        width=job.space.width,
+        modalities=modalities,
+        anchors=None if anchors is None else anchors.digest,
+        temperature=job.space.temperature,
+    )
+    return msgspec.structs.replace(task, data=first, connected=connected), tuple(files.values())
 
 
 def _order(site: str, record: JobRecord, base: Base, placed: Placed, stage: int, task: TrainingTask) -> StageOrder:
@@ -121,7 +160,7 @@ def task_of(job: Job, tokenizer: ArtifactRef | None, end_id: int | None) -> Trai
     """What a board of the adapter's rank does in each round."""
     rounds = job.rounds
     return TrainingTask(
-        data=job.data,
+        data=job.data_sets[0],
         tokenizer=tokenizer,
         end_id=end_id,
         rank=job.adapter.rank,
@@ -159,9 +198,9 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
         unable.pop(device.name, None)
         if info is None or not coordinator.is_online(device.name):
             unable[device.name] = "offline"
-        elif job.data not in info.data:
-            unable[device.name] = f"has no data {job.data!r}"
-        elif job.data in info.private_data and (job.privacy is None or job.privacy.losses):
+        elif not (there := set(job.data_sets) & set(info.data)):
+            unable[device.name] = f"has no data {' or '.join(map(repr, job.data_sets))}"
+        elif there <= set(info.private_data) and (job.privacy is None or job.privacy.losses):
             unable[device.name] = "its data are for private jobs alone, without losses"
         elif job.data in info.private_data and job.is_split and job.data not in info.told_states:
             unable[device.name] = "states of its data, which no noise covers, are not to leave it"
@@ -169,6 +208,8 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = f"its software, {info.software}, knows no split models"
         elif job.on_features and not info.knows_features:
             unable[device.name] = f"its software, {info.software}, knows samples that are texts alone"
+        elif job.modalities and not info.knows_modalities:
+            unable[device.name] = f"its software, {info.software}, knows samples of one kind alone"
         elif job.privacy is not None and not info.knows_privacy:
             unable[device.name] = f"its software, {info.software}, knows no private jobs"
         elif job.privacy is not None and job.is_split and not info.knows_private_split:
@@ -181,7 +222,7 @@ def able_devices(coordinator: Coordinator, job: Job, base: Base) -> tuple[tuple[
             unable[device.name] = f"its software, {info.software}, knows no aggregation {job.rounds.aggregation}"
         elif because := without_torch(info):
             unable[device.name] = because
-        elif (least := least_bytes(base, job, device.name)) > info.memory_bytes:
+        elif (least := least_bytes(base.of(owned_by(job, info)), job, device.name)) > info.memory_bytes:
             unable[device.name] = (
                 f"would take {bytes_text(least)} of its {bytes_text(info.memory_bytes)} of memory;"
                 " fewer rounds.row_tokens need less"
@@ -269,13 +310,14 @@ def rows_at_once(job: Job) -> int:
 def ways_of(coordinator: Coordinator, job: Job, devices: Collection[str], base: Base) -> dict[str, Way]:
     """How each board can train in its memory: all of a batch at once, keeping what gradients need, if that is ample;
     else computing it again; else with fewer samples at once, since the weights are expanded for each piece anew."""
-    memory = {device.name: device.info.memory_bytes for device in coordinator.devices() if device.info is not None}
+    infos = {device.name: device.info for device in coordinator.devices() if device.info is not None}
     found: dict[str, Way] = {}
-    for device in set(devices) & memory.keys() if job.mode == "federated" else ():
+    for device in set(devices) & infos.keys() if job.mode == "federated" else ():
+        memory_bytes, mine = infos[device].memory_bytes, base.of(owned_by(job, infos[device]))
         way = Way(remember=True, rows_at_once=rows_at_once(job))
-        if base.peak_bytes(job, device, way.rows_at_once, way.remember) > AMPLE * memory[device]:
+        if mine.peak_bytes(job, device, way.rows_at_once, way.remember) > AMPLE * memory_bytes:
             way = way._replace(remember=False)
-            while way.rows_at_once > 1 and base.peak_bytes(job, device, way.rows_at_once, False) > memory[device]:
+            while way.rows_at_once > 1 and mine.peak_bytes(job, device, way.rows_at_once, False) > memory_bytes:
                 way = way._replace(rows_at_once=-(-way.rows_at_once // 2))
         found[device] = way
     return found

@@ -19,13 +19,15 @@ from hwprofiles.report.plots import NoPlot, Plot, Point, Series
 from hwprofiles.report.render import Part
 from hwprofiles.report.rows import ITEMS, Column, Table
 from hwprofiles.report.views import csv_text
+from wire.modalities import Told
 from wire.units import bytes_text, seconds_text
 
 ROUND_COLUMNS: Final = (
     "round", "trained", "loss", "held_out_loss", "held_out_accuracy", "wall_s", "expected_s", "lost", "down_bytes",
     "up_bytes", "ended_unix",
 )  # fmt: skip
-DEVICE_COLUMNS: Final = DeviceRound.__struct_fields__
+DEVICE_COLUMNS: Final = tuple(name for name in DeviceRound.__struct_fields__ if name != "by_modality")
+MODALITY_COLUMNS: Final = Told.__struct_fields__
 
 
 class JobReport(Struct, frozen=True, kw_only=True):
@@ -56,9 +58,14 @@ def part_of(report: JobReport) -> Part:
     if report.job.secure:
         notes.append("Updates were masked: of each round the coordinator learnt their sum alone")
     return Part(
-        title=f"Fine-tuning {report.job.name}: {clean(report.job.model)}, {report.state}",
+        title=f"Fine-tuning {report.job.name}: {clean(report.job.trains)}, {report.state}",
         notes=tuple(notes),
-        tables=(_job(report), _rounds(report), _devices(report)),
+        tables=(
+            _job(report),
+            _rounds(report),
+            *([_modalities(report)] if report.job.modalities else []),
+            _devices(report),
+        ),
     )
 
 
@@ -74,10 +81,10 @@ def _job(report: JobReport) -> Table:
         ("state", report.state + (f": {clean(report.because)}" if report.because else "")),
         (
             "model",
-            f"{clean(job.model)} at {'f32' if job.labels else job.precision}, checkpoint {report.base[:19] or '-'}",
+            f"{clean(job.trains)} at {'f32' if job.labels else job.precision}, checkpoint {report.base[:19] or '-'}",
         ),
         *([("mode", clean("; ".join(mode)))] if mode else []),
-        ("adapter", _adapter(job.adapter)),
+        ("adapter", _adapter(job.adapter)) if not job.modalities else ("space", f"{job.space.width} wide"),
         ("rounds", f"{len(trained)} of {job.rounds.count}; {job.rounds.who} take part, {job.rounds.aggregation}"),
         ("held-out loss", " -> ".join(map(_loss, (losses[0], losses[-1]))) if losses else "-"),
         *([("held-out labels", f"{_right(right[0])} -> {_right(right[-1])}")] if right else []),
@@ -121,6 +128,35 @@ def _rounds(report: JobReport) -> Table:
             )
         )
     return Table(title="Rounds", columns=columns, rows=tuple(lines))
+
+
+def _modalities(report: JobReport) -> Table:
+    """Of each how many boards have it, and how well its labels are told, of all together and of each."""
+    columns = (Column("modality"), Column("boards"), Column("samples"), Column("right"), Column("by board"))
+    lines = []
+    for name in sorted(report.job.modalities):
+        last = {
+            device: found.by_modality[name]
+            for done in report.each
+            for device, found in done.devices.items()
+            if name in found.by_modality
+        }
+        right = [done.accuracy_by[name] for done in report.each if name in done.accuracy_by]
+        by_board = [
+            f"{device} {_right(told.held_out_right / told.held_out_count)}"
+            for device, told in sorted(last.items())
+            if told.held_out_count
+        ]
+        lines.append(
+            (
+                clean(name),
+                str(len(last)),
+                str(sum(told.samples for told in last.values())),
+                f"{_right(right[0])} -> {_right(right[-1])}" if right else "-",
+                ", ".join(by_board) or "-",
+            )
+        )
+    return Table(title="Modalities", columns=columns, rows=tuple(lines))
 
 
 def _devices(report: JobReport) -> Table:
@@ -256,11 +292,14 @@ def _bytes(each: Sequence[RoundRecord]) -> str:
 
 
 def csv_of(report: JobReport) -> str:
-    """A line for each board of each round."""
-    columns = (*ROUND_COLUMNS, "device", *(f"device_{name}" for name in DEVICE_COLUMNS))
+    """A line for each board of each round; of a job of several modalities for each of these that it has."""
+    of_modality = ("modality", *(f"modality_{name}" for name in MODALITY_COLUMNS)) if report.job.modalities else ()
+    columns = (*ROUND_COLUMNS, "device", *(f"device_{name}" for name in DEVICE_COLUMNS), *of_modality)
     lines = []
     for done in report.each:
         of_round = [getattr(done, name) for name in ROUND_COLUMNS]
         for device, told in sorted(done.devices.items()):
-            lines.append((*of_round, device, *(getattr(told, name) for name in DEVICE_COLUMNS)))
+            line = (*of_round, device, *(getattr(told, name) for name in DEVICE_COLUMNS))
+            each = [(name, *(getattr(one, key) for key in MODALITY_COLUMNS)) for name, one in told.by_modality.items()]
+            lines += [(*line, *one) for one in sorted(each)] or [(*line, *(None for _ in of_modality))]
     return csv_text(columns, lines)

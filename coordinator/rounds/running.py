@@ -10,15 +10,17 @@ from typing import Any, Final
 import msgspec
 
 from coordinator.operations import Operations
-from coordinator.rounds.adapters import down_length, files_of, parts_of, spec_of, uncovered
+from coordinator.rounds.adapters import files_of, uncovered
 from coordinator.rounds.airtime import Offer
 from coordinator.rounds.bases import Base, Part
+from coordinator.rounds.connected import ConnectedExchange
 from coordinator.rounds.cutting import Cut
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.features import base_for
 from coordinator.rounds.job import Job
 from coordinator.rounds.joint import JointExchange
 from coordinator.rounds.looped import LoopedExchange
+from coordinator.rounds.modules import lengths_of, owned_by, trained_by
 from coordinator.rounds.offers import (
     Timing,
     Took,
@@ -48,7 +50,6 @@ from coordinator.rounds.shards import found_for
 from coordinator.rounds.store import JobRecord, JobStore, RoundRecord, State, TrunkAt, topic_name
 from coordinator.rounds.trunks import Found, keeps_all, where_text
 from coordinator.service import Coordinator
-from models.lora.adapter import length_of, shapes
 from wire.errors import Refused
 from wire.frames import Parcel
 from wire.limits import MAX_DEVICES, MAX_SUMMED
@@ -105,7 +106,7 @@ class Running:
         job = self.job
         base = self._base = await base_for(self._operations, job, self._say)
         if base.digest != self.record.base:
-            raise Refused(f"{job.model} is another file than when the job began", try_="begin the job anew")
+            raise Refused(f"{job.trains} is another file than when the job began", try_="begin the job anew")
         await self._operations.preparing.await_broker()
         artifacts = self._coordinator.artifacts
         tokenizer = artifacts.add_bytes(base.tokenizer, "tokenizer.json") if base.tokenizer else None
@@ -124,9 +125,7 @@ class Running:
             self._place(base, task)
             start = self._store.factors(self.record)
             await self._choose(base, number, last, len(start))
-            joint = LoopedExchange if job.mode == "looped" else JointExchange
-            kind = joint if job.is_split else SecureExchange if job.secure and not last else Exchange
-            round_ = self._round = kind(
+            round_ = self._round = self._exchange(last)(
                 self._coordinator, self._store, self.record, base.config, start, self.tell, train=not last
             )
             try:
@@ -138,6 +137,14 @@ class Running:
             finally:
                 round_.close()
                 self._round = None
+
+    def _exchange(self, last: bool) -> type[Exchange]:
+        job = self.job
+        if job.is_split:
+            return LoopedExchange if job.mode == "looped" else JointExchange
+        if job.modalities:
+            return ConnectedExchange
+        return SecureExchange if job.secure and not last else Exchange
 
     async def _over(self, round_: Exchange) -> None:
         """Wait until a round is over, and ask whom it needs meanwhile. Raises Refused where nothing came of it."""
@@ -244,16 +251,16 @@ class Running:
     async def _await_boards(self, number: int, last: bool) -> None:
         """Until enough boards are there for a round that nobody was chosen for yet."""
         least = 0 if self.record.chosen else 1 if last else self.job.rounds.at_least
-        while len(able := self._able()) < least:
+        while len(able := self._takes_part(number, last)) < least:
             self.waits_for = f"{least} boards that are online and have the data"
             self._say(f"round {number} waits for {self.waits_for}; there are {len(able)}")
-            await self._coordinator.changes.wait(lambda: len(self._able()) >= least, WAITING_SAID_S)
+            await self._coordinator.changes.wait(lambda: len(self._takes_part(number, last)) >= least, WAITING_SAID_S)
 
     async def _choose(self, base: Base, number: int, last: bool, factors: int) -> None:
         """Settle who takes part in a round, among the boards that are there, and keep it: a restart changes nothing of
         it. It begins with so many numbers."""
         if not self.record.chosen:
-            able = self._able()
+            able = self._takes_part(number, last)
             if self.job.is_split:
                 able = able[: most_ends(base, self.job)]
             if self.job.secure:
@@ -266,7 +273,6 @@ class Running:
     def _offers(self, base: Base, able: Sequence[str], number: int, factors: int) -> list[Offer]:
         """What each board would bring to a round, and take."""
         job = self.job
-        parts = parts_of(job, number)
         samples = weights_of(samples_of(self._store.rounds(job.name)), able)
         if job.is_split:
             timing_of = self.record.timing
@@ -274,10 +280,9 @@ class Running:
         sharers = len(able) if job.rounds.medium == "shared" else 1
         found = []
         for device in able:
-            up_bytes = 4 * length_of(shapes(base.config, spec_of(job, device)), parts)
-            down_bytes = 4 * down_length(base.config, job, device, factors)
+            down, up = lengths_of(base.config, self.record, number, device, factors)
             timing = self.record.timing.get(device, Timing())
-            offer = offer_of(device, timing, self._rate(device), down_bytes, up_bytes, samples[device], sharers)
+            offer = offer_of(device, timing, self._rate(device), 4 * down, 4 * up, samples[device], sharers)
             found.append(offer)
         return found
 
@@ -305,17 +310,16 @@ class Running:
     def _timed_apart(self, base: Base, done: RoundRecord, factors: int) -> JobRecord:
         """The same where each trains by itself; the round began with so many numbers."""
         record, job = self.record, self.job
-        parts = parts_of(job, done.round)
         timing = dict(record.timing)
         for device, told in done.devices.items():
             if told.refused or told.wall_s <= 0:
                 continue
-            shaped = shapes(base.config, spec_of(job, device))
+            down, up = lengths_of(base.config, record, done.round, device, factors)
             took = Took(
                 wall_s=told.wall_s,
                 compute_s=told.compute_s,
-                down_bytes=4 * down_length(base.config, job, device, factors),
-                up_bytes=4 * length_of(shaped, parts),
+                down_bytes=4 * down,
+                up_bytes=4 * up,
                 share=record.shares.get(device, 1.0),
                 paced=device in record.paces,
                 sharers=len(record.chosen) if job.rounds.medium == "shared" else 1,
@@ -327,17 +331,34 @@ class Running:
         assert self._base is not None
         return able_devices(self._coordinator, self.job, self._base)[0]
 
+    def _takes_part(self, number: int, last: bool) -> tuple[str, ...]:
+        """Those of them that have something to train in a round, or to judge."""
+        able = self._able()
+        owns = {**self._owned(able), **self.record.owns}
+        return (
+            able
+            if last
+            else tuple(device for device in able if trained_by(self.job, number, device, owns.get(device, ())))
+        )
+
     def _place(self, base: Base, task: TrainingTask) -> None:
         """Orders for all boards that can take part, those that have come meanwhile too: on disk first."""
-        coordinator, record = self._coordinator, self.record
-        able = self._able()
+        coordinator, able = self._coordinator, self._able()
+        record = msgspec.structs.replace(self.record, owns={**self._owned(able), **self.record.owns})
         parts: dict[PartName, Part] = {("whole", 0): base.parts["whole"]}
         if self.job.is_split:
             parts = {("ends", 0): base.parts["ends"]}
             parts |= {(at.role, at.first_block): self._part_at(base, at) for at in record.trunk}
-        placed = {name: self._placed_part(name, part) for name, part in parts.items()}
+        placed = {name: self._placed_part(f"{name[0]}{name[1]}", part) for name, part in parts.items()}
+        nets = {
+            name: self._placed_part(name, one.parts["whole"])
+            for name, one in base.modalities.items()
+            if self.job.modalities[name].images is not None
+        }
+        of_labels = f"{topic_name(self.job.name)}-anchors.f32"
+        anchors = coordinator.artifacts.add_bytes(base.anchors, of_labels) if base.anchors else None
         ways = self._ways(base, able)
-        orders = make_orders(coordinator.site, record, able, base, task, placed, ways)
+        orders = make_orders(coordinator.site, record, able, base, task, placed, ways, nets, anchors)
         if orders == record.orders and self._placed:
             return
         self.record, self._placed = msgspec.structs.replace(record, orders=orders), True
@@ -348,10 +369,17 @@ class Running:
     def _part_at(base: Base, at: TrunkAt) -> Part:
         return base.segment(at.first_block, at.end_block) if at.role == "trunk" else base.part_of_block()
 
-    def _placed_part(self, name: PartName, part: Part) -> Placed:
+    def _owned(self, devices: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """Device -> modalities that it has, of a job of several."""
+        if not self.job.modalities:
+            return {}
+        infos = {device.name: device.info for device in self._coordinator.devices() if device.info is not None}
+        return {device: owned_by(self.job, infos[device]) for device in devices}
+
+    def _placed_part(self, name: str, part: Part) -> Placed:
         """Its files, as boards fetch them."""
-        artifacts, (role, first_block) = self._coordinator.artifacts, name
-        graph = artifacts.add_bytes(part.graph, f"{topic_name(self.job.name)}-{role}{first_block}.graph")
+        artifacts = self._coordinator.artifacts
+        graph = artifacts.add_bytes(part.graph, f"{topic_name(self.job.name)}-{name}.graph")
         files = sorted(part.files.items())
         return Placed(part, graph, tuple(artifacts.add_file(digest, path, path.name) for digest, path in files))
 

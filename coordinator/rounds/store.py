@@ -7,6 +7,7 @@ way. Beside it files, each written whole before the journal says that it is ther
     update-7-pi4.f32         what pi4 made of them
     adapter_model.safetensors, adapter_config.json, provenance.json     of the last round that is over (PEFT)
     head.safetensors                                                    the task module, where labels are learnt
+    connectors.safetensors                                              of several modalities
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from coordinator.journal import Journal
 from coordinator.rounds.job import Job
 from coordinator.rounds.offers import Timing
 from coordinator.rounds.schedule import Queues
-from models.lora.adapter import HEAD_FILE
+from models.lora.adapter import CONNECTORS_FILE, HEAD_FILE
 from models.lora.serving import CONFIG, PROVENANCE, TENSORS
 from wire.errors import CorruptData
 from wire.messages import Role, StageOrder, UpdateMeta
+from wire.modalities import Told, accuracy_by
 from wire.shares import Share
 
 LOG = logging.getLogger("edgelam.rounds")
@@ -38,8 +40,8 @@ LOG = logging.getLogger("edgelam.rounds")
 Floats = npt.NDArray[np.float32]
 State = Literal["running", "stopped", "done", "failed"]
 
-FILES: Final = (TENSORS, CONFIG, PROVENANCE, HEAD_FILE)
-"""Of an adapter; the last where labels are learnt alone."""
+FILES: Final = (TENSORS, CONFIG, PROVENANCE, HEAD_FILE, CONNECTORS_FILE)
+"""Of an adapter; the last ones where labels are learnt alone, and of several modalities."""
 
 SUMMED: Final = "*"
 """Among devices whose updates count: of whom the one sum is, in a secure job."""
@@ -70,6 +72,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     base: str = ""
     """Digest of the checkpoint that the adapter is of."""
     orders: dict[str, tuple[StageOrder, ...]] = {}
+    owns: dict[str, tuple[str, ...]] = {}
+    """Device -> modalities that it had when it got its first order: it keeps these."""
     mode_because: str = ""
     """Why it has its mode, where that was left to us."""
     trunk: tuple[TrunkAt, ...] = ()
@@ -142,6 +146,8 @@ class DeviceRound(Struct, frozen=True, kw_only=True):
     own_s: float = 0.0
     """In a round of a split model: all but its waiting for the blocks and for others."""
     refused: str = ""
+    by_modality: dict[str, Told] = {}
+    """Of a job of several."""
 
 
 class RoundRecord(Struct, frozen=True, kw_only=True):
@@ -162,6 +168,11 @@ class RoundRecord(Struct, frozen=True, kw_only=True):
     down_bytes: int
     up_bytes: int
     ended_unix: float
+
+    @property
+    def accuracy_by(self) -> dict[str, float]:
+        """Modality -> share of its held-out labels that were told right, all devices together."""
+        return accuracy_by([found.by_modality for found in self.devices.values() if not found.refused])
 
 
 class _Kept(Struct, frozen=True):

@@ -16,7 +16,7 @@ import msgspec
 from coordinator.operations import Operations
 from coordinator.rounds.adapters import spent_by, uncovered
 from coordinator.rounds.features import base_for
-from coordinator.rounds.job import Job
+from coordinator.rounds.job import Job, with_models
 from coordinator.rounds.modes import settled_mode
 from coordinator.rounds.orders import able_devices, check_messages
 from coordinator.rounds.report import JobReport
@@ -88,7 +88,7 @@ class Tuning:
             raise UsageError(f"job {job.name} is under way", try_=f"edgelam tune stop {job.name}, or another name")
         if len(self._running) >= MOST_JOBS:
             raise Refused(f"{MOST_JOBS} jobs are under way", try_="edgelam tune status")
-        job = msgspec.structs.replace(job, model=canonical(job.model))
+        job = with_models(job, canonical)
         base = await base_for(self._operations, job, say)
         await self._operations.preparing.await_broker()
         job, mode_because = settled_mode(self._coordinator, job, base)
@@ -97,8 +97,9 @@ class Tuning:
         able, unable = able_devices(self._coordinator, job, base)
         if len(able) < job.rounds.at_least:
             why = "; ".join(f"{device}: {because}" for device, because in unable.items()) or "no board is online"
+            data = " or ".join(map(repr, job.data_sets))
             raise Refused(
-                f"{len(able)} of {job.rounds.at_least} boards that are needed can train on {job.data!r}: {why}",
+                f"{len(able)} of {job.rounds.at_least} boards that are needed can train on {data}: {why}",
                 try_="edgelam-agent run --data NAME=FILE, on boards with torch installed",
             )
         check_messages(base, job, len(able))
@@ -234,7 +235,7 @@ class Tuning:
         right = [done.held_out_accuracy for done in rounds if done.held_out_accuracy is not None]
         return {
             "job": record.name,
-            "model": record.job.model,
+            "model": record.job.trains,
             "state": record.state,
             "because": record.because,
             "round": min(record.round, record.job.rounds.count),

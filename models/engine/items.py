@@ -44,6 +44,12 @@ class ItemStage:
         return cls._start(graph, manifest, map_weights(manifest.weights, weight_paths), threads, graph_path.name)
 
     @classmethod
+    def of(cls, graph: bytes, weight_paths: Iterable[Path], threads: int, what: str) -> ItemStage:
+        """Of a graph that is here. Raises as `load`."""
+        manifest = read_item_manifest(graph, what)
+        return cls._start(graph, manifest, map_weights(manifest.weights, weight_paths), threads, what)
+
+    @classmethod
     def load_synthetic(cls, graph_path: Path, threads: int, seed: int) -> ItemStage:
         """Load a graph with weights made up here, for measuring: time does not depend on their values."""
         graph, manifest = _graph(graph_path)

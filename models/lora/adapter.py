@@ -23,10 +23,12 @@ from msgspec import Meta, Struct
 from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig, matrix_size
 from models.families.features import FeatureConfig
+from models.families.modalities import ModalitiesConfig
 from models.lora.looped import of_first
 from models.lora.whole import shapes_of
 from wire.limits import MAX_ADAPTER_RANK, MAX_LABELS
 from wire.messages import Matrix
+from wire.modalities import CONNECTOR
 
 Floats = npt.NDArray[np.float32]
 
@@ -37,7 +39,10 @@ HEAD: Final = "head.c"
 HEAD_FILE: Final = "head.safetensors"
 """In it, beside PEFT's two files, with `weight` [labels, hidden], `bias` [labels], and the labels as JSON."""
 
-Config = LlamaConfig | BertConfig | FeatureConfig
+CONNECTORS_FILE: Final = "connectors.safetensors"
+"""Of a job of several modalities: for each `NAME.weight` [width, features] and `NAME.bias` [width]."""
+
+Config = LlamaConfig | BertConfig | FeatureConfig | ModalitiesConfig
 
 _PEFT: Final[Mapping[str, str]] = {
     **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
@@ -87,7 +92,7 @@ def sizes(config: Config, matrix: Matrix) -> tuple[int, int]:
     """(out, in) of a matrix; KeyError for one that such a model has not."""
     if isinstance(config, BertConfig):
         return matrix_sizes(config)[matrix]
-    if isinstance(config, FeatureConfig):
+    if isinstance(config, FeatureConfig | ModalitiesConfig):
         raise KeyError(matrix)
     rows_of_qkv = {"q": config.q_width, "k": config.kv_width, "v": config.kv_width}
     return (rows_of_qkv[matrix], config.hidden) if matrix in rows_of_qkv else matrix_size(config, matrix)
@@ -101,8 +106,9 @@ def adapted(blocks: int, spec: AdapterSpec) -> range:
 
 
 def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
-    """Name -> shape of all factors, blocks in order, the task module last. On features there is nothing else.
-    ValueError for weights of a model whose weights can't be trained."""
+    """Name -> shape of all factors, blocks in order, the task module last. On features there is nothing else, but for
+    connectors before it where they are of several modalities. ValueError for weights of a model whose weights can't be
+    trained."""
     found: dict[str, tuple[int, int]] = {}
     if spec.blocks:
         if not isinstance(config, BertConfig):
@@ -113,6 +119,8 @@ def shapes(config: Config, spec: AdapterSpec) -> dict[str, tuple[int, int]]:
             out, columns = sizes(config, matrix)
             found[f"block.{block}.{matrix}.a"] = (spec.rank, columns)
             found[f"block.{block}.{matrix}.b"] = (out, spec.rank)
+    if isinstance(config, ModalitiesConfig):
+        found.update(config.connectors())
     if spec.labels:
         found[HEAD] = (spec.labels, config.hidden + 1)
     return found
@@ -128,8 +136,9 @@ def within(shaped: Mapping[str, tuple[int, int]], blocks: range, head: bool) -> 
 
 def initial(config: Config, spec: AdapterSpec) -> dict[str, Floats]:
     """A of normal numbers with variance 1 / rank, B of zeros: the adapter changes nothing yet, and a task module of
-    zeros knows nothing. The same on all devices; A of a smaller rank is the beginning of that of a larger one, but for
-    its size. Where weights are trained they are zeros here, too: a checkpoint has them (models.lora.whole)."""
+    zeros knows nothing. A connector is of normal numbers with variance 1 / features. The same on all devices; A of a
+    smaller rank is the beginning of that of a larger one, but for its size. Where weights are trained they are zeros
+    here, too: a checkpoint has them (models.lora.whole)."""
     return drawn(shapes(config, spec), spec.seed)
 
 
@@ -137,23 +146,31 @@ def drawn(shaped: Mapping[str, tuple[int, int]], seed: int, round_number: int = 
     """The same for factors of these shapes, another A for another round."""
     factors: dict[str, Floats] = {}
     for number, (name, shape) in enumerate(shaped.items()):
-        if not name.endswith(".a"):
+        connects = name.startswith(CONNECTOR)
+        if not connects and not name.endswith(".a"):
             factors[name] = np.zeros(shape, np.float32)
             continue
         made = np.random.default_rng([seed, number, round_number]).standard_normal(shape, dtype=np.float32)
-        factors[name] = made / np.float32(np.sqrt(shape[0]))
+        factors[name] = made / np.float32(np.sqrt(shape[1] - 1 if connects else shape[0]))
+        if connects:
+            factors[name][:, -1] = 0
     return factors
 
 
 def flat(factors: Mapping[str, Floats], shaped: Mapping[str, tuple[int, int]], parts: Sequence[str] = PARTS) -> Floats:
-    """[n] the factors of these parts, one behind the other in the order of `shaped`: as they travel."""
-    found = [factors[name].reshape(-1) for name in shaped if name[-1] in parts]
+    """[n] the factors of these parts, one behind the other in the order of `shaped`: as they travel. Parts are the
+    letters that names end with, or modules."""
+    found = [factors[name].reshape(-1) for name in shaped if is_part(name, parts)]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def is_part(name: str, parts: Sequence[str]) -> bool:
+    return name[-1] in parts or name[:-2] in parts
 
 
 def length_of(shaped: Mapping[str, tuple[int, int]], parts: Sequence[str] = PARTS) -> int:
     """Numbers that `flat` gives."""
-    return sum(rows * columns for name, (rows, columns) in shaped.items() if name[-1] in parts)
+    return sum(rows * columns for name, (rows, columns) in shaped.items() if is_part(name, parts))
 
 
 def named(vector: Floats, shaped: Mapping[str, tuple[int, int]], parts: Sequence[str] = PARTS) -> dict[str, Floats]:
@@ -163,7 +180,7 @@ def named(vector: Floats, shaped: Mapping[str, tuple[int, int]], parts: Sequence
     found: dict[str, Floats] = {}
     start = 0
     for name, (rows, columns) in shaped.items():
-        if name[-1] in parts:
+        if is_part(name, parts):
             found[name] = vector[start : start + rows * columns].reshape(rows, columns)
             start += rows * columns
     return found

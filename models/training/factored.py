@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.engine.base import Array
+from models.lora.adapter import is_part
 from models.training.tensors import given
 
 
@@ -40,9 +41,9 @@ class Factored:
                 factor.copy_(given(np.array(factors[name], np.float32)))
 
     def train_only(self, parts: tuple[str, ...]) -> None:
-        """Of 'a', 'b' and 'c' (the task module), those that get gradients."""
+        """Of 'a', 'b' and 'c' (the task module), or of modules by their names, those that get gradients."""
         for name, factor in self.factors.items():
-            factor.requires_grad_(name[-1] in parts)
+            factor.requires_grad_(is_part(name, parts))
 
 
 def trained(factor: Array) -> Tensor:

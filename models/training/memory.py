@@ -8,6 +8,7 @@ depth to some processes more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from models.families.bert import BertConfig, matrix_sizes
 from models.families.config import LlamaConfig
 from models.families.features import FeatureConfig
+from models.families.modalities import ModalitiesConfig
 from models.lora.adapter import AdapterSpec, length_of, shapes, sizes
 
 FLOAT: Final = 4
@@ -62,6 +64,8 @@ HEAD_BYTES: Final = 345 << 20
 """ENCODER_BYTES where a task module is all there is."""
 HEAD_ALONE_COPIES: Final = 12
 """ADAPTER_COPIES of it: what an optimiser makes on the way is no small part any more."""
+SPACE_COPIES: Final = 8
+"""Of where samples are in the space of several modalities: as it is, normed, and gradients of these."""
 NET_BYTES: Final = 60 << 20
 """onnxruntime, where it makes features of pictures."""
 NET_COPIES: Final = 2
@@ -195,6 +199,17 @@ def head_peak_bytes(config: FeatureConfig, spec: AdapterSpec, rows: int, kept: i
     adapter = FLOAT * length_of(shapes(config, spec))
     by_row = FLOAT * rows * (config.hidden + LOGITS_COPIES * spec.labels)
     return HEAD_BYTES + table + HEAD_ALONE_COPIES * adapter + by_row + working_bytes
+
+
+def connectors_peak_bytes(
+    config: ModalitiesConfig, spec: AdapterSpec, rows: int, kept: Mapping[str, int], working_bytes: int
+) -> int:
+    """The same of connectors and a task module, over tables of the features of so many samples of each modality."""
+    tables = sum(kept[name] * (FLOAT * count + 2 * ROW_BYTES) for name, count in config.features.items())
+    modules = FLOAT * length_of(shapes(config, spec))
+    widest = max(config.features.values(), default=0)
+    by_row = FLOAT * rows * (widest + SPACE_COPIES * config.width + LOGITS_COPIES * spec.labels)
+    return HEAD_BYTES + tables + HEAD_ALONE_COPIES * modules + by_row + working_bytes
 
 
 def _encoder_block(config: BertConfig, spec: AdapterSpec) -> int:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from models.engine.base import Array
-from models.lora.adapter import PARTS, Floats, flat, named
+from models.lora.adapter import PARTS, Floats, flat, is_part, named
 from models.training.private import Guard
 from models.training.samples import Batch, Judged, Judging, Split, batches, drawn
 from models.training.tensors import taken
 from wire.errors import EdgelamError
 from wire.messages import RoundMeta, TrainingTask
+from wire.modalities import modules_of
 
 BETAS: Final = (0.9, 0.95)
 """The second as language models are tuned with: rounds are short."""
@@ -80,11 +81,12 @@ class Round(Judging):
         """`seed`: of the device; `guard`: of a private job, for rounds that train. Raises ValueError for factors of
         another length."""
         self._stage, self._shaped, self._rows, self._task = stage, shaped, rows, task
-        self._seed, self._number, self._parts = seed, asked.round, asked.parts
-        self._trained = trained_in(task, asked.parts)
+        self._seed, self._number = seed, asked.round
+        self._parts: tuple[str, ...] = modules_of(asked.objectives) or asked.parts
+        self._trained = modules_of(asked.objectives) or trained_in(task, asked.parts)
         stage.take(named(start, shaped))
         stage.train_only(self._trained)
-        self._leaves = {name: factor for name, factor in stage.factors.items() if name[-1] in self._trained}
+        self._leaves = {name: factor for name, factor in stage.factors.items() if is_part(name, self._trained)}
         self._optimiser = optimiser_of(self._leaves, task)
         self._guard = guard
         self._start = start

@@ -8,7 +8,7 @@ so that a device that begins a round again does the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -68,6 +68,8 @@ class Judged(NamedTuple):
     loss: float
     counted: int
     right: int | None = None
+    by_modality: Mapping[str, tuple[int, int]] = {}
+    """Of several: labels of each, and how many of these."""
 
 
 class Judging:
@@ -81,6 +83,8 @@ class Judging:
         """Tokens, or texts with a label."""
         self.held_out_right: int | None = None
         """Of these, how many were told right, where that is asked."""
+        self.held_out_by: dict[str, tuple[int, int]] = {}
+        """Modality -> labels held out, and told right."""
 
     @property
     def held_out_loss(self) -> float | None:
@@ -97,6 +101,9 @@ class Judging:
         self.held_out_count += found.counted
         if found.right is not None:
             self.held_out_right = (self.held_out_right or 0) + found.right
+        for name, (count, right) in found.by_modality.items():
+            counted, told = self.held_out_by.get(name, (0, 0))
+            self.held_out_by[name] = counted + count, told + right
         self._judged += 1
 
 

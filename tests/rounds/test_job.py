@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.rounds.job import Adapter, Job, Rounds
+from coordinator.rounds.job import Adapter, Job, Modality, Rounds
 from coordinator.rounds.jobfile import checked, load_job
 from wire.errors import UsageError
 from wire.privacy import Channel, Privacy
@@ -95,7 +95,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     )
     starts = [line.split(":")[0] for line in said]
     assert starts == [
-        "modle", "model", "data", "mode", "adapter.rank", "rounds.speed", "rounds.learning_rate", "rounds.held_out",
+        "modle", "data", "mode", "adapter.rank", "rounds.speed", "rounds.learning_rate", "rounds.held_out", "model",
     ]  # fmt: skip
 
 
@@ -373,3 +373,105 @@ def test_pictures_are_a_kind_of_samples_of_their_own(tmp_path: Path) -> None:
     assert sorted(line.split(":")[0] for line in found) == ["images.mean", "images.pool", "labels", "model"], found
     both = problems(tmp_path, WATCH + "[images]\n")
     assert [line.split(":")[0] for line in both] == ["images"]
+
+
+MIXED = """
+    labels = ["a", "b"]
+    [modalities.watch]
+    data = "watch"
+    [modalities.watch.series]
+    columns = ["ax", "ay"]
+    [modalities.photos]
+    data = "photos"
+    model = "vit"
+    [modalities.photos.images]
+"""
+
+
+def test_a_job_may_have_several_modalities(tmp_path: Path) -> None:
+    wanted = load(tmp_path, MIXED + "[space]\nwidth = 16\n")
+    assert wanted.modalities["watch"].series == Series(columns=("ax", "ay")) and wanted.space.width == 16
+    assert wanted.modalities["photos"] == Modality(data="photos", model="vit", images=Images())
+    assert wanted.on_features and wanted.data_sets == ("watch", "photos") and checked(wanted) == wanted
+
+
+def test_what_does_not_go_with_modalities_is_said_at_once(tmp_path: Path) -> None:
+    before = 'model = "minilm"\ndata = "notes"\nmode = "split"\nsecure = true\n'
+    found = problems(tmp_path, before + MIXED.replace("labels", "#") + "[privacy]\nepsilon = 1\n[adapter]\nrank = 2\n")
+    said = ["model: not beside", "data: not beside", "privacy: not with modalities", "secure: not with modalities",
+            "labels: missing", "mode: 'split'", "adapter: means nothing"]  # fmt: skip
+    assert all(any(line.startswith(word) for line in found) for word in said), found
+    assert problems(tmp_path, MIXED.replace('"ay"', '"ax"')) == [
+        "modalities.watch.series.columns: one is named twice, or is label, id or time as well"
+    ]
+    assert problems(tmp_path, MIXED.replace('model = "vit"', "")) == [
+        "modalities.photos.model: missing; a net that takes pictures"
+    ]
+    wrong = problems(tmp_path, MIXED.replace("columns", "colums") + "poool = 3\n[modalities.x]\n")
+    assert sorted(line.split(":")[0] for line in wrong) == [
+        "modalities.photos.images.poool", "modalities.watch.series.columns", "modalities.watch.series.colums",
+        "modalities.x.data",
+    ]  # fmt: skip
+    one = MIXED[: MIXED.index("[modalities.photos]")]
+    assert problems(tmp_path, one) == ["modalities: 1; 2 to 8 of them share a space"]
+    assert problems(tmp_path, WATCH + "[space]\nwidth = 3\n") == ["space: means something with modalities alone"]
+
+
+PLANNED = (
+    MIXED
+    + """
+    [space]
+    anchors = "minilm"
+    [[plan]]
+    modules = ["connector.watch", "connector.photos"]
+    objective = "contrastive"
+    last = 3
+    [[plan]]
+    modules = ["head"]
+    devices = ["pi4"]
+    every = 2
+    [[plan]]
+    modules = ["connector.photos"]
+    first = 4
+"""
+)
+
+
+def test_a_plan_says_what_modules_are_trained_for(tmp_path: Path) -> None:
+    wanted = load(tmp_path, PLANNED)
+    assert checked(wanted) == wanted and wanted.space.anchors == "minilm"
+    assert [planned.objective for planned in wanted.plan] == ["contrastive", "task", "task"]
+    active = [[planned.at(number) for planned in wanted.plan] for number in range(6)]
+    assert active == [
+        [True, True, False], [True, False, False], [True, True, False], [True, False, False], [False, True, True],
+        [False, False, True],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('"head"', '"connector.phone"'), "plan.1.modules: no module connector.phone; there are"),
+        (("first = 4", "first = 3"), "plan: connector.photos is trained for two objectives in round 3"),
+        (('"head"', '"head", "head"'), "plan.1.modules: one is listed twice"),
+        (('anchors = "minilm"', ""), "space.anchors: missing"),
+        (('"contrastive"', '"task"'), "space.anchors: and temperature mean something with"),
+        (("last = 3", 'last = 2\n[rounds]\ncount = 4\n[[x]]'), "x: no such key"),
+        (("first = 4", "first = 10"), "plan.2: is for none of the rounds 0 to 9"),
+        (('"pi4"', '"Pi 4"'), "plan: 'Pi 4' is no name"),
+        (('"head"', '"tail"'), "plan.1.modules: Expected `str` matching regex"),
+        (('["connector.watch", "connector.photos"]', '["head"]'), "plan.0.modules: head has nothing to do with"),
+        (("every = 2", "every = 0"), "plan.1.every: Expected `int` >= 1"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_can_t_be_kept_is_refused(tmp_path: Path, change: tuple[str, str], said: str) -> None:
+    found = problems(tmp_path, PLANNED.replace(*change))
+    assert any(line.startswith(said) for line in found), found
+
+
+def test_each_round_trains_something(tmp_path: Path) -> None:
+    gap = MIXED + '[[plan]]\nmodules = ["head"]\nevery = 2\n'
+    assert problems(tmp_path, gap) == ["plan: nothing is trained in round 1"]
+    assert problems(tmp_path, SMALL + '[[plan]]\nmodules = ["head"]\n') == [
+        "plan: means something with modalities alone"
+    ]
