@@ -11,9 +11,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from agent.workers.endswork import Steps  # noqa: E402
 from agent.workers.ledger import Account, Book, Ledger  # noqa: E402
 from models.privacy.accountant import epsilon  # noqa: E402
-from models.privacy.plan import measure_of  # noqa: E402
+from models.privacy.plan import Measure, measure_of  # noqa: E402
 from tests.agent.test_lowrankwork import LowRankBench  # noqa: E402
 from tests.agent.test_splitwork import ENDS, STEPS, inbox  # noqa: E402
 from wire.frames import Kind  # noqa: E402
@@ -126,6 +127,24 @@ def test_the_same_step_of_other_features_is_another_release_and_costs_more(tmp_p
     more = STEPS * (measure.cost_again(0) + measure.cost_again(1))
     assert np.allclose(account.spent, more) and (account.spent > 2 * first.spent * (1 - 1e-9)).all()
     assert (moved.meta("a").epsilon or 0) > (spent or 0)
+
+
+def test_each_step_draws_anew_and_the_same_when_it_is_made_again(tmp_path: Path) -> None:
+    measure, privacy, came = Measure(8.0, 0.5, STEPS, 1.0), Privacy(epsilon=9.0), np.ones(3, np.float32)
+
+    def steps(name: str) -> Steps:
+        return Steps(Ledger(tmp_path, "d"), "job", name, measure, privacy)
+
+    def drawn(made: Steps, step: int) -> Any:
+        return made.draws(step).uniform(4).tobytes()
+
+    first = steps("round 1")
+    before = [drawn(first, step) for step in range(STEPS)]
+    noise = [first.paid(step, came).uniform(4).tobytes() for step in range(2)]
+    assert len({*before, *noise}) == STEPS + 2, "of each step others, and other numbers than for its noise"
+    assert [drawn(steps("round 1"), step) for step in range(STEPS)] == before
+    steps("round 2").paid(0, came)
+    assert drawn(steps("round 1"), 0) not in before, "behind another round nobody remembers how often these were used"
 
 
 def test_behind_the_budget_nothing_is_told(tmp_path: Path) -> None:

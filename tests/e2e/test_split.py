@@ -272,6 +272,7 @@ def test_gradients_by_a_low_rank_matrix_come_to_the_same_for_fewer_bytes(tuning_
     assert said.returncode == 0, said.stderr
 
 
+@pytest.mark.slow
 def test_a_private_job_is_paid_for_once_whoever_is_killed_and_says_what_is_not_covered(
     tuning_site: Site, tiny_model: str
 ) -> None:
