@@ -248,6 +248,7 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     if job.begins == "fresh":
         rank = rank_of(shapes(config, spec), len(factors))
         spec = msgspec.structs.replace(spec, rank=rank, alpha=spec.scale * rank)
+    trained: dict[str, bytes] = {}
     if spec.blocks:
         assert isinstance(config, BertConfig)
         whole = at_every_depth(config, by_name) if spec.looped else by_name
@@ -256,7 +257,7 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
             TENSORS: to_bytes(tensors, {"format": "pt"}),
             CONFIG: msgspec.json.format(msgspec.json.encode(settings)),
         }
-    else:
+    elif not job.on_features:
         trained = adapter_files(config, spec, job.model, by_name, job.labels)
     samples = {device: found.samples for done in rounds for device, found in done.devices.items() if found.samples}
     provenance: dict[str, Any] = {
@@ -277,8 +278,7 @@ def files_of(config: Config, record: JobRecord, factors: Floats, rounds: Sequenc
     head = head_file(by_name, job.labels, **_samples_of(job))
     if isinstance(config, ModalitiesConfig):
         head[CONNECTORS_FILE] = _connectors(by_name, job)
-    found = {PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
-    return {**found, **head} if job.on_features else {**trained, **head, **found}
+    return {**trained, **head, PROVENANCE: msgspec.json.format(msgspec.json.encode(provenance))}
 
 
 def _connectors(by_name: Mapping[str, Floats], job: Job) -> bytes:

@@ -63,7 +63,7 @@ UPDATES = [update("a", {"phone": 3, "watch": 1}, 1), update("b", {"watch": 5}, 2
 def test_a_board_has_the_modules_of_its_modalities_alone() -> None:
     assert list(SHAPED) == ["connector.phone.c", "connector.watch.c", "head.c"]
     assert held_by(CONFIG, RECORD, "b") == {"connector.watch.c": (4, 21), "head.c": (3, 5)}
-    assert lengths_of(CONFIG, RECORD, 0, "c") == (4 * 13 + 15, 4 * 13 + 15)
+    assert lengths_of(CONFIG, RECORD, 0, "c", 999) == (4 * 13 + 15, 4 * 13 + 15)
     whole = named(START, SHAPED)
     assert (taken_of(CONFIG, RECORD, "b", START) == flat(whole, held_by(CONFIG, RECORD, "b"))).all()
     infos = [
@@ -186,7 +186,7 @@ def test_a_board_is_told_what_is_planned_for_its_modules() -> None:
 
 def test_modules_that_nothing_is_planned_for_stay_as_they_are() -> None:
     record = msgspec.structs.replace(RECORD, job=PLANNED)
-    assert lengths_of(CONFIG, record, 0, "a")[1] == 4 * 21
+    assert lengths_of(CONFIG, record, 0, "a", 999)[1] == 4 * 21
     meta, vector = update("b", {"watch": 5}, 2)
     sent = named(vector, held_by(CONFIG, record, "b"))["connector.watch.c"]
     found = named(grouped(CONFIG, record, 0, START, [(meta, sent.reshape(-1))]), SHAPED)
