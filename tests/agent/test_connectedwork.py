@@ -57,7 +57,7 @@ def assignment(folder: Path, **changes: Any) -> Assignment:
         device="pi4", site=SITE, order=order, graph_path="", weight_paths=(str(folder / "anchors"),),
         threads=1, speed=1.0,
         data_paths={"watch": str(folder / "wrist.csv"), "phone": str(folder / "pocket.csv")},
-        ledger_path=str(folder), login=BrokerLogin(url="", client_id=""),
+        state_path=str(folder), login=BrokerLogin(url="", client_id=""),
     )  # fmt: skip
 
 
