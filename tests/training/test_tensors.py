@@ -131,6 +131,7 @@ def test_the_proof_is_what_the_processor_computes(monkeypatch: pytest.MonkeyPatc
     assert wrong("cpu") == "it multiplies wrongly"
 
 
+@pytest.mark.board
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_a_round_comes_to_what_the_processor_comes_to(tmp_path: Path) -> None:
     """To rounding, and twice to the same bits."""
