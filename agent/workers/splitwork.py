@@ -217,7 +217,8 @@ class SplitWork(Answering):
             self._tell(meta.reply.topic, parcel.request, "engine", str(error))
             return
         self._forget_answer()
-        self._untold.clear()
+        # That this one was lost here is told all the same: it may be asked again while others are in the midst of it.
+        self._untold = deque(told for told in self._untold if told.request == parcel.request)
         self.tally.requests += 1
         self._busy_s = 0.0
         self._sent_bytes = self._got_bytes = 0

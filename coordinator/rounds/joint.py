@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from coordinator.rounds.adapters import parts_of, spec_of
 from coordinator.rounds.exchange import Exchange, request_of
-from coordinator.rounds.machine import Look, Progress
+from coordinator.rounds.machine import ASK_AGAIN_S, Look, Progress
 from coordinator.rounds.orders import TRUNK, trunk_names
 from coordinator.rounds.store import DeviceRound, RoundRecord
 from coordinator.rounds.updates import checked
@@ -37,6 +37,8 @@ Floats = npt.NDArray[np.float32]
 
 PATIENCE: Final = 0.25
 """Of a round's timeout, after which the trunk names whom it waits for."""
+AFTER_LOSS_S: Final = 5.0
+"""ASK_AGAIN_S when the broker was lost, at first: then it doubles."""
 MOST_LOST: Final = 20
 """Times that a board with data may lose its connection in a round."""
 
@@ -65,7 +67,11 @@ class JointState:
         self._timeout_s = timeout_s
         self._workers: dict[str, str] = {}
         """That make the round now; none: it has to be begun, perhaps anew."""
-        self._began_s = now_s
+        self._began_s = self._asked_s = now_s
+        self._were_away: set[str] = set()
+        """Since they were asked."""
+        self._again_s = ASK_AGAIN_S
+        """After which they are asked again."""
         self._away_since: dict[str, float] = {}
 
     @property
@@ -94,17 +100,29 @@ class JointState:
         if self._is_lost():
             return Look((), "failed")
         all_of_us = (*self.trunk, *self.together)
-        if any(name not in ready for name in all_of_us):
+        if away := [name for name in all_of_us if name not in ready]:
+            self._were_away.update(away)
             return Look((), "waits")
         if all(self._workers.get(name) == ready[name] for name in all_of_us):
             if not self._is_silent(now_s):
-                return Look((), "waits")
+                return Look(self._asked_again(now_s), "waits")
             self._leave_out_the_silent()
         workers = {name: ready[name] for name in (*self.trunk, *self.together)}
-        self._workers, self._began_s = workers, now_s
+        self._workers, self._began_s, self._asked_s = workers, now_s, now_s
+        self._were_away.clear()
         self.counted.clear()
         self.attempt += 1
         return Look(tuple(workers), "waits")
+
+    def _asked_again(self, now_s: float) -> tuple[str, ...]:
+        """Whose question may have been lost without anybody's knowing: of who was away meanwhile, or says nothing for
+        long. Who has the round goes on with it."""
+        late = now_s - self._asked_s >= self._again_s
+        again = tuple(name for name in self._workers if self.wanted(name) and (late or name in self._were_away))
+        self._were_away.clear()
+        if late:
+            self._asked_s, self._again_s = now_s, min(2 * self._again_s, ASK_AGAIN_S)
+        return again
 
     def _leave_out(self, now_s: float, away: Sequence[str], busy: Collection[str]) -> None:
         """Those who have been away too long, as long as enough are left."""
@@ -153,8 +171,10 @@ class JointState:
         self._workers = {}
 
     def ask_all_again(self) -> None:
-        """The connection to the broker was lost: nobody knows what came through."""
+        """The connection to the broker was lost: nobody knows what came through. Others may find it again later than
+        we: what they are asked now may go nowhere."""
         self.anew()
+        self._again_s = AFTER_LOSS_S
 
 
 class JointExchange(Exchange):

@@ -77,18 +77,56 @@ def test_a_short_absence_late_in_a_long_round_is_none() -> None:
     state.look(0.0, ALL)
     without = {name: worker for name, worker in ALL.items() if name != TRUNK}
     assert state.look(150.0, without) == Look((), "waits")
-    assert state.look(151.0, ALL) == Look((), "waits"), "its worker is the same: it goes on"
+    assert TRUNK in state.look(151.0, ALL).ask and state.attempt == 1, "its worker is the same: it goes on"
+    assert state.look(152.0, ALL) == Look((), "waits")
     assert state.look(190.0, without) == Look((), "waits")
     assert state.look(260.0, without) == Look((), "waits") and not state.refused
     assert state.look(290.0, without).verdict == "failed", "the trunk is what nothing can be without"
 
 
+def test_who_was_away_when_it_was_asked_is_asked_again() -> None:
+    state = state_of()
+    state.look(0.0, ALL)
+    without = {name: worker for name, worker in ALL.items() if name not in ("a", "b")}
+    assert state.look(1.0, without) == Look((), "waits"), "the question may have gone nowhere"
+    state.count("b")
+    assert state.look(2.0, ALL) == Look(("a",), "waits") and state.attempt == 1 and state.counted == {"b"}
+    assert state.look(3.0, ALL) == Look((), "waits")
+
+
+def test_who_says_nothing_for_long_is_asked_again() -> None:
+    state = JointState(3, ENDS, 1, 600.0, 0.0)
+    state.look(0.0, ALL)
+    state.count("c")
+    assert state.look(119.0, ALL) == Look((), "waits")
+    assert state.look(120.0, ALL) == Look((TRUNK, "a", "b"), "waits") and state.attempt == 1
+    assert state.look(239.0, ALL) == Look((), "waits")
+    assert state.look(240.0, ALL).ask == (TRUNK, "a", "b") and state.attempt == 1
+
+
+def test_behind_a_lost_broker_all_are_asked_again_soon() -> None:
+    state = JointState(3, ENDS, 1, 600.0, 0.0)
+    state.look(0.0, ALL)
+    state.ask_all_again()
+    assert state.look(1.0, ALL).ask == (TRUNK, *ENDS) and state.attempt == 2
+    assert state.look(5.9, ALL) == Look((), "waits")
+    assert state.look(6.0, ALL).ask == (TRUNK, *ENDS) and state.attempt == 2, "they may not have been there"
+    assert state.look(15.9, ALL) == Look((), "waits")
+    assert state.look(16.0, ALL).ask == (TRUNK, *ENDS)
+    assert [state.look(float(now_s), ALL).ask != () for now_s in (35, 36, 75, 76, 155, 156, 275, 276)] == [
+        False,
+        True,
+    ] * 4
+
+
 def test_no_round_is_too_long_and_who_does_not_say_what_it_saw_is_left_out() -> None:
     state = state_of()
     state.look(0.0, ALL)
-    assert state.look(199.0, ALL).ask == ()
+    state.look(199.0, ALL)
+    assert state.attempt == 1
     assert state.look(201.0, ALL).ask == (TRUNK, *ENDS) and state.attempt == 2
-    assert state.look(600.0, ALL).ask == (), "it has twice the time now"
+    state.look(600.0, ALL)
+    assert state.attempt == 2, "it has twice the time now"
     for name in (TRUNK, "a", "c"):
         state.count(name)
     assert state.look(602.0, ALL).ask == (TRUNK, "a", "c")
@@ -158,7 +196,9 @@ class Joint(RuleBasedStateMachine):
         if len(self.state.refused) > out:
             assert self.now_s >= TIMEOUT_S
             self.of_attempt.clear()
-        if found.ask:
+        if self.state.attempt == before:
+            assert all(self.state.wanted(name) and name in ready for name in found.ask), "asked again"
+        else:
             assert self.state.attempt == before + 1
             assert set(found.ask) == {TRUNK, *self.state.together} <= ready.keys(), "all begin, or nobody"
             self.of_attempt.clear()
